@@ -1,0 +1,174 @@
+"""Weight files: a look over a checkpoint folder before it is loaded, and the reading of P-Tuning v2 prefixes.
+
+Nothing here reads more than the files' headers, except `read_prefix`. Formats: safetensors (a JSON header behind its
+length in 8 bytes), PyTorch's zip archives, and the index files that name the shard of each tensor.
+"""
+
+import json
+import os
+import pickle
+import zipfile
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+# In the order in which transformers looks for them.
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_LFS_MAGIC = b"version https://git-lfs"
+
+
+def check_checkpoint(folder: str | os.PathLike, expected: dict[str, torch.Tensor], bits: int) -> None:
+    """Compare the weight files of a folder with what a model needs.
+
+    Args:
+        folder: a checkpoint folder. One without any weight file passes: the loader has a message for that.
+        expected: the model's state dict, which may be on the meta device.
+        bits: the configuration's `quantization_bit`.
+
+    Raises:
+        OSError: a file that is missing, cut short, a Git LFS pointer or not a weight file.
+        ValueError: a tensor that is missing or whose shape or dtype is not the expected one.
+    """
+    found: dict[str, tuple[str, torch.Tensor]] = {}
+    for path in _shards(folder):
+        found.update({_plain(name): (path, tensor) for name, tensor in _read_tensors(path, "meta").items()})
+    if not found:
+        return
+    expected = {_plain(name): tensor for name, tensor in expected.items() if "prefix_encoder." not in name}
+    for head, tail in (("lm_head.weight", "word_embeddings.weight"), ("word_embeddings.weight", "lm_head.weight")):
+        if head in expected and head not in found and tail in found:
+            del expected[head]  # one tensor under two names
+    missing = [name for name in expected if name not in found]
+    if missing:
+        scales = all(name.endswith("weight_scale") for name in missing)
+        remedy = (
+            "The scales of quantised weights are not there: the folder was not saved completely, or its weights are "
+            "not quantised and quantization_bit in config.json should be 0."
+            if scales
+            else "Download or copy the weight files of this model again."
+        )
+        raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}. {remedy}")
+    for name, tensor in expected.items():
+        path, stored = found[name]
+        _check_tensor(f"{name} in {path}", stored, tensor, bits)
+
+
+def read_prefix(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """The tensors of `transformer.prefix_encoder.*` in a file or a checkpoint folder, without that beginning.
+
+    Raises:
+        OSError: no file there, or a damaged one.
+        ValueError: no prefix in it.
+    """
+    paths = _shards(path) if os.path.isdir(path) else [os.fspath(path)]
+    if not paths:
+        raise FileNotFoundError(f"{path} holds none of {', '.join(_WEIGHT_FILES)}: give the prefix's file or folder.")
+    prefix = {}
+    for file in paths:
+        for name, tensor in _read_tensors(file, "cpu", only="prefix_encoder.").items():
+            prefix[name.split("prefix_encoder.")[1]] = tensor.clone()
+    if "embedding.weight" not in prefix:
+        raise ValueError(
+            f"{path} has no transformer.prefix_encoder.embedding.weight: it is not a P-Tuning v2 checkpoint."
+        )
+    return prefix
+
+
+def _plain(name: str) -> str:
+    """A tensor's name as `ChatGLMModel` alone would have it."""
+    return name.removeprefix("transformer.")
+
+
+def _shards(folder: str | os.PathLike) -> list[str]:
+    """The weight files of a folder, by the first form that it has; empty if it has none."""
+    for name in _WEIGHT_FILES:
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            if not name.endswith(".json"):
+                return [path]
+            _refuse_lfs_pointer(path)
+            try:
+                with open(path, encoding="utf-8") as file:
+                    weight_map = json.load(file)["weight_map"]
+            except (ValueError, KeyError) as error:
+                raise OSError(f"{path} is not an index of weight files ({error!r}): download it again.") from error
+            return [os.path.join(folder, shard) for shard in sorted(set(weight_map.values()))]
+    return []
+
+
+def _refuse_lfs_pointer(path: str) -> None:
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path} is missing, though the index names it: download it, or copy it here.")
+    with open(path, "rb") as file:
+        if file.read(len(_LFS_MAGIC)) == _LFS_MAGIC:
+            raise OSError(
+                f"{path} is a Git LFS pointer of {os.path.getsize(path)} bytes, not the file itself: run "
+                "`git lfs pull` in its folder, or download the file."
+            )
+
+
+def _read_tensors(path: str, device: str, only: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of a file whose names contain `only`; on the meta device nothing but the header is read."""
+    _refuse_lfs_pointer(path)
+    cut_short = f"{path} is cut short or damaged ({os.path.getsize(path)} bytes): download it again"
+    if path.endswith(".safetensors"):
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                names = [name for name in file.keys() if only in name]
+                if device != "meta":
+                    return {name: file.get_tensor(name) for name in names}
+                return {name: _meta_tensor(file.get_slice(name)) for name in names}
+        except SafetensorError as error:
+            raise OSError(f"{cut_short} ({error}).") from error
+    is_zip = zipfile.is_zipfile(path)
+    if not is_zip:
+        with open(path, "rb") as file:
+            if file.read(2) == b"PK":
+                raise OSError(f"{cut_short}.")
+    try:
+        tensors = torch.load(path, map_location=device, weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        raise OSError(
+            f"{path} is damaged, or holds more than tensors and would run code when unpickled, so it is not read: "
+            f"get it from its publisher again ({str(error).splitlines()[0]})."
+        ) from error
+    except (EOFError, RuntimeError, ValueError) as error:
+        raise OSError(f"{cut_short} ({error}).") from error
+    return {name: tensor for name, tensor in tensors.items() if only in name}
+
+
+# The dtypes of safetensors that a checkpoint of this model may hold.
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I8": torch.int8,
+}
+
+
+def _meta_tensor(tensor_slice) -> torch.Tensor:
+    dtype = _SAFETENSORS_DTYPES.get(tensor_slice.get_dtype(), torch.uint8)
+    return torch.empty(tensor_slice.get_shape(), dtype=dtype, device="meta")
+
+
+def _check_tensor(where: str, stored: torch.Tensor, expected: torch.Tensor, bits: int) -> None:
+    if stored.is_floating_point() != expected.is_floating_point():
+        if stored.is_floating_point():
+            remedy = "set quantization_bit to 0 and call model.quantize, or use the INT8 files"
+        else:
+            remedy = "set quantization_bit to 8 (or 4, if the weights have half the columns)"
+        raise ValueError(
+            f"{where} is {stored.dtype}, but config.json has quantization_bit = {bits}, so {expected.dtype} is "
+            f"expected: {remedy}."
+        )
+    if stored.shape != expected.shape:
+        raise ValueError(
+            f"{where} has shape {list(stored.shape)}, but by config.json it should be {list(expected.shape)}: "
+            "configuration and weights belong to different models."
+        )

@@ -1,0 +1,930 @@
+"""The GLM network of ChatGLM-6B, its generation and its chat, for transformers 5.
+
+Letters: B batch, S query length, T key length, H heads, D head width, L blocks, V vocabulary, P prefix length
+(P-Tuning v2), R rows of positions (2; 1 when `position_encoding_2d` is false).
+
+A sequence is `context… [gMASK] <sop> answer… <eop>`. The context sees itself both ways, everything from the first
+`<sop>` on is causal. Row 0 of the positions counts the context and then stays at the mask token; row 1 is 0 in the
+context and then counts the answer. Sources: GLM (Du et al. 2022, arXiv:2103.10360), RoPE (Su et al. 2021,
+arXiv:2104.09864), P-Tuning v2 (Liu et al. 2021, arXiv:2110.07602), and the published checkpoint.
+"""
+
+import bisect
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from transformers import DynamicCache, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
+
+from .checkpoint import check_checkpoint, read_prefix
+from .configuration_chatglm import ChatGLMConfig
+from .quantization import QuantizedLinear, check_bits, quantize_linears
+
+logger = logging.get_logger(__name__)
+
+# The id that gets all the weight when the scores are not finite; "▁" in the release. The public code's choice.
+_FALLBACK_TOKEN_ID = 5
+
+
+class PrefixEncoder(nn.Module):
+    """The learned keys and values of P-Tuning v2.
+
+    With `prefix_projection`, `embedding` is [P, hidden] and `trans` widens it; else it is [P, 2·L·hidden] itself.
+    """
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        width = 2 * config.num_layers * config.hidden_size
+        if config.prefix_projection:
+            self.embedding = nn.Embedding(config.pre_seq_len, config.hidden_size)
+            self.trans = nn.Sequential(
+                nn.Linear(config.hidden_size, config.hidden_size), nn.Tanh(), nn.Linear(config.hidden_size, width)
+            )
+        else:
+            self.embedding = nn.Embedding(config.pre_seq_len, width)
+            self.trans = nn.Identity()
+
+    def forward(self, prefix_tokens: torch.Tensor) -> torch.Tensor:
+        """int64 [B, P] → float [B, P, 2·L·hidden]."""
+        return self.trans(self.embedding(prefix_tokens))
+
+
+def rotary_embedding(
+    position_ids: torch.Tensor, head_dim: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of the rotation, each [B, S, 1, R, D/R], for positions [B, R, S].
+
+    Row r turns the r-th of R equal parts of the head. The frequencies are rounded to fp16 in every dtype, and in fp16
+    their product with the position is too: the model was trained so, and far positions tell the difference.
+    """
+    part_dim = head_dim // position_ids.shape[1]
+    exponents = torch.arange(0, part_dim, 2, device=position_ids.device, dtype=torch.float32) / part_dim
+    frequencies = (1.0 / 10000.0**exponents).half()
+    rounded_to = torch.float16 if dtype == torch.float16 else torch.float32
+    angles = position_ids.transpose(1, 2)[..., None].to(rounded_to) * frequencies.to(rounded_to)
+    angles = torch.cat((angles, angles), dim=-1).float().unsqueeze(2)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate queries or keys [B, S, H, D] by `rotary_embedding`; pair (i, i + D/2R) within each part."""
+    parts = x.unflatten(-1, cos.shape[-2:])
+    first, second = parts.chunk(2, dim=-1)
+    return (parts * cos + torch.cat((-second, first), dim=-1) * sin).flatten(-2)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention in plain PyTorch: query [B, H, S, D], key and value [B, H, T, D], additive mask [B, 1, S, T].
+
+    Returns the output [B, S, H, D] and the probabilities [B, H, S, T]. Scores are kept small until they are in fp32:
+    deeper layers have larger ones, so the query is divided by the layer's number too (as the release was trained).
+    """
+    shrink = module.layer_idx + 1
+    scores = torch.matmul(query * (scaling / shrink), key.transpose(2, 3)).float() * shrink
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    probs = nn.functional.softmax(scores, dim=-1).to(query.dtype)
+    probs = nn.functional.dropout(probs, p=dropout, training=module.training)
+    return torch.matmul(probs, value).transpose(1, 2), probs
+
+
+class ChatGLMAttention(nn.Module):
+    """Self-attention of one block, with 2-D rotary positions."""
+
+    is_causal = False  # the mask always says who sees whom
+
+    def __init__(self, config: ChatGLMConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        prefix: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        cache_position: torch.Tensor | None = None,
+        output_attentions: bool = False,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[B, S, hidden] → [B, S, hidden] and the probabilities [B, H, S, T], None unless asked for.
+
+        `prefix` [2, B, H, P, D] are keys and values that stand before the sequence, given once, with the prompt.
+        """
+        batch, length, _ = hidden_states.shape
+        # Per head: D queries, then D keys, then D values.
+        qkv = self.query_key_value(hidden_states).view(batch, length, -1, 3 * self.head_dim)
+        query, key, value = qkv.chunk(3, dim=-1)
+        query = apply_rotary(query, *position_embeddings).transpose(1, 2)
+        key = apply_rotary(key, *position_embeddings).transpose(1, 2)
+        value = value.transpose(1, 2)
+        if prefix is not None:
+            key = torch.cat((prefix[0], key), dim=2)
+            value = torch.cat((prefix[1], value), dim=2)
+        if past_key_values is not None:
+            # transformers before 5.4 keeps no count in its static cache and reads the slots from here.
+            slots = {"cache_position": cache_position}
+            key, value = past_key_values.update(key, value, self.layer_idx, slots)
+
+        attention: Callable = eager_attention_forward
+        if not output_attentions:  # the other implementations have no probabilities to give
+            attention = ALL_ATTENTION_FUNCTIONS.get_interface(
+                self.config._attn_implementation, eager_attention_forward
+            )
+        context, probs = attention(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
+        context = context.reshape(batch, length, -1)
+        return self.dense(context), probs if output_attentions else None
+
+
+class ChatGLMMLP(nn.Module):
+    """hidden → inner → hidden with GELU in its tanh form."""
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.inner_hidden_size)
+        self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[B, S, hidden] → [B, S, hidden]."""
+        return self.dense_4h_to_h(nn.functional.gelu(self.dense_h_to_4h(hidden_states), approximate="tanh"))
+
+
+class GLMBlock(GradientCheckpointingLayer):
+    """One block. The residual is the *normalised* input times alpha = √(2·L); the input itself does not pass."""
+
+    def __init__(self, config: ChatGLMConfig, layer_idx: int):
+        super().__init__()
+        self.alpha = math.sqrt(2 * config.num_layers)
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.attention = ChatGLMAttention(config, layer_idx)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.mlp = ChatGLMMLP(config)
+
+    def forward(
+        self, hidden_states: torch.Tensor, prefix: torch.Tensor | None = None, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[B, S, hidden] → [B, S, hidden] and the attention probabilities; arguments as of `ChatGLMAttention`."""
+        normed = self.input_layernorm(hidden_states)
+        attended, probs = self.attention(normed, prefix, **kwargs)
+        hidden_states = self.alpha * normed + attended
+        normed = self.post_attention_layernorm(hidden_states)
+        return self.alpha * normed + self.mlp(normed), probs
+
+
+def _first_column(marks: torch.Tensor, default: torch.Tensor) -> torch.Tensor:
+    """Column [B, 1] of the first True of each row of bool [B, S], or the default [B, 1] where there is none."""
+    return torch.where(marks.any(dim=1, keepdim=True), marks.int().argmax(dim=1, keepdim=True), default)
+
+
+class ChatGLMPreTrainedModel(PreTrainedModel):
+    """What the two model classes share: how weights are loaded, and masks and positions of a sequence of ids."""
+
+    config_class = ChatGLMConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GLMBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # Stored by the published files; `rotary_embedding` computes them.
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """Load a model; arguments and return value as of `PreTrainedModel.from_pretrained`.
+
+        A local folder is looked over first, without reading its weights.
+
+        Raises:
+            OSError: a weight file that is missing, cut short or a Git LFS pointer.
+            ValueError: tensors that are missing, or whose shape or dtype disagree with the configuration.
+        """
+        folder = pretrained_model_name_or_path
+        if folder is not None and os.path.isdir(folder):
+            if not isinstance(config, cls.config_class):
+                loading_kwargs = {**kwargs, "return_unused_kwargs": True}
+                config, kwargs = cls.config_class.from_pretrained(config or folder, **loading_kwargs)
+            with torch.device("meta"):
+                expected = cls(config).state_dict()
+            check_checkpoint(os.path.join(folder, kwargs.get("subfolder", "")), expected, config.quantization_bit)
+        loaded = super().from_pretrained(folder, *model_args, config=config, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._freeze()
+        return loaded
+
+    def _freeze(self) -> None:
+        """Leave only trainable parameters with `requires_grad`: none of a quantised linear's, and with P-Tuning v2
+        none but the prefix encoder's."""
+        for module in self.modules():
+            if isinstance(module, QuantizedLinear):
+                module.requires_grad_(False)
+        if self.config.pre_seq_len is not None:
+            for name, parameter in self.named_parameters():
+                if "prefix_encoder." not in name:
+                    parameter.requires_grad_(False)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, QuantizedLinear):
+            # Quantised weights come from a file or from `quantize`; a model made without either starts at zero.
+            return
+        super()._init_weights(module)
+        if isinstance(module, PrefixEncoder):
+            nn.init.normal_(module.embedding.weight)  # P-Tuning v2 starts from torch's default, N(0, 1)
+
+    def _answer_start(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Column [B, 1] of the first `<sop>`, or S."""
+        none = torch.full_like(input_ids[:, :1], input_ids.shape[1])
+        return _first_column(input_ids == self.config.bos_token_id, none)
+
+    def get_masks(
+        self,
+        input_ids: torch.Tensor,
+        device: torch.device | str | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Who is hidden from whom: bool [B, 1, S, S], True = hidden, for ids [B, S].
+
+        Key j is seen by query i if j stands before the first `<sop>` or j ≤ i. Padding, known from `attention_mask`
+        [B, S] (1 = real), is seen by nobody.
+        """
+        columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+        seen = (columns < self._answer_start(input_ids))[:, None, :] | (columns <= columns[:, None])
+        if attention_mask is not None:
+            seen = seen & attention_mask.bool()[:, None, :]
+        return ~seen[:, None].to(device or input_ids.device)
+
+    def get_position_ids(
+        self,
+        input_ids: torch.Tensor,
+        mask_positions: list[int] | torch.Tensor | None = None,
+        device: torch.device | str | None = None,
+        use_gmasks: list[bool] | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Positions int64 [B, 2, S] ([B, S] with 1-D positions) for ids [B, S].
+
+        Args:
+            mask_positions: index of the mask token in each sequence, counted without padding; by default that of the
+                first `[gMASK]` of the context, else of its first `[MASK]`, else that of its last token.
+            use_gmasks: whether the mask token is `[gMASK]`; matters to 1-D positions only, which stay at a `[MASK]`.
+            attention_mask: [B, S], 1 = real. Padding on the left is not counted.
+        """
+        columns = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        start = self._answer_start(input_ids)
+        in_context = columns < start
+        counted = columns.expand_as(input_ids)
+        if attention_mask is not None:
+            counted = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        gmasks = (input_ids == self.config.gmask_token_id) & in_context
+        if mask_positions is None:
+            masks = (input_ids == self.config.mask_token_id) & in_context
+            column = _first_column(gmasks, _first_column(masks, (start - 1).clamp(min=0)))
+            mask_position = counted.gather(1, column)
+        else:
+            mask_position = torch.as_tensor(mask_positions, device=input_ids.device).view(-1, 1)
+        if self.config.position_encoding_2d:
+            place = torch.where(in_context, counted, mask_position)
+            position_ids = torch.stack((place, (columns - start + 1).clamp(min=0)), dim=1)
+        else:
+            if use_gmasks is None:
+                stays = ~gmasks.any(dim=1, keepdim=True)
+            else:
+                stays = ~torch.as_tensor(use_gmasks, device=input_ids.device).view(-1, 1)
+            position_ids = torch.where(stays & ~in_context, mask_position, counted)
+        return position_ids.to(device or input_ids.device)
+
+
+class ChatGLMModel(ChatGLMPreTrainedModel):
+    """Embedding, L GLM blocks and the final LayerNorm."""
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__(config)
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(GLMBlock(config, layer_idx) for layer_idx in range(config.num_layers))
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        if config.quantization_bit:
+            quantize_linears(self.layers, config.quantization_bit)
+        if config.pre_seq_len is not None:
+            self.prefix_encoder = PrefixEncoder(config)
+            self.dropout = nn.Dropout(0.1)
+        self.post_init()
+        self._freeze()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.word_embeddings = value
+
+    def get_prompt(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """Keys and values of P-Tuning v2, [L, 2, B, H, P, D]."""
+        config = self.config
+        tokens = torch.arange(config.pre_seq_len, device=device).expand(batch_size, -1)
+        prefix = self.prefix_encoder(tokens).to(dtype)
+        head_dim = config.hidden_size // config.num_attention_heads
+        prefix = prefix.view(batch_size, -1, config.num_layers, 2, config.num_attention_heads, head_dim)
+        return self.dropout(prefix).permute(2, 3, 0, 4, 1, 5)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast | tuple:
+        """Run the blocks.
+
+        Args:
+            input_ids: int64 [B, S].
+            position_ids: int64 [B, 2, S] ([B, S] with 1-D positions); derived from the ids by default.
+            attention_mask: [B, T] with 1 = real; or the public form, bool [B, 1, S, T] with True = hidden; or floats
+                [B, 1, S, T] to add to the scores. By default all ids are real, and what they see follows from them.
+            past_key_values: keys and values so far; with P-Tuning v2 they begin with the prefix.
+            inputs_embeds: float [B, S, hidden] in place of ids. Needs `position_ids` (and with 1-D positions a 4-D
+                mask), since both come from the ids.
+
+        Returns:
+            `last_hidden_state` [B, S, hidden], `past_key_values`, `hidden_states` (L + 1 of [B, S, hidden], the last
+            one normalised) and `attentions` (L of [B, H, S, T]).
+
+        Raises:
+            ValueError: no ids or both forms of them, empty sequences, ids outside the vocabulary, positions that
+                can't be derived.
+        """
+        config = self.config
+        use_cache = config.use_cache if use_cache is None else use_cache
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass either input_ids or inputs_embeds: got both or neither.")
+        if inputs_embeds is None:
+            self._check_ids(input_ids)
+            inputs_embeds = self.word_embeddings(input_ids)
+        batch, length, _ = inputs_embeds.shape
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=config)
+
+        # Keys that are there already: an int, but a tensor (not to be waited for) in a static cache that is in use.
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        is_start = (length > 1 or isinstance(past_length, int)) and int(past_length) == 0
+        if position_ids is None:
+            position_ids = self._positions_from_ids(input_ids, attention_mask, past_key_values, is_start)
+        prefixes = [None] * config.num_layers
+        if is_start and config.pre_seq_len is not None:
+            prefixes = self.get_prompt(batch, inputs_embeds.device, inputs_embeds.dtype)
+            past_length = config.pre_seq_len
+
+        context = None  # whose keys are seen by all: [B, S]
+        if is_start and length > 1 and (attention_mask is None or attention_mask.ndim == 2):
+            if input_ids is not None:
+                context = torch.arange(length, device=input_ids.device) < self._answer_start(input_ids)
+            elif config.position_encoding_2d:
+                context = position_ids[:, 1] == 0
+            else:
+                raise ValueError("With inputs_embeds and 1-D positions, pass a 4-D attention_mask: it needs the ids.")
+        is_static = past_key_values is not None and past_key_values.is_compileable
+        key_length = past_key_values.layers[0].max_cache_len if is_static else past_length + length
+        slots = torch.arange(length, device=inputs_embeds.device) + past_length
+        mask = None
+        if length > 1 or attention_mask is not None or is_static:
+            mask = self._additive_mask(attention_mask, context, slots, key_length, inputs_embeds.dtype)
+        if is_start and config.pre_seq_len is not None:
+            slots = torch.arange(past_length + length, device=inputs_embeds.device)
+
+        head_dim = config.hidden_size // config.num_attention_heads
+        rows = position_ids if config.position_encoding_2d else position_ids[:, None]
+        block_kwargs = {
+            "attention_mask": mask,
+            "position_embeddings": rotary_embedding(rows, head_dim, inputs_embeds.dtype),
+            "past_key_values": past_key_values,
+            "cache_position": slots,
+            "output_attentions": output_attentions,
+            **kwargs,
+        }
+        hidden_states = inputs_embeds
+        all_hidden_states, all_attentions = [hidden_states], []
+        for block, prefix in zip(self.layers, prefixes, strict=True):
+            hidden_states, probs = block(hidden_states, prefix, **block_kwargs)
+            all_hidden_states.append(hidden_states)
+            all_attentions.append(probs)
+        hidden_states = self.final_layernorm(hidden_states)
+        all_hidden_states[-1] = hidden_states
+
+        output = BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+            attentions=tuple(all_attentions) if output_attentions else None,
+        )
+        return output if return_dict or return_dict is None else output.to_tuple()
+
+    def _check_ids(self, input_ids: torch.Tensor) -> None:
+        if input_ids.shape[1] == 0:
+            raise ValueError(f"The sequences are empty: input_ids has shape {list(input_ids.shape)}. Give some text.")
+        # Not on one-token steps: there the ids come out of the model, and on a GPU a look at them means waiting.
+        if input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
+            low, high = input_ids.aminmax()
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"input_ids go from {int(low)} to {int(high)}, but this model has ids 0 to "
+                    f"{self.config.vocab_size - 1}. Was the text encoded with the tokenizer of another model?"
+                )
+
+    def _positions_from_ids(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        is_start: bool,
+    ) -> torch.Tensor:
+        """Positions of the new ids. They follow from all ids so far, which the cache remembers for the next call."""
+        if input_ids is None:
+            raise ValueError("inputs_embeds need position_ids beside them, as positions come from the ids.")
+        new = input_ids.shape[1]
+        if not is_start:
+            if not hasattr(past_key_values, "chatglm_ids"):
+                raise ValueError(
+                    "A step on a cache that was filled with explicit position_ids needs position_ids again: pass "
+                    "model.get_position_ids(all_ids_so_far)[..., -new:]."
+                )
+            input_ids = torch.cat((past_key_values.chatglm_ids, input_ids), dim=1)
+        if past_key_values is not None:
+            past_key_values.chatglm_ids = input_ids
+        counts_padding = attention_mask is None or attention_mask.ndim == 4
+        return self.get_position_ids(input_ids, attention_mask=None if counts_padding else attention_mask)[..., -new:]
+
+    def _additive_mask(
+        self,
+        attention_mask: torch.Tensor | None,
+        context: torch.Tensor | None,
+        slots: torch.Tensor,
+        key_length: int,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """What is added to the scores, [B or 1, 1, S, T]: 0 where seen, the dtype's lowest number where hidden.
+
+        `slots` [S] are the queries' own places among the T keys, of which the P prefix keys come first, seen by all;
+        keys after the last query are places of a static cache that are not filled yet.
+        """
+        if attention_mask is not None and attention_mask.is_floating_point() and attention_mask.ndim == 4:
+            return attention_mask.to(dtype)
+        prefix_length = self.config.pre_seq_len or 0
+
+        def over_keys(marks: torch.Tensor, outside: bool) -> torch.Tensor:
+            """Marks of the sequence's keys [..., ≤ T - P], widened to all T keys."""
+            unfilled = key_length - prefix_length - marks.shape[-1]
+            return nn.functional.pad(marks.bool(), (prefix_length, unfilled), value=outside)
+
+        if attention_mask is not None and attention_mask.ndim == 4:
+            hidden = over_keys(attention_mask, False)
+        else:
+            seen = torch.arange(key_length, device=slots.device) <= slots[:, None]
+            if context is not None:
+                seen = seen | over_keys(context, False)[:, None]
+            if attention_mask is not None:
+                seen = seen & over_keys(attention_mask, True)[:, None]
+            hidden = ~seen.view(-1, 1, *seen.shape[-2:])
+        return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, torch.finfo(dtype).min)
+
+
+class FiniteScores(LogitsProcessor):
+    """Puts all weight on one id where scores are NaN or infinite, as the public code does, and says so once."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """int64 [B, S], float [B, V] → float [B, V]."""
+        broken = ~scores.isfinite().all(dim=-1, keepdim=True)
+        if broken.any():
+            logger.warning_once(
+                "The model's scores are NaN or infinite, so the answer will be empty or meaningless. Likely causes: a "
+                "damaged weight file, an overflow in fp16 (try bfloat16 or float32), or a bad fine-tuned checkpoint."
+            )
+            forced = torch.zeros_like(scores)
+            forced[:, _FALLBACK_TOKEN_ID] = 5e4
+            scores = torch.where(broken, forced, scores)
+        return scores
+
+
+# Punctuation that takes its full-width form next to a Chinese character.
+_FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
+_TOUCHING_CJK = re.compile(r"(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])")
+
+
+class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
+    """ChatGLM: the network with its LM head, `generate`, `chat` and `stream_chat`."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__(config)
+        self.transformer = ChatGLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+        self._freeze()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.transformer.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.transformer.word_embeddings = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.lm_head = value
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Scores over the vocabulary; arguments and errors as of `ChatGLMModel.forward`, and:
+
+        Args:
+            labels: int64 [B, S], the ids themselves with -100 where no loss is wanted; shifted by one in here.
+            logits_to_keep: scores for this many last positions only (0 = all), or for these columns.
+
+        Returns:
+            `logits` [B, S, V], `loss` (a scalar, fp32) with labels, and what `ChatGLMModel` returns beside.
+        """
+        output = self.transformer(
+            input_ids,
+            position_ids,
+            attention_mask,
+            past_key_values,
+            inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            # What the loss takes is not for the blocks.
+            **{name: value for name, value in kwargs.items() if name != "num_items_in_batch"},
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(output.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+        return output if return_dict or return_dict is None else output.to_tuple()
+
+    def quantize(self, bits: int) -> "ChatGLMForConditionalGeneration":
+        """Quantise the blocks' linears to 8 or 4 bits in place, layer by layer, wherever they are; returns the model.
+
+        Raises:
+            ValueError: other bits, or a model that is quantised to other bits already.
+        """
+        check_bits(bits)
+        if self.config.quantization_bit not in (0, bits):
+            raise ValueError(
+                f"The model is quantised to {self.config.quantization_bit} bits already and can't go to {bits}: "
+                "load the float weights and quantise those."
+            )
+        quantize_linears(self.transformer.layers, bits)
+        self.config.quantization_bit = bits
+        return self
+
+    def load_prefix(self, path: str | os.PathLike) -> "ChatGLMForConditionalGeneration":
+        """Put in a P-Tuning v2 prefix, from a file or a folder that holds `transformer.prefix_encoder.*`.
+
+        `pre_seq_len` and `prefix_projection` are read off the shapes. Everything but the prefix is frozen. Returns the
+        model.
+
+        Raises:
+            OSError: no readable file there.
+            ValueError: a file without a prefix, or with one of another model's shape.
+        """
+        state = read_prefix(path)
+        embedding = state["embedding.weight"]
+        config = self.config
+        config.pre_seq_len = embedding.shape[0]
+        config.prefix_projection = "trans.0.weight" in state
+        encoder = PrefixEncoder(config)
+        try:
+            encoder.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"The prefix in {path} was made for a model of another shape: {error}") from None
+        embeddings = self.get_input_embeddings().weight
+        self.transformer.prefix_encoder = encoder.to(embeddings.device, embeddings.dtype)
+        self.transformer.dropout = nn.Dropout(0.1)
+        self.transformer.train(self.training)
+        self._freeze()
+        return self
+
+    def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
+        """`GenerationMixin.generate`, for prompts that end in `[gMASK] <sop>`, as the tokenizer makes them.
+
+        Batches are padded on the left. Besides a 2-D `attention_mask`, the public 4-D one is understood.
+
+        Raises:
+            ValueError: an empty prompt, ids outside the vocabulary, a sequence without `<sop>`, positions other than
+                the ids' own, or a way of generating that reads the prompt from left to right.
+        """
+        prompt = inputs if inputs is not None else kwargs.get("input_ids")
+        if prompt is None:
+            raise ValueError("generate needs input_ids: masks and positions come from them.")
+        self.transformer._check_ids(prompt)
+        without = (prompt != self.config.bos_token_id).all(dim=1).nonzero().flatten().tolist()
+        if without:
+            raise ValueError(
+                f"Sequence {without[0]} of the prompt has no <sop> (id {self.config.bos_token_id}), so there is no "
+                "place for an answer: end prompts in [gMASK] <sop>, as tokenizer(text) does by default."
+            )
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.ndim == 4:
+            mask = kwargs["attention_mask"] = (~mask[:, 0, -1].bool()).long()  # the last query sees all but padding
+        position_ids = kwargs.pop("position_ids", None)
+        if position_ids is not None and not torch.equal(
+            position_ids, self.get_position_ids(prompt, attention_mask=mask)
+        ):
+            raise ValueError("generate derives position_ids from the ids and the attention_mask; these are others.")
+        chunk_size = kwargs.get("prefill_chunk_size") or getattr(
+            kwargs.get("generation_config"), "prefill_chunk_size", None
+        )
+        if chunk_size is not None:
+            raise ValueError("prefill_chunk_size can't be used: the prompt sees itself both ways, so it is one piece.")
+        cache = kwargs.get("past_key_values")
+        if cache is not None and self.config.pre_seq_len is not None and int(cache.get_seq_length()) > 0:
+            raise ValueError("With P-Tuning v2, generate starts from the prompt: pass no filled past_key_values.")
+        return super().generate(inputs, *args, **kwargs)
+
+    def generate_batch(self, *args, **kwargs):
+        """Refused: continuous batching reads prompts from left to right, and this model's prompts see both ways."""
+        raise NotImplementedError(
+            "Continuous batching and paged caches can't serve ChatGLM, whose prompts see both ways: use generate with "
+            "a left-padded batch."
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        # A static cache needs places for the prefix too.
+        return super()._prepare_cache_for_generation(
+            generation_config,
+            model_kwargs,
+            generation_mode,
+            batch_size,
+            max_cache_length + (self.config.pre_seq_len or 0),
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        next_sequence_length: int | None = None,
+        cache_position: torch.Tensor | None = None,
+        **kwargs,
+    ) -> dict:
+        """What `forward` gets in a step of `generate`: the ids [B, S] that are not in the cache yet, and their
+        positions, derived from all ids so far [B, T]."""
+        if next_sequence_length is None and cache_position is not None:
+            next_sequence_length = cache_position.shape[0]  # how transformers before 5.4 says it
+        new = slice(-next_sequence_length, None) if next_sequence_length is not None else slice(None)
+        position_ids = self.get_position_ids(input_ids, attention_mask=attention_mask)
+        inputs = {
+            "input_ids": input_ids[:, new].contiguous(),
+            "position_ids": position_ids[..., new].contiguous(),
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+        }
+        forwarded = ("use_cache", "output_attentions", "output_hidden_states", "logits_to_keep")
+        inputs.update({name: kwargs[name] for name in forwarded if name in kwargs})
+        device = self.get_input_embeddings().weight.device
+        return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+
+    def stream_generate(
+        self,
+        input_ids: torch.Tensor,
+        generation_config=None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria=None,
+        prefix_allowed_tokens_fn: Callable | None = None,
+        **kwargs,
+    ) -> Iterator[torch.Tensor]:
+        """Generate one token at a time, greedily or by sampling; arguments as of `generate`.
+
+        Yields:
+            all ids so far, int64 [B, T], after each new token.
+        """
+        yield from self.generate(
+            input_ids,
+            generation_config,
+            logits_processor,
+            stopping_criteria,
+            prefix_allowed_tokens_fn,
+            custom_generate=_stream_tokens,
+            **kwargs,
+        )
+
+    def chat(
+        self,
+        tokenizer,
+        query: str,
+        history: list[tuple[str, str]] | None = None,
+        max_length: int = 2048,
+        num_beams: int = 1,
+        do_sample: bool = True,
+        top_p: float = 0.7,
+        temperature: float = 0.95,
+        logits_processor: list | None = None,
+        **kwargs,
+    ) -> tuple[str, list[tuple[str, str]]]:
+        """Answer a query.
+
+        Args:
+            tokenizer: this model's `ChatGLMTokenizer`.
+            history: rounds so far, (query, response); not changed. The oldest are left out of the prompt where it
+                would fill `max_length` or the model's `max_sequence_length`.
+            max_length: tokens of prompt and answer together.
+            num_beams, do_sample, top_p, temperature, **kwargs: arguments of `generate`.
+            logits_processor: further processors of the scores.
+
+        Returns:
+            The response, and the history with this round at its end.
+
+        Raises:
+            ValueError: an empty query, one that is too long by itself, or another model's tokenizer.
+        """
+        history = list(history or [])
+        inputs = self._chat_inputs(tokenizer, query, history, max_length, kwargs)
+        settings = _chat_settings(max_length, do_sample, top_p, temperature, logits_processor, kwargs)
+        output_ids = self.generate(**inputs, num_beams=num_beams, **settings)
+        prompt_length = inputs["input_ids"].shape[1]
+        response = self.process_response(tokenizer.decode(output_ids[0, prompt_length:].tolist()))
+        return response, [*history, (query, response)]
+
+    def stream_chat(
+        self,
+        tokenizer,
+        query: str,
+        history: list[tuple[str, str]] | None = None,
+        max_length: int = 2048,
+        do_sample: bool = True,
+        top_p: float = 0.7,
+        temperature: float = 0.95,
+        logits_processor: list | None = None,
+        **kwargs,
+    ) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+        """Answer a query piece by piece; arguments and errors as of `chat`.
+
+        Yields:
+            the response so far and the history that goes with it, after each token. A character whose bytes are
+            spread over tokens appears with its last one.
+        """
+        history = list(history or [])
+        inputs = self._chat_inputs(tokenizer, query, history, max_length, kwargs)
+        settings = _chat_settings(max_length, do_sample, top_p, temperature, logits_processor, kwargs)
+        decoder = tokenizer.decode_stream()
+        text = ""
+        for output_ids in self.stream_generate(**inputs, **settings):
+            text += decoder.step(int(output_ids[0, -1]))
+            response = self.process_response(text)
+            yield response, [*history, (query, response)]
+        unfinished = decoder.flush()
+        if unfinished:
+            response = self.process_response(text + unfinished)
+            yield response, [*history, (query, response)]
+
+    def process_response(self, response: str) -> str:
+        """Clean up decoded text: strip it, fill in the training date, and widen punctuation at Chinese characters."""
+        response = response.strip().replace("[[训练时间]]", "2023年")
+        return _TOUCHING_CJK.sub(lambda mark: _FULL_WIDTH[mark.group()], response)
+
+    def _chat_inputs(self, tokenizer, query: str, history: list, max_length: int, kwargs: dict) -> dict:
+        """The encoded prompt, with as many of the last rounds as leave room for an answer."""
+        config = self.config
+        marks = tokenizer.convert_tokens_to_ids(["[gMASK]", "<sop>"])
+        if marks != [config.gmask_token_id, config.bos_token_id]:
+            raise ValueError(
+                f"The tokenizer has [gMASK] and <sop> at {marks}, the model's configuration at "
+                f"{[config.gmask_token_id, config.bos_token_id]}: use the ice_text.model of this model."
+            )
+        limit = config.max_sequence_length
+        if kwargs.get("max_new_tokens") is None:
+            limit = min(limit, max_length)
+
+        def encode(first_round: int) -> dict:
+            messages = []
+            for question, answer in history[first_round:]:
+                messages.append({"role": "user", "content": question})
+                messages.append({"role": "assistant", "content": answer})
+            messages.append({"role": "user", "content": query})
+            return tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+
+        def fits(first_round: int) -> bool:
+            return encode(first_round)["input_ids"].shape[1] < limit
+
+        inputs = encode(0)
+        if inputs["input_ids"].shape[1] >= limit:
+            first_round = bisect.bisect_left(range(len(history)), True, key=fits)
+            inputs = encode(first_round)
+            length = inputs["input_ids"].shape[1]
+            if length >= limit:
+                raise ValueError(
+                    f"The query has {length} tokens, and the limit for query and answer together is {limit}: "
+                    "shorten it, or raise max_length if that is below the model's max_sequence_length of "
+                    f"{config.max_sequence_length}."
+                )
+            logger.warning_once(
+                f"The conversation has grown past {limit} tokens: its oldest rounds are left out of the prompt."
+            )
+        return {name: inputs[name].to(self.device) for name in ("input_ids", "attention_mask")}
+
+
+def _chat_settings(
+    max_length: int,
+    do_sample: bool,
+    top_p: float,
+    temperature: float,
+    logits_processor: list | None,
+    kwargs: dict,
+) -> dict:
+    """Arguments of `generate` for a chat."""
+    settings = {"do_sample": do_sample, **kwargs}
+    settings["logits_processor"] = LogitsProcessorList([*(logits_processor or []), FiniteScores()])
+    if settings.get("max_new_tokens") is None:
+        settings["max_length"] = max_length
+    if do_sample:
+        settings.update(top_p=top_p, temperature=temperature)
+    return settings
+
+
+@torch.no_grad()
+def _stream_tokens(
+    model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
+) -> Iterator[torch.Tensor]:
+    """A decoding loop for `generate(custom_generate=…)` that yields the ids so far, [B, T], after each token."""
+    unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+    next_sequence_length = None
+    while unfinished.any():
+        inputs = model.prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, **model_kwargs
+        )
+        logits = model(**inputs).logits[:, -1].to(input_ids.device, torch.float32)
+        scores = logits_processor(input_ids, logits)
+        if generation_config.do_sample:
+            tokens = torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
+        else:
+            tokens = scores.argmax(dim=-1)
+        if generation_config.pad_token_id is not None:
+            tokens = torch.where(unfinished, tokens, generation_config.pad_token_id)
+        input_ids = torch.cat((input_ids, tokens[:, None]), dim=1)
+        if model_kwargs.get("attention_mask") is not None:
+            mask = model_kwargs["attention_mask"]
+            model_kwargs["attention_mask"] = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
+        if model_kwargs.get("past_key_values") is not None:
+            next_sequence_length = 1
+        unfinished = unfinished & ~stopping_criteria(input_ids, None)
+        yield input_ids
+
+
+ChatGLMForConditionalGeneration.register_for_auto_class("AutoModel")

@@ -1,0 +1,185 @@
+"""INT8 and INT4 weights: how they are made, stored and multiplied.
+
+Letters: M rows of an activation, K in_features, N out_features.
+
+A weight [N, K] is stored as int8 with one scale per output row: `scale[n] = max|W[n, :]| / (2^(bits-1) - 1)`,
+`q = round(W / scale)`. INT4 packs two columns in a byte, the even column in the high nibble, both in two's
+complement, so that its weight is [N, K/2]. This is the storage of the published ChatGLM-6B-INT8 and -INT4.
+
+Everything here is plain PyTorch and runs on any device.
+"""
+
+import torch
+from torch import nn
+
+# The float copy of a weight is made in slices of at most this many numbers, so that it stays small beside the model.
+_SLICE_NUMEL = 1 << 24
+
+
+def check_bits(bits: int) -> None:
+    """Raise a ValueError unless `bits` is a width that the blocks' weights can have, 4 or 8."""
+    if bits not in (4, 8):
+        raise ValueError(f"Weights can be quantised to 8 or 4 bits, got {bits!r}.")
+
+
+def quantize_weight(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise a weight, symmetrically and row by row.
+
+    Args:
+        weight: float [N, K], any dtype and device. Row maximum and scale are taken in this dtype, as in the release.
+        bits: 8 or 4.
+
+    Returns:
+        int8 [N, K] (packed [N, K/2] for INT4), and the scales, float32 [N]. A row of zeros has scale 0.
+
+    Raises:
+        ValueError: other bits, a weight that is not a float matrix or not finite, an odd K with INT4.
+    """
+    check_bits(bits)
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise ValueError(f"Expected a float matrix [N, K] to quantise, got {weight.dtype} {list(weight.shape)}.")
+    if bits == 4 and weight.shape[1] % 2:
+        raise ValueError(f"INT4 packs two columns in a byte, so K must be even; got K = {weight.shape[1]}.")
+    largest = 2 ** (bits - 1) - 1
+    quantized = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+    for rows in _slices(weight.shape[0], weight.shape[1]):
+        part = weight[rows]
+        row_scale = (part.abs().amax(dim=1) / largest).float()
+        if not row_scale.isfinite().all():
+            raise ValueError("A weight holds NaN or infinite numbers, so it can't be quantised: check its file.")
+        # A row whose scale underflowed to zero has only zeros to store, whatever it is divided by.
+        divisor = torch.where(row_scale == 0, torch.inf, row_scale)[:, None]
+        quantized[rows] = (part.float() / divisor).round().clamp(-largest - 1, largest).to(torch.int8)
+        scale[rows] = row_scale
+    return (pack_int4(quantized) if bits == 4 else quantized), scale
+
+
+def pack_int4(quantized: torch.Tensor) -> torch.Tensor:
+    """int8 [N, K] holding -8…7, K even → int8 [N, K/2], the even column in the high nibble."""
+    return (quantized[:, 0::2] << 4) | (quantized[:, 1::2] & 0x0F)
+
+
+def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
+    """The inverse of `pack_int4`: int8 [N, K/2] → int8 [N, K]."""
+    high, low = packed >> 4, (packed << 4) >> 4  # shifts of signed bytes carry the sign
+    return torch.stack((high, low), dim=-1).flatten(-2)
+
+
+def dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
+    """The float weight `q · scale` of stored int8 [N, K] (INT4: [N, K/2]) and scales [N], as `dtype` [N, K]."""
+    check_bits(bits)
+    integers = unpack_int4(weight) if bits == 4 else weight
+    return integers.to(dtype) * scale.to(dtype)[:, None]
+
+
+def _slices(rows: int, columns: int):
+    step = max(1, _SLICE_NUMEL // max(1, columns))
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+    # Half products are slow on a CPU and less exact everywhere; float32 is neither there.
+    return torch.float32 if x.device.type == "cpu" and x.dtype != torch.float64 else x.dtype
+
+
+class _QuantizedLinearFunction(torch.autograd.Function):
+    """x [M, K] → x · (q · scale)ᵀ + bias [M, N]. The gradient goes to x alone, and no float weight outlives a call."""
+
+    @staticmethod
+    def forward(ctx, x, weight, scale, bias, bits):
+        ctx.save_for_backward(weight, scale)
+        ctx.bits = bits
+        dtype = _compute_dtype(x)
+        rows = x.to(dtype)
+        y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+        for part in _slices(*weight.shape):
+            y[:, part] = rows @ dequantize_weight(weight[part], scale[part], bits, dtype).T
+        return y if bias is None else y.add_(bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        weight, scale = ctx.saved_tensors
+        dtype = _compute_dtype(grad_y)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.zeros(
+                grad_y.shape[0], weight.shape[1] * (8 // ctx.bits), dtype=dtype, device=grad_y.device
+            )
+            for part in _slices(*weight.shape):
+                grad_x += grad_y[:, part].to(dtype) @ dequantize_weight(weight[part], scale[part], ctx.bits, dtype)
+            grad_x = grad_x.to(grad_y.dtype)
+        return grad_x, None, None, None, None
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer with int8 or packed int4 weights; a subclass of `nn.Linear` so that PEFT finds it.
+
+    Attributes:
+        weight: int8 [N, K], INT4 [N, K/2]; never trained, and left alone by `.half()`, `.float()`, `dtype=`.
+        weight_scale: float [N]; follows the model's dtype.
+        bias: float [N] or None.
+        bits: 8 or 4.
+
+    The input is [..., K] and the output [..., N], both of the activation's dtype. Gradients reach the input only.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        bits: int = 8,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        check_bits(bits)
+        if bits == 4 and in_features % 2:
+            raise ValueError(f"INT4 packs two columns in a byte, so in_features must be even; got {in_features}.")
+        nn.Module.__init__(self)  # not nn.Linear's, which would make a float weight first
+        self.in_features = in_features
+        self.out_features = out_features
+        self.bits = bits
+        columns = in_features * bits // 8
+
+        def parameter(*shape: int, dtype: torch.dtype | None) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device), requires_grad=False)
+
+        self.weight = parameter(out_features, columns, dtype=torch.int8)
+        self.weight_scale = parameter(out_features, dtype=dtype)
+        self.bias = parameter(out_features, dtype=dtype) if bias else None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, bits: int) -> "QuantizedLinear":
+        """Quantise a float `nn.Linear` into a new layer of the same device and dtype."""
+        dtype, device = linear.weight.dtype, linear.weight.device
+        layer = cls(
+            linear.in_features, linear.out_features, linear.bias is not None, bits, device=torch.device("meta")
+        )
+        weight, scale = quantize_weight(linear.weight.detach(), bits)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        layer.weight_scale = nn.Parameter(scale.to(device, dtype), requires_grad=False)
+        if linear.bias is not None:
+            layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+        return layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, self.in_features)
+        y = _QuantizedLinearFunction.apply(rows, self.weight, self.weight_scale, self.bias, self.bits)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The float weight [N, K], of the scales' dtype unless `dtype` says otherwise."""
+        return dequantize_weight(self.weight, self.weight_scale, self.bits, dtype or self.weight_scale.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bits={self.bits}"
+
+
+def quantize_linears(module: nn.Module, bits: int) -> None:
+    """Replace every `nn.Linear` below `module` by a `QuantizedLinear`, one at a time, freeing each float weight."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear) and not isinstance(child, QuantizedLinear):
+            setattr(module, name, QuantizedLinear.from_linear(child, bits))
+        else:
+            quantize_linears(child, bits)
