@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 from transformers import DynamicCache, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -32,6 +33,13 @@ logger = logging.get_logger(__name__)
 
 # The id that gets all the weight when the scores are not finite; "▁" in the release. The public code's choice.
 _FALLBACK_TOKEN_ID = 5
+
+
+def _linear(config: ChatGLMConfig, in_features: int, out_features: int) -> nn.Linear:
+    """A linear of a block, with quantised weights if the configuration says so."""
+    if config.quantization_bit:
+        return QuantizedLinear(in_features, out_features, bits=config.quantization_bit)
+    return nn.Linear(in_features, out_features)
 
 
 class PrefixEncoder(nn.Module):
@@ -117,8 +125,8 @@ class ChatGLMAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
-        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.query_key_value = _linear(config, config.hidden_size, 3 * config.hidden_size)
+        self.dense = _linear(config, config.hidden_size, config.hidden_size)
 
     def forward(
         self,
@@ -165,8 +173,8 @@ class ChatGLMMLP(nn.Module):
 
     def __init__(self, config: ChatGLMConfig):
         super().__init__()
-        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.inner_hidden_size)
-        self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
+        self.dense_h_to_4h = _linear(config, config.hidden_size, config.inner_hidden_size)
+        self.dense_4h_to_h = _linear(config, config.inner_hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[B, S, hidden] → [B, S, hidden]."""
@@ -250,11 +258,16 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, QuantizedLinear):
-            # Quantised weights come from a file or from `quantize`; a model made without either starts at zero.
+            if not getattr(module.weight, "_is_hf_initialized", False):
+                module.weight.data.random_(-128, 128)
+                # Evenly spread integers up to ±q have a standard deviation of q/√3.
+                largest = 2 ** (module.bits - 1)
+                init.constant_(module.weight_scale, self.config.initializer_range * math.sqrt(3) / largest)
+                init.zeros_(module.bias)
             return
         super()._init_weights(module)
         if isinstance(module, PrefixEncoder):
-            nn.init.normal_(module.embedding.weight)  # P-Tuning v2 starts from torch's default, N(0, 1)
+            init.normal_(module.embedding.weight)  # P-Tuning v2 starts from torch's default, N(0, 1)
 
     def _answer_start(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Column [B, 1] of the first `<sop>`, or S."""
@@ -327,8 +340,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(GLMBlock(config, layer_idx) for layer_idx in range(config.num_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
-        if config.quantization_bit:
-            quantize_linears(self.layers, config.quantization_bit)
         if config.pre_seq_len is not None:
             self.prefix_encoder = PrefixEncoder(config)
             self.dropout = nn.Dropout(0.1)
@@ -713,6 +724,24 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             max_cache_length + (self.config.pre_seq_len or 0),
         )
 
+    # Beams were scored by their mean over prompt and answer when the model was published, its <eop> not counted;
+    # transformers 5 counts the answer alone, which prefers longer ones. These two keep the published answers.
+
+    def _update_finished_beams(self, topk_log_probs, topk_running_sequences, cur_len, length_penalty, **kwargs):
+        ended = topk_running_sequences[:, :, cur_len] == self.config.eos_token_id
+        uncounted = ((cur_len + 1) / cur_len) ** length_penalty
+        return super()._update_finished_beams(
+            topk_log_probs=torch.where(ended, topk_log_probs * uncounted, topk_log_probs),
+            topk_running_sequences=topk_running_sequences,
+            cur_len=cur_len,
+            length_penalty=length_penalty,
+            **{**kwargs, "decoder_prompt_len": 0},
+        )
+
+    def _check_early_stop_heuristic(self, early_stopping, **kwargs):
+        kwargs["decoder_prompt_len"] = 0 if early_stopping == "never" else 1
+        return super()._check_early_stop_heuristic(early_stopping=early_stopping, **kwargs)
+
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
@@ -751,7 +780,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         """Generate one token at a time, greedily or by sampling; arguments as of `generate`.
 
         Yields:
-            all ids so far, int64 [B, T], after each new token.
+            all ids so far, int64 [B, T], after each new token but the one that ends the generation (`<eop>`, or the
+            last that `max_length` allows), as the public code does.
         """
         yield from self.generate(
             input_ids,
@@ -815,8 +845,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         """Answer a query piece by piece; arguments and errors as of `chat`.
 
         Yields:
-            the response so far and the history that goes with it, after each token. A character whose bytes are
-            spread over tokens appears with its last one.
+            the response so far and the history that goes with it, after each token of `stream_generate`. A character
+            whose bytes are spread over tokens appears with its last one.
         """
         history = list(history or [])
         inputs = self._chat_inputs(tokenizer, query, history, max_length, kwargs)
@@ -924,7 +954,8 @@ def _stream_tokens(
         if model_kwargs.get("past_key_values") is not None:
             next_sequence_length = 1
         unfinished = unfinished & ~stopping_criteria(input_ids, None)
-        yield input_ids
+        if unfinished.any():
+            yield input_ids
 
 
 ChatGLMForConditionalGeneration.register_for_auto_class("AutoModel")

@@ -1,0 +1,559 @@
+"""Tokenizer of ChatGLM-6B: a SentencePiece vocabulary, the marks of the prompt, the chat format.
+
+One sequence reads `context [GMASK] <sop> answer <eop>`, with `[GMASK]` written `[gMASK]`. The
+vocabulary file `ice_text.model` is a serialised SentencePiece `ModelProto` (unigram, `nmt_nfkc`,
+dummy prefix, byte fallback; format: google/sentencepiece, `src/sentencepiece_model.proto`). Line
+breaks, tabs and runs of 2 to 80 spaces have pieces of their own, since SentencePiece itself would
+fold them into one space.
+
+Everything here is Python over SentencePiece; masks and positions are the model's business.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+from sentencepiece import SentencePieceProcessor
+from transformers import PreTrainedTokenizer
+
+try:  # transformers asks for jinja2 itself, at the first chat template
+    from jinja2.exceptions import TemplateError
+except ImportError:
+    TemplateError = ValueError
+
+VOCABULARY_NAME = "ice_text.model"
+TRAINED_LENGTH = 2048
+
+# Pieces for white space, each with the text that it stands for.
+WHITE_SPACE = {"<n>": "\n", "<|tab|>": "\t", **{f"<|blank_{k}|>": " " * k for k in range(2, 81)}}
+BYTES = {f"<0x{value:02X}>": value for value in range(256)}
+CONTROL = ("<s>", "</s>", "<pad>", "[MASK]", "[gMASK]", "<sop>", "<eop>")
+
+# Decoding drops the space before these, one replacement after the other. The release decodes so, by
+# the default of its time; `clean_up_tokenization_spaces=False` leaves program text as it is.
+CLEAN_UP = (
+    *((f" {mark}", mark) for mark in ".?!,"),
+    (" ' ", "'"),
+    *((f" {ending}", ending) for ending in ("n't", "'m", "'s", "'ve", "'re")),
+)
+
+# The normaliser of the vocabulary (nmt_nfkc) deletes this character. Put inside the name of a
+# special token, it hides the name from the search for special tokens and changes no other id.
+DELETED = "\x01"
+
+# The prompt that the model was trained on. Alone, a query is its own prompt; otherwise rounds are
+# counted from 0. The text of a system message stands on lines of its own before them.
+CHAT_TEMPLATE = r"""
+{%- macro text(message) -%}
+  {%- set content = message['content'] -%}
+  {%- if content is string -%}
+    {{- content -}}
+  {%- elif content is defined and content is iterable and content is not mapping -%}
+    {%- for part in content -%}
+      {%- if part is mapping and part['type'] == 'text' and part['text'] is string -%}
+        {{- part['text'] -}}
+      {%- else -%}
+        {{- raise_exception('Content may only have parts {"type": "text", "text": ...}: '
+                            ~ 'this model reads text alone.') -}}
+      {%- endif -%}
+    {%- endfor -%}
+  {%- else -%}
+    {{- raise_exception('The content of a message has to be a string or a list of text parts; '
+                        ~ 'the one of a message with role "' ~ message['role'] ~ '" is not.') -}}
+  {%- endif -%}
+{%- endmacro -%}
+{%- if tools or documents -%}
+  {{- raise_exception('This model was not trained on tools or documents: leave them out, or put '
+                      ~ 'them in the text of a system message.') -}}
+{%- endif -%}
+{%- set answered = messages[-1]['role'] == 'assistant' -%}
+{%- set asked = messages[:-1] if answered else messages -%}
+{%- set first = 1 if messages[0]['role'] == 'system' else 0 -%}
+{%- for message in asked -%}
+  {%- set turn = loop.index0 - first -%}
+  {%- if turn < 0 -%}
+    {{- text(message) ~ '\n' -}}
+  {%- elif turn % 2 == 0 and message['role'] == 'user' -%}
+    {%- if asked | length > 1 -%}
+      {{- '[Round ' ~ turn // 2 ~ ']\n问：' ~ text(message) ~ '\n答：' -}}
+    {%- elif text(message) == '' -%}
+      {{- raise_exception('The query is empty: there is nothing to answer.') -}}
+    {%- else -%}
+      {{- text(message) -}}
+    {%- endif -%}
+  {%- elif turn % 2 == 1 and message['role'] == 'assistant' -%}
+    {{- text(message) ~ '\n' -}}
+  {%- else -%}
+    {{- raise_exception('Message ' ~ loop.index0 ~ ' has role "' ~ message['role'] ~ '" where "'
+                        ~ ('assistant' if turn % 2 else 'user') ~ '" was expected: roles are one '
+                        ~ '"system" at most, then "user" and "assistant" in turn.') -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if not asked or asked[-1]['role'] != 'user' -%}
+  {{- raise_exception('A conversation needs a message with role "user" to answer: roles are one '
+                      ~ '"system" at most, then "user" and "assistant" in turn.') -}}
+{%- elif answered and add_generation_prompt -%}
+  {{- raise_exception('The last message is an answer already: pass continue_final_message=True to '
+                      ~ 'go on with it, or end with a message of role "user".') -}}
+{%- elif answered -%}
+  {{- '[gMASK]<sop>' ~ text(messages[-1]) ~ '<eop>' -}}
+{%- elif add_generation_prompt -%}
+  {{- '[gMASK]<sop>' -}}
+{%- endif -%}
+"""
+
+
+class DecodeStream:
+    """Text of an answer, token by token, in constant work a token.
+
+    The strings of all steps and of `flush`, joined, are `tokenizer.decode` of all ids. A character
+    whose bytes come as several tokens appears with its last byte; bytes that can form no character
+    become U+FFFD, one for each, as in SentencePiece. A space that the next token may make
+    superfluous (see `CLEAN_UP`) appears with that token. One stream decodes one sequence.
+
+    Args:
+        tokenizer: whose ids they are.
+        skip_special_tokens, clean_up_tokenization_spaces: as in `tokenizer.decode`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "ChatGLMTokenizer",
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+    ):
+        if clean_up_tokenization_spaces is None:
+            clean_up_tokenization_spaces = tokenizer.clean_up_tokenization_spaces
+        self._tokenizer = tokenizer
+        self._skipped = frozenset(tokenizer.all_special_ids if skip_special_tokens else ())
+        self._bytes = bytearray()
+        self._started = False
+        self._held = [""] * len(CLEAN_UP) if clean_up_tokenization_spaces else []
+
+    def step(self, token_id: int) -> str:
+        """Takes the next id and returns the text it completes, which may be "".
+
+        Raises ValueError for an id outside of the vocabulary.
+        """
+        token_id = int(token_id)
+        if token_id in self._skipped:
+            return ""
+        return self._add(self._tokenizer.convert_ids_to_tokens(token_id))
+
+    def flush(self) -> str:
+        """Returns what is left at the end of the sequence."""
+        return self._clean_up(self._characters(last=True), last=True)
+
+    def _add(self, token: str) -> str:
+        if token in BYTES:
+            self._bytes.append(BYTES[token])
+            text = self._characters(last=False)
+        else:
+            text = self._characters(last=True)
+            text += self._surface(token, at_start=not (self._started or text))
+        self._started = self._started or text != ""
+        return self._clean_up(text, last=False)
+
+    def _characters(self, last: bool) -> str:
+        text = ""
+        while self._bytes:
+            lead = self._bytes[0]
+            length = 4 if 0xF0 <= lead < 0xF8 else 3 if lead >= 0xE0 else 2 if lead >= 0xC0 else 1
+            head = bytes(self._bytes[:length])
+            if len(head) < length and not last and all(byte & 0xC0 == 0x80 for byte in head[1:]):
+                break
+            try:
+                text += head.decode("utf-8")
+            except UnicodeDecodeError:
+                text, length = text + "\ufffd", 1
+            del self._bytes[:length]
+        return text
+
+    def _clean_up(self, text: str, last: bool) -> str:
+        # Each replacement keeps back the end of the text that may begin what it replaces.
+        for i, held in enumerate(self._held):
+            spaced, joined = CLEAN_UP[i]
+            *done, rest = (held + text).split(spaced)
+            keep = 0 if last else _overlap(rest, spaced)
+            self._held[i] = rest[len(rest) - keep :]
+            text = joined.join([*done, rest[: len(rest) - keep]])
+        return text
+
+    def _surface(self, token: str, at_start: bool) -> str:
+        if token in WHITE_SPACE:
+            return WHITE_SPACE[token]
+        if token == "<unk>":
+            return " ⁇ "
+        if token not in self._tokenizer._vocabulary:  # added by the user
+            return token
+        if token in self._tokenizer._control:
+            return ""
+        if at_start:  # the dummy prefix
+            token = token.removeprefix("▁")
+        return token.replace("▁", " ")
+
+
+class ChatGLMTokenizer(PreTrainedTokenizer):
+    """Turns text into ids of ChatGLM-6B and back.
+
+    Calling it returns `input_ids` and a 2-D `attention_mask` (1 = real), padded on the left unless
+    `padding_side` says otherwise. Special tokens go behind the text: `a [gMASK] <sop>`, and for a
+    pair `a [gMASK] <sop> b <eop>`.
+
+    In plain text `[MASK]`, `<sop>`, `<eop>`, `<pad>`, `<unk>` and tokens that you added name those
+    tokens, and the text on either side is encoded on its own; `[gMASK]` and `</s>` are ordinary
+    text. With `split_special_tokens=True`, and for everything inside the messages given to
+    `apply_chat_template`, no text can become a special token.
+
+    Args:
+        vocab_file: path of `ice_text.model`.
+        do_lower_case: lower the text first.
+        remove_space: strip the text first, and fold white space inside it into one space.
+        num_image_tokens: how many ids `<image_0>`, `<image_1>`, ... stand before the text ids,
+            which are shifted up by as many. 0 in the release; 20000, the default, is what an old
+            checkpoint without this setting means.
+        bos_token, eos_token, end_token, mask_token, gmask_token, pad_token, unk_token: names.
+        kwargs: of `PreTrainedTokenizer`. If not given, `model_max_length` is 2048 and
+            `clean_up_tokenization_spaces` True.
+
+    Raises:
+        FileNotFoundError: there is no vocabulary file.
+        ValueError: the file is a Git LFS pointer, damaged, or no vocabulary of this model.
+    """
+
+    vocab_files_names: ClassVar[dict[str, str]] = {"vocab_file": VOCABULARY_NAME}
+    model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
+    padding_side = "left"
+    chat_template = CHAT_TEMPLATE
+    SPECIAL_TOKENS_ATTRIBUTES: ClassVar[list[str]] = [
+        *PreTrainedTokenizer.SPECIAL_TOKENS_ATTRIBUTES,
+        "end_token",
+        "gmask_token",
+    ]
+
+    def __init__(
+        self,
+        vocab_file: str | os.PathLike | None = None,
+        *,
+        do_lower_case: bool = False,
+        remove_space: bool = False,
+        num_image_tokens: int = 20000,
+        bos_token: str = "<sop>",
+        eos_token: str = "<eop>",
+        end_token: str = "</s>",
+        mask_token: str = "[MASK]",
+        gmask_token: str = "[gMASK]",
+        pad_token: str = "<pad>",
+        unk_token: str = "<unk>",
+        **kwargs: Any,
+    ):
+        self.vocab_file = vocab_file
+        self.do_lower_case = do_lower_case
+        self.remove_space = remove_space
+        self.num_image_tokens = num_image_tokens
+        self.sp_model = _load_vocabulary(vocab_file, kwargs.get("name_or_path"))
+        pieces = [self.sp_model.id_to_piece(i) for i in range(self.sp_model.get_piece_size())]
+        self._control = frozenset(p for i, p in enumerate(pieces) if self.sp_model.is_control(i))
+        self._tokens = [f"<image_{i}>" for i in range(num_image_tokens)] + pieces
+        self._vocabulary = {token: index for index, token in enumerate(self._tokens)}
+        kwargs.setdefault("model_max_length", TRAINED_LENGTH)
+        kwargs.setdefault("clean_up_tokenization_spaces", True)
+        super().__init__(
+            vocab_file=vocab_file,
+            do_lower_case=do_lower_case,
+            remove_space=remove_space,
+            num_image_tokens=num_image_tokens,
+            bos_token=bos_token,
+            eos_token=eos_token,
+            end_token=end_token,
+            mask_token=mask_token,
+            gmask_token=gmask_token,
+            pad_token=pad_token,
+            unk_token=unk_token,
+            **kwargs,
+        )
+        if self.chat_template is None:
+            self.chat_template = CHAT_TEMPLATE
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args: Any, **kwargs: Any):
+        """As in `PreTrainedTokenizer`; a missing vocabulary file is named.
+
+        Raises FileNotFoundError without that file, and what the class raises for a broken one.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except OSError as error:
+            # transformers replaces the message of any OSError by one that names no file.
+            if isinstance(error.__context__, FileNotFoundError):
+                raise error.__context__ from None
+            raise
+
+    # Vocabulary
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of pieces and image tokens, without added tokens."""
+        return len(self._tokens)
+
+    def get_vocab(self) -> dict[str, int]:
+        """Returns all tokens with their ids, added ones too."""
+        return {**self._vocabulary, **self.added_tokens_encoder}
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self._vocabulary.get(token, self._vocabulary["<unk>"])
+
+    def _convert_id_to_token(self, index: int) -> str:
+        if not 0 <= index < len(self._tokens):
+            raise ValueError(
+                f"Token id {index} is outside of the vocabulary: expected 0 to {len(self) - 1}. "
+                "Take padding such as -100 out of labels before decoding; for larger ids, check "
+                f"that num_image_tokens ({self.num_image_tokens}) is the one of the model."
+            )
+        return self._tokens[index]
+
+    def save_vocabulary(
+        self, save_directory: str | os.PathLike, filename_prefix: str | None = None
+    ) -> tuple[str]:
+        """Writes `ice_text.model` into the folder and returns its path in a tuple."""
+        prefix = f"{filename_prefix}-" if filename_prefix else ""
+        path = os.path.join(save_directory, prefix + VOCABULARY_NAME)
+        with open(path, "wb") as file:  # from memory: the file read from may be gone by now
+            file.write(self.sp_model.serialized_model_proto())
+        return (path,)
+
+    # Text to ids
+
+    def tokenize(self, text: str, genuine_marks: bool = False, **kwargs: Any) -> list[str]:
+        """Splits text into the names of its tokens.
+
+        Args:
+            text: plain text, or a prompt rendered from a chat template.
+            genuine_marks: the text is such a prompt, where the names of all special tokens,
+                `[gMASK]` and `</s>` too, mean the tokens. Raises ValueError if nothing else is in
+                it. Messages that went into it must have been through `_hide` before.
+            kwargs: of `PreTrainedTokenizer.tokenize`, as `split_special_tokens`.
+        """
+        if not genuine_marks:
+            named = {self.bos_token, self.eos_token, self.pad_token, self.unk_token}
+            plain = {self.gmask_token, self.end_token} - named - {self.mask_token, None}
+            return super().tokenize(_hide(text, plain), **kwargs)
+        tokens = super().tokenize(text, **{**kwargs, "split_special_tokens": False})
+        if not set(tokens) - {self.gmask_token, self.bos_token, self.eos_token}:
+            raise ValueError("The conversation has no text that gives tokens: the query is empty.")
+        return tokens
+
+    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        if self.remove_space:
+            text = " ".join(text.split())
+        if self.do_lower_case:
+            text = text.lower()
+        # SentencePiece takes valid Unicode only: join surrogate pairs, replace lone halves.
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        text = re.sub(r"\n|\t| {2,80}", _white_space_piece, text)
+        return self.sp_model.encode(text, out_type=str)
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """Returns ids `a [gMASK] <sop>`, or for a pair `a [gMASK] <sop> b <eop>`."""
+        ids = [*token_ids_0, self.gmask_token_id, self.bos_token_id]
+        return ids if token_ids_1 is None else [*ids, *token_ids_1, self.eos_token_id]
+
+    def get_special_tokens_mask(
+        self,
+        token_ids_0: list[int],
+        token_ids_1: list[int] | None = None,
+        already_has_special_tokens: bool = False,
+    ) -> list[int]:
+        """Returns 1 for each special token and 0 for each other, of what
+        `build_inputs_with_special_tokens` makes of the arguments, or of finished ids."""
+        if already_has_special_tokens:
+            return super().get_special_tokens_mask(token_ids_0, token_ids_1, True)
+        mask = [0] * len(token_ids_0) + [1, 1]
+        return mask if token_ids_1 is None else [*mask, *[0] * len(token_ids_1), 1]
+
+    def truncate_sequences(
+        self,
+        ids: list[int],
+        pair_ids: list[int] | None = None,
+        num_tokens_to_remove: int = 0,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[list[int], list[int] | None, list[int]]:
+        """As in `PreTrainedTokenizer`, but the marks `[gMASK] <sop>` of a rendered conversation
+        stay: from the right, the answer behind them goes first and then the end of the prompt;
+        from the left, the start of the prompt first."""
+        marks = [self.gmask_token_id, self.bos_token_id]
+        at = next((i for i in range(len(ids) - 1) if ids[i : i + 2] == marks), None)
+        if pair_ids is not None or at is None:
+            return super().truncate_sequences(ids, pair_ids, num_tokens_to_remove, *args, **kwargs)
+        prompt, answer = ids[:at], ids[at + 2 :]
+        if self.truncation_side == "right":
+            of_answer = min(num_tokens_to_remove, len(answer))
+        else:
+            of_answer = max(num_tokens_to_remove - len(prompt), 0)
+        of_prompt = num_tokens_to_remove - of_answer
+        prompt, _, lost = super().truncate_sequences(prompt, None, of_prompt, *args, **kwargs)
+        answer, _, more = super().truncate_sequences(answer, None, of_answer, *args, **kwargs)
+        return prompt + marks + answer, None, lost + more
+
+    # Chat
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict] | list[list[dict]],
+        tools: list | None = None,
+        documents: list[dict] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        tokenize: bool = True,
+        *,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Makes the prompt of one conversation, or of several.
+
+        Arguments and results are those of `PreTrainedTokenizer.apply_chat_template`, with two
+        differences. What stands in the messages never becomes a special token, with any template
+        (`sanitize_control_tokens` of newer versions is always on). Mistakes in a conversation
+        raise ValueError.
+
+        With the template of this class a conversation is one "system" message at most, then "user"
+        and "assistant" in turn; content is a string or a list of parts `{"type": "text", ...}`.
+        Ended by the user, it gives the prompt, and with `add_generation_prompt` the marks
+        `[gMASK] <sop>` behind it; ended by the assistant, `prompt [gMASK] <sop> answer <eop>`, or
+        without `<eop>` with `continue_final_message`.
+        """
+        kwargs.pop("sanitize_control_tokens", None)
+        _check_conversation(conversation)
+        if tokenize:  # as a string there are no ids to protect
+            hidden = self.all_special_tokens
+            conversation = _hide(conversation, hidden)
+            tools, documents = _hide(tools, hidden), _hide(documents, hidden)
+        try:
+            return super().apply_chat_template(
+                conversation,
+                tools=tools,
+                documents=documents,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tokenize=tokenize,
+                tokenizer_kwargs={**(tokenizer_kwargs or {}), "genuine_marks": True},
+                **kwargs,
+            )
+        except TemplateError as error:
+            if type(error) is not TemplateError:  # a mistake in the template, not in its input
+                raise
+            raise ValueError(str(error)) from None
+
+    # Ids to text
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Joins tokens to text: control tokens vanish, `<unk>` is " ⁇ ", bytes form characters."""
+        stream = DecodeStream(self, clean_up_tokenization_spaces=False)
+        return "".join([stream._add(token) for token in tokens]) + stream.flush()
+
+    def clean_up_tokenization(self, text: str) -> str:
+        """Drops spaces before punctuation and English endings; `decode` does it by default."""
+        for spaced, joined in CLEAN_UP:
+            text = text.replace(spaced, joined)
+        return text
+
+    def decode_stream(
+        self, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
+    ) -> DecodeStream:
+        """Returns an object that decodes one sequence token by token; see `DecodeStream`."""
+        return DecodeStream(self, skip_special_tokens, clean_up_tokenization_spaces)
+
+
+def _load_vocabulary(
+    path: str | os.PathLike | None, checkpoint: str | None
+) -> SentencePieceProcessor:
+    """Reads the vocabulary file; says what is wrong with one that is none."""
+    if path is None or not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"There is no vocabulary file {path or VOCABULARY_NAME}"
+            f"{f' in {checkpoint}' if checkpoint else ''}. It belongs to every ChatGLM-6B "
+            "checkpoint: download it (THUDM/chatglm-6b-int8 has it) to that place."
+        )
+    with open(path, "rb") as file:
+        data = file.read()
+    remedy = "Download it again; the file of the release has 2,706,249 bytes."
+    if data.startswith(b"version https://git-lfs"):
+        raise ValueError(
+            f"{path} is a Git LFS pointer of {len(data)} bytes, not the vocabulary. Run `git lfs "
+            "pull` in its folder, or download the file itself."
+        )
+    try:
+        model = SentencePieceProcessor()
+        model.LoadFromSerializedProto(data)
+        pieces = {model.id_to_piece(i) for i in range(model.get_piece_size())}
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} ({len(data)} bytes) is no SentencePiece model, or only a part of one. {remedy}"
+        ) from error
+    missing = [p for p in ("<unk>", *CONTROL, *WHITE_SPACE, *BYTES) if p not in pieces]
+    if missing:
+        raise ValueError(
+            f"{path} ({len(data)} bytes) is no vocabulary of ChatGLM-6B, or only a part of one: of "
+            f"the special pieces expected, {len(missing)} are missing, {missing[0]} first. {remedy}"
+        )
+    if model.encode(DELETED):
+        raise ValueError(
+            f"{path} was not built with the normaliser nmt_nfkc: it keeps U+0001, which this "
+            f"tokenizer relies on to be deleted. {remedy}"
+        )
+    return model
+
+
+def _white_space_piece(match: re.Match) -> str:
+    run = match.group()
+    return "<n>" if run == "\n" else "<|tab|>" if run == "\t" else f"<|blank_{len(run)}|>"
+
+
+def _overlap(text: str, pattern: str) -> int:
+    """Length of the longest proper prefix of `pattern` that `text` ends with."""
+    lengths = range(len(pattern) - 1, 0, -1)
+    return next((length for length in lengths if text.endswith(pattern[:length])), 0)
+
+
+def _hide(value: Any, tokens: Iterable[str]) -> Any:
+    """Spoils the names of special tokens in all strings of `value`, for the search alone.
+
+    A name begun at the end of a string is spoilt too, in case a template joins it to another.
+    """
+    if isinstance(value, str):
+        for token in tokens:
+            value = value.replace(token, token[0] + DELETED + token[1:])
+            if begun := _overlap(value, token):
+                value = value[:-begun] + token[0] + DELETED + token[1:begun]
+        return value
+    if isinstance(value, Mapping):
+        return {key: _hide(item, tokens) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_hide(item, tokens) for item in value]
+    return _hide(value.messages, tokens) if hasattr(value, "messages") else value
+
+
+def _check_conversation(conversation: Any) -> None:
+    batch = conversation
+    if not isinstance(batch, (list, tuple)) or not batch or isinstance(batch[0], Mapping):
+        batch = [conversation]
+    for chat in batch:
+        messages = getattr(chat, "messages", chat)
+        if (
+            not isinstance(messages, (list, tuple))
+            or not messages
+            or not all(isinstance(message, Mapping) for message in messages)
+        ):
+            raise ValueError(
+                'A conversation is a list of at least one message {"role": ..., "content": ...}; '
+                f"got {messages!r:.200}."
+            )
+
+
+ChatGLMTokenizer.register_for_auto_class()
