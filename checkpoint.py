@@ -22,27 +22,39 @@ _WEIGHT_FILES = (
 _LFS_MAGIC = b"version https://git-lfs"
 
 
-def check_checkpoint(folder: str | os.PathLike, expected: dict[str, torch.Tensor], bits: int) -> None:
+def check_checkpoint(
+    folder: str | os.PathLike, expected: dict[str, torch.Tensor], bits: int, tied: bool = True
+) -> None:
     """Compare the weight files of a folder with what a model needs.
 
     Args:
         folder: a checkpoint folder. One without any weight file passes: the loader has a message for that.
         expected: the model's state dict, which may be on the meta device.
         bits: the configuration's `quantization_bit`.
+        tied: its `tie_word_embeddings`: LM head and embedding are one tensor, of which one name is enough.
 
     Raises:
         OSError: a file that is missing, cut short, a Git LFS pointer or not a weight file.
         ValueError: a tensor that is missing or whose shape or dtype is not the expected one.
     """
-    found: dict[str, tuple[str, torch.Tensor]] = {}
-    for path in _shards(folder):
-        found.update({_plain(name): (path, tensor) for name, tensor in _read_tensors(path, "meta").items()})
-    if not found:
+    paths = _shards(folder)
+    if not paths:
         return
-    expected = {_plain(name): tensor for name, tensor in expected.items() if "prefix_encoder." not in name}
+    found: dict[str, tuple[str, torch.Tensor]] = {}
+    for path in paths:
+        found.update({_plain(name): (path, tensor) for name, tensor in _read_tensors(path, "meta").items()})
+    expected = {_plain(name): tensor for name, tensor in expected.items()}
+    prefix = {name for name in found if name.startswith("prefix_encoder.")}
+    if prefix and prefix == found.keys():
+        raise ValueError(
+            f"{folder} holds nothing but a P-Tuning v2 prefix: load the model that it was trained on, then call "
+            "model.load_prefix with this folder."
+        )
+    if not prefix:  # a fresh one will be made
+        expected = {name: tensor for name, tensor in expected.items() if not name.startswith("prefix_encoder.")}
     for head, tail in (("lm_head.weight", "word_embeddings.weight"), ("word_embeddings.weight", "lm_head.weight")):
-        if head in expected and head not in found and tail in found:
-            del expected[head]  # one tensor under two names
+        if tied and head in expected and head not in found and tail in found:
+            del expected[head]
     missing = [name for name in expected if name not in found]
     if missing:
         scales = all(name.endswith("weight_scale") for name in missing)
@@ -65,6 +77,8 @@ def read_prefix(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         OSError: no file there, or a damaged one.
         ValueError: no prefix in it.
     """
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"There is no file or folder {path}: give the one that holds the prefix.")
     paths = _shards(path) if os.path.isdir(path) else [os.fspath(path)]
     if not paths:
         raise FileNotFoundError(f"{path} holds none of {', '.join(_WEIGHT_FILES)}: give the prefix's file or folder.")
@@ -94,10 +108,12 @@ def _shards(folder: str | os.PathLike) -> list[str]:
             _refuse_lfs_pointer(path)
             try:
                 with open(path, encoding="utf-8") as file:
-                    weight_map = json.load(file)["weight_map"]
-            except (ValueError, KeyError) as error:
+                    shards = set(json.load(file)["weight_map"].values())
+                if not shards:
+                    raise ValueError("it names no file")
+                return [os.path.join(folder, shard) for shard in sorted(shards)]
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise OSError(f"{path} is not an index of weight files ({error!r}): download it again.") from error
-            return [os.path.join(folder, shard) for shard in sorted(set(weight_map.values()))]
     return []
 
 
@@ -119,12 +135,13 @@ def _read_tensors(path: str, device: str, only: str = "") -> dict[str, torch.Ten
     if path.endswith(".safetensors"):
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
-                names = [name for name in file.keys() if only in name]
+                names = file.keys()
+                names = [name for name in names if only in name]
                 if device != "meta":
                     return {name: file.get_tensor(name) for name in names}
                 return {name: _meta_tensor(file.get_slice(name)) for name in names}
         except SafetensorError as error:
-            raise OSError(f"{cut_short} ({error}).") from error
+            raise OSError(f"{cut_short} ({_first_line(error)}).") from error
     is_zip = zipfile.is_zipfile(path)
     if not is_zip:
         with open(path, "rb") as file:
@@ -135,11 +152,19 @@ def _read_tensors(path: str, device: str, only: str = "") -> dict[str, torch.Ten
     except pickle.UnpicklingError as error:
         raise OSError(
             f"{path} is damaged, or holds more than tensors and would run code when unpickled, so it is not read: "
-            f"get it from its publisher again ({str(error).splitlines()[0]})."
+            f"get it from its publisher again ({_first_line(error)})."
         ) from error
-    except (EOFError, RuntimeError, ValueError) as error:
-        raise OSError(f"{cut_short} ({error}).") from error
-    return {name: tensor for name, tensor in tensors.items() if only in name}
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle fails in any way
+        raise OSError(f"{cut_short} ({_first_line(error)}).") from error
+    if not isinstance(tensors, dict):
+        raise OSError(f"{path} holds a {type(tensors).__name__}, not tensors by their names: download it again.")
+    return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor) and only in name}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or repr(error)).splitlines()[0]
 
 
 # The dtypes of safetensors that a checkpoint of this model may hold.
@@ -158,14 +183,18 @@ def _meta_tensor(tensor_slice) -> torch.Tensor:
 
 
 def _check_tensor(where: str, stored: torch.Tensor, expected: torch.Tensor, bits: int) -> None:
+    if stored.dtype == torch.int8 and stored.ndim == expected.ndim == 2 and stored.shape[0] == expected.shape[0]:
+        columns = expected.shape[1] * 8 // (bits or 8)
+        stored_bits = {columns: 8, columns // 2: 4}.get(stored.shape[1], bits)
+        if stored_bits != bits:
+            raise ValueError(
+                f"{where} is torch.int8 {list(stored.shape)}, a weight of {stored_bits} bits, but config.json has "
+                f"quantization_bit = {bits}: set quantization_bit to {stored_bits}."
+            )
     if stored.is_floating_point() != expected.is_floating_point():
-        if stored.is_floating_point():
-            remedy = "set quantization_bit to 0 and call model.quantize, or use the INT8 files"
-        else:
-            remedy = "set quantization_bit to 8 (or 4, if the weights have half the columns)"
         raise ValueError(
-            f"{where} is {stored.dtype}, but config.json has quantization_bit = {bits}, so {expected.dtype} is "
-            f"expected: {remedy}."
+            f"{where} is {stored.dtype}, but with quantization_bit = {bits} in config.json {expected.dtype} is "
+            "expected: for float weights set quantization_bit to 0 and call model.quantize, or get the INT8 files."
         )
     if stored.shape != expected.shape:
         raise ValueError(

@@ -1,9 +1,19 @@
 """Configuration of ChatGLM-6B: one class, whose defaults are the INT8 release."""
 
+from typing import ClassVar
+
 from transformers import PreTrainedConfig
 
 # The Auto classes under which `trust_remote_code=True` finds the model; published files name only some of them.
 _MODEL_AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "inner_hidden_size",
+    "num_layers",
+    "num_attention_heads",
+    "max_sequence_length",
+)
 
 
 class ChatGLMConfig(PreTrainedConfig):
@@ -37,8 +47,11 @@ class ChatGLMConfig(PreTrainedConfig):
     """
 
     model_type = "chatglm"
-    keys_to_ignore_at_inference = ["past_key_values"]
-    attribute_map = {"num_hidden_layers": "num_layers", "max_position_embeddings": "max_sequence_length"}
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {
+        "num_hidden_layers": "num_layers",
+        "max_position_embeddings": "max_sequence_length",
+    }
 
     def __init__(
         self,
@@ -101,13 +114,18 @@ class ChatGLMConfig(PreTrainedConfig):
                 "Correct it in config.json or in the arguments."
             )
 
+        for field in _SIZES:
+            if getattr(self, field) < 1:
+                refuse(field, "a positive number")
         if self.quantization_bit not in (0, 4, 8):
             refuse("quantization_bit", "0 (float weights), 4 or 8")
         if self.quantization_embeddings:
             refuse("quantization_embeddings", "false: embedding and LM head stay in floating point")
         rotary_parts = 2 if self.position_encoding_2d else 1
         if self.hidden_size % (self.num_attention_heads * 2 * rotary_parts):
-            refuse("hidden_size", f"a multiple of {2 * rotary_parts} · num_attention_heads = {self.num_attention_heads}")
+            refuse(
+                "hidden_size", f"a multiple of {2 * rotary_parts} · num_attention_heads = {self.num_attention_heads}"
+            )
         if self.quantization_bit == 4 and (self.hidden_size % 2 or self.inner_hidden_size % 2):
             refuse("inner_hidden_size", "an even number, since INT4 packs two columns in a byte")
         if self.pre_seq_len is not None and self.pre_seq_len < 1:

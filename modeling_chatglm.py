@@ -695,14 +695,15 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             position_ids, self.get_position_ids(prompt, attention_mask=mask)
         ):
             raise ValueError("generate derives position_ids from the ids and the attention_mask; these are others.")
-        chunk_size = kwargs.get("prefill_chunk_size") or getattr(
-            kwargs.get("generation_config"), "prefill_chunk_size", None
-        )
-        if chunk_size is not None:
+        generation_config = kwargs.get("generation_config") or (args[0] if args else None) or self.generation_config
+        given = (kwargs, vars(generation_config))
+        if any(settings.get("prefill_chunk_size") is not None for settings in given):
             raise ValueError("prefill_chunk_size can't be used: the prompt sees itself both ways, so it is one piece.")
         cache = kwargs.get("past_key_values")
         if cache is not None and self.config.pre_seq_len is not None and int(cache.get_seq_length()) > 0:
             raise ValueError("With P-Tuning v2, generate starts from the prompt: pass no filled past_key_values.")
+        if all(settings.get(name) is None for settings in given for name in ("max_length", "max_new_tokens")):
+            kwargs["max_length"] = self.config.max_sequence_length  # else transformers stops after 20 tokens
         return super().generate(inputs, *args, **kwargs)
 
     def generate_batch(self, *args, **kwargs):

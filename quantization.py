@@ -103,9 +103,7 @@ class _QuantizedLinearFunction(torch.autograd.Function):
         dtype = _compute_dtype(grad_y)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.zeros(
-                grad_y.shape[0], weight.shape[1] * (8 // ctx.bits), dtype=dtype, device=grad_y.device
-            )
+            grad_x = torch.zeros(grad_y.shape[0], weight.shape[1] * (8 // ctx.bits), dtype=dtype, device=grad_y.device)
             for part in _slices(*weight.shape):
                 grad_x += grad_y[:, part].to(dtype) @ dequantize_weight(weight[part], scale[part], ctx.bits, dtype)
             grad_x = grad_x.to(grad_y.dtype)
@@ -153,9 +151,7 @@ class QuantizedLinear(nn.Linear):
     def from_linear(cls, linear: nn.Linear, bits: int) -> "QuantizedLinear":
         """Quantise a float `nn.Linear` into a new layer of the same device and dtype."""
         dtype, device = linear.weight.dtype, linear.weight.device
-        layer = cls(
-            linear.in_features, linear.out_features, linear.bias is not None, bits, device=torch.device("meta")
-        )
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, bits, device=torch.device("meta"))
         weight, scale = quantize_weight(linear.weight.detach(), bits)
         layer.weight = nn.Parameter(weight, requires_grad=False)
         layer.weight_scale = nn.Parameter(scale.to(device, dtype), requires_grad=False)
@@ -177,9 +173,18 @@ class QuantizedLinear(nn.Linear):
 
 
 def quantize_linears(module: nn.Module, bits: int) -> None:
-    """Replace every `nn.Linear` below `module` by a `QuantizedLinear`, one at a time, freeing each float weight."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.Linear) and not isinstance(child, QuantizedLinear):
-            setattr(module, name, QuantizedLinear.from_linear(child, bits))
-        else:
-            quantize_linears(child, bits)
+    """Replace every `nn.Linear` below `module` by a `QuantizedLinear`, one at a time, freeing each float weight.
+
+    Raises:
+        ValueError: a weight that can't be quantised, by name; the linears before it are replaced by then.
+    """
+    names = [
+        name
+        for name, child in module.named_modules()
+        if isinstance(child, nn.Linear) and not isinstance(child, QuantizedLinear)
+    ]
+    for name in names:
+        try:
+            module.set_submodule(name, QuantizedLinear.from_linear(module.get_submodule(name), bits))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None

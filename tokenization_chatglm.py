@@ -1,10 +1,9 @@
 """Tokenizer of ChatGLM-6B: a SentencePiece vocabulary, the marks of the prompt, the chat format.
 
-One sequence reads `context [GMASK] <sop> answer <eop>`, with `[GMASK]` written `[gMASK]`. The
-vocabulary file `ice_text.model` is a serialised SentencePiece `ModelProto` (unigram, `nmt_nfkc`,
-dummy prefix, byte fallback; format: google/sentencepiece, `src/sentencepiece_model.proto`). Line
-breaks, tabs and runs of 2 to 80 spaces have pieces of their own, since SentencePiece itself would
-fold them into one space.
+A sequence reads `context [gMASK] <sop> answer <eop>`. The vocabulary file `ice_text.model` is a
+serialised SentencePiece `ModelProto` (unigram, `nmt_nfkc`, dummy prefix, byte fallback; format:
+google/sentencepiece, `src/sentencepiece_model.proto`). Line breaks, tabs and runs of 2 to 80 spaces
+have pieces of their own, since SentencePiece itself would fold them into one space.
 
 Everything here is Python over SentencePiece; masks and positions are the model's business.
 """
@@ -313,9 +312,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             )
         return self._tokens[index]
 
-    def save_vocabulary(
-        self, save_directory: str | os.PathLike, filename_prefix: str | None = None
-    ) -> tuple[str]:
+    def save_vocabulary(self, save_directory: str | os.PathLike, filename_prefix: str | None = None) -> tuple[str]:
         """Writes `ice_text.model` into the folder and returns its path in a tuple."""
         prefix = f"{filename_prefix}-" if filename_prefix else ""
         path = os.path.join(save_directory, prefix + VOCABULARY_NAME)
@@ -470,9 +467,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return DecodeStream(self, skip_special_tokens, clean_up_tokenization_spaces)
 
 
-def _load_vocabulary(
-    path: str | os.PathLike | None, checkpoint: str | None
-) -> SentencePieceProcessor:
+def _load_vocabulary(path: str | os.PathLike | None, checkpoint: str | None) -> SentencePieceProcessor:
     """Reads the vocabulary file; says what is wrong with one that is none."""
     if path is None or not os.path.isfile(path):
         raise FileNotFoundError(

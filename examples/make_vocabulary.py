@@ -17,7 +17,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as proto
 
 HERE = Path(__file__).resolve().parent
-CONTROL = "[MASK] [gMASK] [sMASK] <unused_0> <sop> <eop> <ENC> <dBLOCK>".split()
+CONTROL = ["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"]
 WHITE_SPACE = ["<|tab|>", *(f"<|blank_{k}|>" for k in range(2, 81))]
 
 
@@ -56,7 +56,8 @@ def build_vocabulary(lines: Iterable[str], pieces: int) -> bytes:
         <pad> <n> ▁`, the other ordinary pieces from frequent to rare, 8 control pieces, `<|tab|>`
         and `<|blank_2|>` to `<|blank_80|>`, the 256 bytes.
 
-    Raises ValueError for too few pieces, RuntimeError of SentencePiece for text without words.
+    Raises ValueError for too few pieces, and SentencePiece's RuntimeError for text without words
+    or with more kinds of characters than pieces.
     """
     later = len(CONTROL) + len(WHITE_SPACE)
     if pieces <= later + 262:

@@ -1,0 +1,276 @@
+"""The network against what the public implementation computed (tests/data, made with transformers 4.27.1)."""
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from chatglm_int8 import ChatGLMConfig, ChatGLMForConditionalGeneration
+from chatglm_int8.modeling_chatglm import apply_rotary, rotary_embedding
+
+# Largest difference over the largest number of the reference.
+FP32_TOLERANCE = 1e-4
+FP16_TOLERANCE = 2e-2  # the two fp16 goldens ran in another order of operations; 2^-11 a rounding, many roundings
+
+FORWARD_CASES = [
+    "base_single",
+    "base_infill",
+    "base_long",
+    "base_padded",
+    "base_labels",
+    "pos1d_single",
+    "prefix_single",
+    "prefix_proj_single",
+    "int8_single",
+    "int8_padded",
+    "int4_single",
+    "int4_padded",
+]
+
+
+def model_of(case: str) -> str:
+    return case.removesuffix("_fp16").rsplit("_", 1)[0]
+
+
+def of_case(cases: dict, case: str) -> dict:
+    return {key.removeprefix(f"{case}."): value for key, value in cases.items() if key.startswith(f"{case}.")}
+
+
+def error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    assert got.shape == expected.shape
+    return ((got.detach().float() - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("case", FORWARD_CASES)
+def test_forward_equals_golden(case, attention, cases, golden_model):
+    golden = of_case(cases, case)
+    model = golden_model(model_of(case), attention=attention)
+    with torch.no_grad():
+        output = model(
+            golden["input_ids"],
+            attention_mask=golden.get("attention_mask"),
+            position_ids=golden.get("position_ids"),
+            labels=golden.get("labels"),
+            output_hidden_states=True,
+            output_attentions=True,
+        )
+    assert error(output.logits, golden["logits"]) < FP32_TOLERANCE
+    if "loss" in golden:
+        assert error(output.loss.view(1), golden["loss"]) < FP32_TOLERANCE
+    compared = 0
+    for i, hidden in enumerate(output.hidden_states):
+        if f"hidden.{i}" in golden:
+            assert error(hidden, golden[f"hidden.{i}"]) < FP32_TOLERANCE
+            compared += 1
+    for i, probs in enumerate(output.attentions):
+        if f"attn.{i}" in golden:
+            assert error(probs.flatten(0, 1), golden[f"attn.{i}"]) < FP32_TOLERANCE
+            compared += 1
+    assert compared > 0
+    assert len(output.hidden_states) == model.config.num_layers + 1
+    # The interface under test, not the eager path that gives probabilities.
+    with torch.no_grad():
+        logits = model(
+            golden["input_ids"],
+            attention_mask=golden.get("attention_mask"),
+            position_ids=golden.get("position_ids"),
+        ).logits
+    assert error(logits, golden["logits"]) < FP32_TOLERANCE
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_far_positions_equal_golden(attention, cases, golden_model):
+    ids = cases["base_2k.input_ids"]
+    with torch.no_grad():
+        exact = golden_model("base", attention=attention)(ids, logits_to_keep=32).logits
+        half = golden_model("base", torch.float16, attention)(ids, logits_to_keep=32).logits
+    assert error(exact, cases["base_2k.last_logits"]) < FP32_TOLERANCE
+    assert error(half, cases["base_2k_fp16.last_logits"]) < FP16_TOLERANCE
+
+
+def test_half_equals_golden(cases, golden_model):
+    with torch.no_grad():
+        logits = golden_model("base", torch.float16)(cases["base_long.input_ids"]).logits
+    assert logits.dtype == torch.float16
+    assert error(logits, cases["base_long_fp16.logits"]) < FP16_TOLERANCE
+
+
+def test_bfloat16_is_close_to_fp32(cases, golden_model):
+    ids = cases["base_2k.input_ids"]
+    with torch.no_grad():
+        logits = golden_model("base", torch.bfloat16)(ids, logits_to_keep=32).logits
+    # Far positions would be off by their whole angle if bf16 touched them: 8 bits do not count to 1900.
+    assert error(logits, cases["base_2k.last_logits"]) < 8 * FP16_TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["base_padded", "base_labels", "int8_padded", "int4_padded"])
+def test_masks_and_positions_are_derived(case, cases, golden_model):
+    golden = of_case(cases, case)
+    model = golden_model("base")
+    real = ~golden["attention_mask"][:, 0, -1]
+    hidden = model.get_masks(golden["input_ids"], attention_mask=real)
+    queries = real[:, None, :, None].expand_as(hidden)  # what padding itself sees does not matter
+    assert torch.equal(hidden[queries], golden["attention_mask"][queries])
+    positions = model.get_position_ids(golden["input_ids"], attention_mask=real)
+    columns = real[:, None].expand_as(positions)
+    assert torch.equal(positions[columns], golden["position_ids"][columns])
+    with torch.no_grad():
+        logits = model(golden["input_ids"], attention_mask=real.long()).logits
+        expected = model(
+            golden["input_ids"], attention_mask=golden["attention_mask"], position_ids=golden["position_ids"]
+        ).logits
+    assert error(logits[real], expected[real]) < FP32_TOLERANCE
+
+
+def test_positions_by_hand(golden_model):
+    model = golden_model("base")
+    gmask, mask, sop, pad = 501, 500, 504, 3
+    rows = {
+        "gmask": ([7, 8, gmask, sop, 9, 9], [0, 1, 2, 2, 2, 2], [0, 0, 0, 1, 2, 3]),
+        "gmask wins over an earlier mask": ([mask, 8, gmask, sop, 9, 9], [0, 1, 2, 2, 2, 2], [0, 0, 0, 1, 2, 3]),
+        "mask in the middle": ([7, mask, 8, sop, 9, 9], [0, 1, 2, 1, 1, 1], [0, 0, 0, 1, 2, 3]),
+        "no mask: the last of the context": ([7, 8, 9, sop, 9, 9], [0, 1, 2, 2, 2, 2], [0, 0, 0, 1, 2, 3]),
+        "no sop: all context": ([7, 8, 9, gmask, 9, 9], [0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 0, 0]),
+        "a second sop is an answer's token": ([7, 8, gmask, sop, sop, 9], [0, 1, 2, 2, 2, 2], [0, 0, 0, 1, 2, 3]),
+        "marks of the answer don't count": ([7, 8, 9, sop, mask, gmask], [0, 1, 2, 2, 2, 2], [0, 0, 0, 1, 2, 3]),
+        "sop first": ([sop, 7, 8, 9, 9, 9], [0, 0, 0, 0, 0, 0], [1, 2, 3, 4, 5, 6]),
+    }
+    ids = torch.tensor([ids for ids, _, _ in rows.values()])
+    expected = torch.tensor([[place, count] for _, place, count in rows.values()])
+    assert torch.equal(model.get_position_ids(ids), expected)
+    # Behind padding, the same.
+    padded = torch.cat((torch.full((len(rows), 2), pad), ids), dim=1)
+    assert torch.equal(model.get_position_ids(padded, attention_mask=padded != pad)[..., 2:], expected)
+    # As fine-tuning scripts call it.
+    old = model.get_position_ids(ids[:2], mask_positions=[2, 2], device=torch.device("cpu"), use_gmasks=[True, True])
+    assert torch.equal(old, expected[:2])
+
+
+def test_positions_1d(golden_model):
+    model = golden_model("pos1d")
+    ids = torch.tensor([[7, 8, 501, 504, 9, 9], [7, 500, 8, 504, 9, 9]])
+    expected = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, 1, 1, 1]])
+    assert torch.equal(model.get_position_ids(ids), expected)
+    assert torch.equal(model.get_position_ids(ids, mask_positions=[2, 1], use_gmasks=[True, False]), expected)
+
+
+def test_masks_by_hand(golden_model):
+    hidden = golden_model("base").get_masks(torch.tensor([[7, 501, 504, 9]]), device="cpu")
+    assert hidden.shape == (1, 1, 4, 4)
+    expected = [[0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0]]
+    assert torch.equal(hidden[0, 0].int(), torch.tensor(expected, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["base", "pos1d", "prefix", "prefix_proj", "int8"])
+def test_cached_steps_equal_one_forward(name, attention, golden_model):
+    model = golden_model(name, attention=attention)
+    ids = torch.tensor([[7, 8, 9, 500, 10, 504, 11, 12, 13, 14]])
+    with torch.no_grad():
+        whole = model(ids).logits
+        for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=24)):
+            parts, start = [], 0
+            for end in (7, 8, 10):
+                output = model(ids[:, start:end], past_key_values=cache)
+                parts.append(output.logits)
+                start = end
+            assert error(torch.cat(parts, dim=1), whole) < FP32_TOLERANCE
+        cache = DynamicCache(config=model.config)
+        positions = model.get_position_ids(ids)
+        model(ids[:, :7], position_ids=positions[..., :7], past_key_values=cache)
+        with pytest.raises(ValueError, match="position_ids"):
+            model(ids[:, 7:], past_key_values=cache)
+        last = model(ids[:, 7:], position_ids=positions[..., 7:], past_key_values=cache).logits
+    assert error(last, whole[:, 7:]) < FP32_TOLERANCE
+
+
+def test_embeddings_in_place_of_ids(golden_model):
+    model = golden_model("base")
+    ids = torch.tensor([[7, 8, 501, 504, 9]])
+    embeddings = model.get_input_embeddings()(ids)
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert torch.equal(model(inputs_embeds=embeddings, position_ids=model.get_position_ids(ids)).logits, expected)
+    with pytest.raises(ValueError, match="position_ids"):
+        model(inputs_embeds=embeddings)
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model(ids, inputs_embeds=embeddings)
+
+
+def test_logits_to_keep_and_tuples(golden_model):
+    model = golden_model("base")
+    ids = torch.tensor([[7, 8, 501, 504, 9]])
+    with torch.no_grad():
+        whole = model(ids).logits
+        assert torch.equal(model(ids, logits_to_keep=2).logits, whole[:, -2:])
+        assert torch.equal(model(ids, logits_to_keep=torch.tensor([0, 3])).logits, whole[:, [0, 3]])
+        assert torch.equal(model(ids, return_dict=False)[0], whole)
+        assert model(ids, use_cache=False).past_key_values is None
+        assert model.transformer(ids).last_hidden_state.shape == (1, 5, model.config.hidden_size)
+
+
+def test_bad_ids(golden_model):
+    model = golden_model("base")
+    with pytest.raises(ValueError, match=r"empty"):
+        model(torch.zeros(1, 0, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"from 1 to 512, .* 0 to 511"):
+        model(torch.tensor([[1, 512]]))
+    with pytest.raises(ValueError, match=r"from -1 to 2"):
+        model(torch.tensor([[-1, 2]]))
+
+
+def test_rotary_turns_pairs_by_their_angle():
+    positions = torch.tensor([[[3, 5], [0, 2]]])  # [B, R, S]
+    cos, sin = rotary_embedding(positions, head_dim=8, dtype=torch.float32)
+    x = torch.randn(1, 2, 1, 8, generator=torch.Generator().manual_seed(0))
+    turned = apply_rotary(x, cos, sin)
+    for s in range(2):
+        for r in range(2):
+            for j in range(2):
+                angle = positions[0, r, s] * torch.tensor(10000.0 ** (-2 * j / 4)).half().float()
+                a, b = x[0, s, 0, 4 * r + j], x[0, s, 0, 4 * r + j + 2]
+                got = turned[0, s, 0, 4 * r + j], turned[0, s, 0, 4 * r + j + 2]
+                assert torch.allclose(got[0], a * angle.cos() - b * angle.sin(), atol=1e-6)
+                assert torch.allclose(got[1], a * angle.sin() + b * angle.cos(), atol=1e-6)
+
+
+def test_large_scores_do_not_overflow_in_half():
+    # Scores of 200 · 200 · 32 are beyond fp16 before they are scaled, and far below its limit after.
+    config = ChatGLMConfig(
+        vocab_size=16,
+        hidden_size=64,
+        num_layers=2,
+        num_attention_heads=2,
+        quantization_bit=0,
+        bos_token_id=10,
+        eos_token_id=11,
+        mask_token_id=12,
+        gmask_token_id=13,
+    )
+    for attention in ("eager", "sdpa"):
+        torch.manual_seed(0)
+        model = ChatGLMForConditionalGeneration(config).half().eval()
+        model.set_attn_implementation(attention)
+        for block in model.transformer.layers:
+            block.attention.query_key_value.bias.data.fill_(200.0)
+        with torch.no_grad():
+            assert model(torch.tensor([[1, 2, 13, 10, 3]])).logits.isfinite().all()
+
+
+def test_a_new_model_has_sane_weights():
+    torch.manual_seed(0)
+    for bits in (0, 4, 8):
+        config = ChatGLMConfig(
+            vocab_size=64,
+            hidden_size=64,
+            num_layers=2,
+            num_attention_heads=2,
+            quantization_bit=bits,
+            **{"bos_token_id": 60, "eos_token_id": 61, "mask_token_id": 62, "gmask_token_id": 63},
+        )
+        model = ChatGLMForConditionalGeneration(config)
+        assert model.lm_head.weight is model.transformer.word_embeddings.weight
+        weight = model.transformer.layers[1].mlp.dense_h_to_4h
+        weight = weight.dequantize() if bits else weight.weight
+        assert weight.std().item() == pytest.approx(0.02, rel=0.1)
+        assert model(torch.tensor([[1, 2, 63, 60, 3]])).logits.isfinite().all()
