@@ -107,6 +107,11 @@ class ChatGLMConfig(PreTrainedConfig):
             auto_map.setdefault(name, model_class)
         self.auto_map = auto_map
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """A configuration out of the contents of `config.json`; those of FP16 releases do not mention quantisation."""
+        return super().from_dict({"quantization_bit": 0, **config_dict}, **kwargs)
+
     def _check(self) -> None:
         def refuse(field: str, expected: str):
             raise ValueError(

@@ -10,14 +10,23 @@ arXiv:2104.09864), P-Tuning v2 (Liu et al. 2021, arXiv:2110.07602), and the publ
 """
 
 import bisect
+import copy
 import math
 import os
 import re
 from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -160,9 +169,7 @@ class ChatGLMAttention(nn.Module):
 
         attention: Callable = eager_attention_forward
         if not output_attentions:  # the other implementations have no probabilities to give
-            attention = ALL_ATTENTION_FUNCTIONS.get_interface(
-                self.config._attn_implementation, eager_attention_forward
-            )
+            attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         context, probs = attention(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
         context = context.reshape(batch, length, -1)
         return self.dense(context), probs if output_attentions else None
@@ -214,13 +221,13 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     config_class = ChatGLMConfig
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["GLMBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules: ClassVar[list[str]] = ["GLMBlock"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     # Stored by the published files; `rotary_embedding` computes them.
-    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"rotary_emb\.inv_freq"]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
@@ -234,12 +241,13 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         """
         folder = pretrained_model_name_or_path
         if folder is not None and os.path.isdir(folder):
-            if not isinstance(config, cls.config_class):
-                loading_kwargs = {**kwargs, "return_unused_kwargs": True}
-                config, kwargs = cls.config_class.from_pretrained(config or folder, **loading_kwargs)
+            shape = copy.deepcopy(config)
+            if not isinstance(config, PreTrainedConfig):
+                fields = {name: value for name, value in kwargs.items() if name not in ("dtype", "torch_dtype")}
+                shape = cls.config_class.from_pretrained(config or folder, **fields)
             with torch.device("meta"):
-                expected = cls(config).state_dict()
-            check_checkpoint(os.path.join(folder, kwargs.get("subfolder", "")), expected, config.quantization_bit)
+                expected = cls(shape).state_dict()
+            check_checkpoint(os.path.join(folder, kwargs.get("subfolder", "")), expected, shape.quantization_bit)
         loaded = super().from_pretrained(folder, *model_args, config=config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._freeze()
@@ -554,7 +562,7 @@ _TOUCHING_CJK = re.compile(r"(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9ff
 class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     """ChatGLM: the network with its LM head, `generate`, `chat` and `stream_chat`."""
 
-    _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "transformer.word_embeddings.weight"}
 
     def __init__(self, config: ChatGLMConfig):
         super().__init__(config)

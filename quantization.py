@@ -45,7 +45,9 @@ def quantize_weight(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torc
     scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
     for rows in _slices(weight.shape[0], weight.shape[1]):
         part = weight[rows]
-        row_scale = (part.abs().amax(dim=1) / largest).float()
+        row_max = part.abs().amax(dim=1)
+        # A tensor divides exactly; by a Python number a GPU multiplies with its rounded reciprocal.
+        row_scale = (row_max / torch.full_like(row_max, largest)).float()
         if not row_scale.isfinite().all():
             raise ValueError("A weight holds NaN or infinite numbers, so it can't be quantised: check its file.")
         # A row whose scale underflowed to zero has only zeros to store, whatever it is divided by.

@@ -181,6 +181,7 @@ def main() -> None:
         ).train()
 
         model.eval().half().quantize(8)
+        model.config.use_cache = True  # the Trainer switches it off
         model.generation_config = GenerationConfig(
             bos_token_id=config.bos_token_id,
             eos_token_id=config.eos_token_id,

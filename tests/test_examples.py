@@ -124,6 +124,7 @@ class Terminal:
         self.output = self.output.split(expected, 1)[1]
 
     def type(self, keys: str) -> None:
+        time.sleep(0.5)  # like a person: Python's input() may miss a Ctrl-C between its prompt and its waiting
         os.write(self.descriptor, keys.encode())
 
     def exit_code(self) -> int:
@@ -152,7 +153,6 @@ def test_ctrl_c_on_a_terminal(tiny):
         terminal.wait_for("User: ")
         terminal.type("hello\r")
         terminal.wait_for("ChatGLM: ")
-        time.sleep(0.3)
         terminal.type("\x03")
         terminal.wait_for(cli_demo.INTERRUPTED)
         terminal.wait_for("User: ")

@@ -202,8 +202,8 @@ def test_logits_to_keep_and_tuples(golden_model):
     ids = torch.tensor([[7, 8, 501, 504, 9]])
     with torch.no_grad():
         whole = model(ids).logits
-        assert torch.equal(model(ids, logits_to_keep=2).logits, whole[:, -2:])
-        assert torch.equal(model(ids, logits_to_keep=torch.tensor([0, 3])).logits, whole[:, [0, 3]])
+        assert error(model(ids, logits_to_keep=2).logits, whole[:, -2:]) < FP32_TOLERANCE
+        assert error(model(ids, logits_to_keep=torch.tensor([0, 3])).logits, whole[:, [0, 3]]) < FP32_TOLERANCE
         assert torch.equal(model(ids, return_dict=False)[0], whole)
         assert model(ids, use_cache=False).past_key_values is None
         assert model.transformer(ids).last_hidden_state.shape == (1, 5, model.config.hidden_size)
@@ -235,7 +235,7 @@ def test_rotary_turns_pairs_by_their_angle():
 
 
 def test_large_scores_do_not_overflow_in_half():
-    # Scores of 200 · 200 · 32 are beyond fp16 before they are scaled, and far below its limit after.
+    # Scores of 60 · 60 · 32 are beyond fp16 before they are scaled, and far below its limit after.
     config = ChatGLMConfig(
         vocab_size=16,
         hidden_size=64,
@@ -252,7 +252,7 @@ def test_large_scores_do_not_overflow_in_half():
         model = ChatGLMForConditionalGeneration(config).half().eval()
         model.set_attn_implementation(attention)
         for block in model.transformer.layers:
-            block.attention.query_key_value.bias.data.fill_(200.0)
+            block.attention.query_key_value.bias.data.fill_(60.0)
         with torch.no_grad():
             assert model(torch.tensor([[1, 2, 13, 10, 3]])).logits.isfinite().all()
 

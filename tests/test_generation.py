@@ -1,0 +1,239 @@
+"""generate and stream_generate, against the goldens and against each other."""
+
+import logging
+import threading
+
+import pytest
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+from chatglm_int8.modeling_chatglm import FiniteScores
+
+CASES = [
+    "base_single",
+    "base_infill",
+    "base_long",
+    "base_padded",
+    "int8_single",
+    "int8_padded",
+    "int4_single",
+    "int4_padded",
+    "prefix_single",
+    "prefix_proj_single",
+]
+PROMPT = torch.tensor([[7, 8, 9, 501, 504]])
+
+
+def prompt_of(cases: dict, case: str) -> dict[str, torch.Tensor]:
+    prompt = {"input_ids": cases[f"{case}.input_ids"]}
+    if f"{case}.attention_mask" in cases:
+        prompt["attention_mask"] = (~cases[f"{case}.attention_mask"][:, 0, -1]).long()
+    return prompt
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("case", CASES)
+def test_goldens(case, attention, cases, golden_model):
+    model = golden_model(case.rsplit("_", 1)[0], attention=attention)
+    prompt = prompt_of(cases, case)
+    greedy = cases[f"{case}.greedy"]
+    assert torch.equal(model.generate(**prompt, do_sample=False, max_new_tokens=24), greedy)
+    assert torch.equal(model.generate(**prompt, do_sample=False, max_new_tokens=24, use_cache=False), greedy)
+    static = model.generate(**prompt, do_sample=False, max_new_tokens=24, cache_implementation="static")
+    assert torch.equal(static, greedy)
+    beams = model.generate(**prompt, do_sample=False, num_beams=3, max_new_tokens=12)
+    assert torch.equal(beams, cases[f"{case}.beam3"])
+    torch.manual_seed(1234)
+    sampled = model.generate(**prompt, do_sample=True, top_p=0.7, temperature=0.95, max_new_tokens=16)
+    assert torch.equal(sampled, cases[f"{case}.sample_seed1234"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stream_generate_goldens(case, cases, golden_model):
+    model = golden_model(case.rsplit("_", 1)[0])
+    prompt = prompt_of(cases, case)
+    start = prompt["input_ids"].shape[1]
+    for name, settings in (
+        ("greedy", {"do_sample": False, "max_new_tokens": 24}),
+        ("sample_seed1234", {"do_sample": True, "top_p": 0.7, "temperature": 0.95, "max_new_tokens": 16}),
+    ):
+        torch.manual_seed(1234)
+        steps = list(model.stream_generate(**prompt, **settings))
+        expected = cases[f"{case}.{name}"]
+        for i, ids in enumerate(steps):
+            assert torch.equal(ids, expected[:, : start + i + 1])
+        assert steps[-1].shape[1] in (expected.shape[1] - 1, expected.shape[1])
+
+
+def test_old_forms_of_mask_and_positions(cases, golden_model):
+    model = golden_model("base")
+    ids = cases["base_padded.input_ids"]
+    mask, positions = cases["base_padded.attention_mask"], cases["base_padded.position_ids"]
+    got = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=24)
+    assert torch.equal(got, cases["base_padded.greedy"])
+    derived = model.get_position_ids(ids, attention_mask=~mask[:, 0, -1])
+    got = model.generate(ids, attention_mask=mask, position_ids=derived, do_sample=False, max_new_tokens=24)
+    assert torch.equal(got, cases["base_padded.greedy"])
+    with pytest.raises(ValueError, match="position_ids"):
+        model.generate(ids, attention_mask=mask, position_ids=positions + 1, do_sample=False)
+
+
+@pytest.mark.parametrize("name", ["base", "int8", "prefix", "pos1d"])
+def test_alone_and_padded_answers_are_equal(name, golden_model):
+    model = golden_model(name)
+    generator = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(6, 490, (n,), generator=generator).tolist() + [501, 504] for n in (1, 4, 11, 23)]
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[3] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    for settings in ({}, {"num_beams": 2}, {"cache_implementation": "static"}):
+        together = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12, **settings)
+        inferred = model.generate(ids, do_sample=False, max_new_tokens=12, **settings)  # <pad> says it too
+        assert torch.equal(inferred, together)
+        for row, prompt in zip(together, prompts, strict=True):
+            alone = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12, **settings)
+            answer = alone[0, len(prompt) :]
+            assert torch.equal(row[longest : longest + len(answer)], answer)
+            assert (row[longest + len(answer) :] == 3).all()
+
+
+def test_eight_threads_answer_as_one(golden_model):
+    model = golden_model("int8", attention="sdpa")
+    prompts = [torch.tensor([[7 + i, 8, 9 + 2 * i] + [11] * i + [501, 504]]) for i in range(8)]
+    expected = [model.generate(prompt, do_sample=False, max_new_tokens=20) for prompt in prompts]
+    got = [None] * 8
+    barrier = threading.Barrier(8)
+
+    def work(i: int) -> None:
+        barrier.wait()
+        for _ in range(3):
+            got[i] = model.generate(prompts[i], do_sample=False, max_new_tokens=20)
+            *_, streamed = model.stream_generate(prompts[i], do_sample=False, max_new_tokens=20)
+            assert torch.equal(streamed, got[i][:, : streamed.shape[1]])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_going_on_from_a_returned_cache(golden_model):
+    model = golden_model("base")
+    whole = model.generate(PROMPT, do_sample=False, max_new_tokens=10)
+    first = model.generate(PROMPT, do_sample=False, max_new_tokens=4, return_dict_in_generate=True)
+    rest = model.generate(first.sequences, past_key_values=first.past_key_values, do_sample=False, max_new_tokens=6)
+    assert torch.equal(rest, whole)
+
+
+def test_outputs_processors_and_criteria(golden_model):
+    model = golden_model("base")
+    output = model.generate(
+        PROMPT,
+        do_sample=False,
+        max_new_tokens=6,
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_hidden_states=True,
+        output_attentions=True,
+    )
+    assert len(output.scores) == len(output.hidden_states) == len(output.attentions) == 6
+    assert output.attentions[0][0].shape == (1, 4, 5, 5)
+    forced = model.generate(
+        PROMPT, do_sample=False, max_new_tokens=6, prefix_allowed_tokens_fn=lambda batch, ids: [17, 18]
+    )
+    assert set(forced[0, 5:].tolist()) <= {17, 18}
+
+    class AtSeven(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.full((input_ids.shape[0],), input_ids.shape[1] >= 7)
+
+    criteria = StoppingCriteriaList([AtSeven()])
+    assert model.generate(PROMPT, do_sample=False, stopping_criteria=criteria).shape[1] == 7
+    assert [ids.shape[1] for ids in model.stream_generate(PROMPT, do_sample=False, stopping_criteria=criteria)] == [6]
+
+
+def test_length_by_default_is_the_models(golden_model):
+    model = golden_model("base")
+    model.config.max_sequence_length = 40
+    model.generation_config.eos_token_id = None
+    assert model.generate(PROMPT, do_sample=False, eos_token_id=None).shape[1] == 40
+    assert model.generate(PROMPT, do_sample=False, max_length=9).shape[1] <= 9
+    settings = GenerationConfig(max_new_tokens=3, pad_token_id=3)
+    assert model.generate(PROMPT, generation_config=settings).shape[1] == 8
+
+
+def test_a_stream_can_be_left_in_the_middle(golden_model):
+    model = golden_model("base")
+    stream = model.stream_generate(PROMPT, do_sample=False, max_new_tokens=10)
+    next(stream)
+    assert torch.is_grad_enabled()  # the stream switches gradients off for itself only
+    stream.close()
+    expected = model.generate(PROMPT, do_sample=False, max_new_tokens=10)
+    assert torch.equal(model.generate(PROMPT, do_sample=False, max_new_tokens=10), expected)
+
+
+def test_broken_scores_give_a_fixed_id_and_one_warning(caplog, golden_model):
+    model = golden_model("base")
+    model.transformer.final_layernorm.weight.data[0] = float("nan")
+    logger = logging.getLogger("transformers")
+    logger.propagate = True
+    with caplog.at_level(logging.WARNING):
+        ids = model.generate(PROMPT, do_sample=False, max_new_tokens=4, logits_processor=[FiniteScores()])
+    assert ids[0, 5:].tolist() == [5, 5, 5, 5]
+    scores = torch.tensor([[0.0] * 8, [1.0] * 7 + [float("inf")]])
+    fixed = FiniteScores()(None, scores)
+    assert torch.equal(fixed[0], scores[0])
+    assert fixed[1].argmax() == 5
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([[7, 8, 9]], r"Sequence 0 of the prompt has no <sop> \(id 504\)"),
+        ([[7, 501, 504], [7, 8, 9]], r"Sequence 1 of the prompt has no <sop>"),
+        ([[7, 512, 501, 504]], r"0 to 511"),
+        ([[-1, 501, 504]], r"-1"),
+        ([[]], r"empty"),
+    ],
+)
+def test_bad_prompts(ids, message, golden_model):
+    model = golden_model("base")
+    ids = torch.tensor(ids, dtype=torch.long)
+    with pytest.raises(ValueError, match=message):
+        model.generate(ids)
+    with pytest.raises(ValueError, match=message):
+        next(model.stream_generate(ids))
+
+
+def test_what_reads_from_left_to_right_is_refused(golden_model):
+    model = golden_model("prefix")
+    with pytest.raises(ValueError, match="input_ids"):
+        model.generate(inputs_embeds=torch.zeros(1, 3, 64))
+    with pytest.raises(ValueError, match="prefill_chunk_size"):
+        model.generate(PROMPT, prefill_chunk_size=2)
+    with pytest.raises(NotImplementedError, match="left-padded"):
+        model.generate_batch([[7, 501, 504]])
+    filled = model.generate(PROMPT, do_sample=False, max_new_tokens=2, return_dict_in_generate=True)
+    with pytest.raises(ValueError, match="past_key_values"):
+        model.generate(filled.sequences, past_key_values=filled.past_key_values)
+
+
+def test_text_iterator_streamer(golden_model):
+    class Letters:
+        """Enough of a tokenizer for a streamer."""
+
+        def decode(self, ids, **kwargs):
+            return "".join(f"{int(i)} " for i in ids)
+
+    model = golden_model("base")
+    streamer = TextIteratorStreamer(Letters(), skip_prompt=True)
+    settings = {"do_sample": False, "max_new_tokens": 8, "streamer": streamer}
+    thread = threading.Thread(target=model.generate, args=(PROMPT,), kwargs=settings)
+    thread.start()
+    text = "".join(streamer)
+    thread.join()
+    expected = model.generate(PROMPT, do_sample=False, max_new_tokens=8)[0, 5:].tolist()
+    assert [int(word) for word in text.split()] == expected
