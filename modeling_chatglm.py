@@ -878,6 +878,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
 
     def _chat_inputs(self, tokenizer, query: str, history: list, max_length: int, kwargs: dict) -> dict:
         """The encoded prompt, with as many of the last rounds as leave room for an answer."""
+        if not query.strip():
+            raise ValueError(f"The query is empty: got {query!r}. Ask something.")
         config = self.config
         marks = tokenizer.convert_tokens_to_ids(["[gMASK]", "<sop>"])
         if marks != [config.gmask_token_id, config.bos_token_id]:
