@@ -247,7 +247,8 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
                 shape = cls.config_class.from_pretrained(config or folder, **fields)
             with torch.device("meta"):
                 expected = cls(shape).state_dict()
-            check_checkpoint(os.path.join(folder, kwargs.get("subfolder", "")), expected, shape.quantization_bit)
+            folder_of_weights = os.path.join(folder, kwargs.get("subfolder", ""))
+            check_checkpoint(folder_of_weights, expected, shape.quantization_bit, shape.tie_word_embeddings)
         loaded = super().from_pretrained(folder, *model_args, config=config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._freeze()
@@ -660,15 +661,15 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             ValueError: a file without a prefix, or with one of another model's shape.
         """
         state = read_prefix(path)
-        embedding = state["embedding.weight"]
-        config = self.config
-        config.pre_seq_len = embedding.shape[0]
-        config.prefix_projection = "trans.0.weight" in state
+        found = {"pre_seq_len": len(state["embedding.weight"]), "prefix_projection": "trans.0.weight" in state}
+        config = copy.deepcopy(self.config)
+        config.update(found)
         encoder = PrefixEncoder(config)
         try:
             encoder.load_state_dict(state)
         except RuntimeError as error:
             raise ValueError(f"The prefix in {path} was made for a model of another shape: {error}") from None
+        self.config.update(found)
         embeddings = self.get_input_embeddings().weight
         self.transformer.prefix_encoder = encoder.to(embeddings.device, embeddings.dtype)
         self.transformer.dropout = nn.Dropout(0.1)

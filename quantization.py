@@ -9,11 +9,14 @@ complement, so that its weight is [N, K/2]. This is the storage of the published
 Everything here is plain PyTorch and runs on any device.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
-# The float copy of a weight is made in slices of at most this many numbers, so that it stays small beside the model.
-_SLICE_NUMEL = 1 << 24
+# On a CPU the float copy of a weight is made in slices of at most this many numbers: 8 MB of fp32 stay in the cache, and
+# are memory that the allocator has at hand. Elsewhere slices are 32 times as large, to keep launches few.
+_SLICE_NUMEL = 1 << 21
 
 
 def check_bits(bits: int) -> None:
@@ -43,7 +46,7 @@ def quantize_weight(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torc
     largest = 2 ** (bits - 1) - 1
     quantized = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
-    for rows in _slices(weight.shape[0], weight.shape[1]):
+    for rows in _slices(weight):
         part = weight[rows]
         row_max = part.abs().amax(dim=1)
         # A tensor divides exactly; by a Python number a GPU multiplies with its rounded reciprocal.
@@ -72,11 +75,13 @@ def dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, bits: int, dtyp
     """The float weight `q · scale` of stored int8 [N, K] (INT4: [N, K/2]) and scales [N], as `dtype` [N, K]."""
     check_bits(bits)
     integers = unpack_int4(weight) if bits == 4 else weight
-    return integers.to(dtype) * scale.to(dtype)[:, None]
+    return integers.to(dtype).mul_(scale.to(dtype)[:, None])
 
 
-def _slices(rows: int, columns: int):
-    step = max(1, _SLICE_NUMEL // max(1, columns))
+def _slices(weight: torch.Tensor) -> Iterator[slice]:
+    numel = _SLICE_NUMEL if weight.device.type == "cpu" else 32 * _SLICE_NUMEL
+    rows, columns = weight.shape
+    step = max(1, numel // max(1, columns))
     return (slice(start, start + step) for start in range(0, rows, step))
 
 
@@ -95,7 +100,7 @@ class _QuantizedLinearFunction(torch.autograd.Function):
         dtype = _compute_dtype(x)
         rows = x.to(dtype)
         y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
-        for part in _slices(*weight.shape):
+        for part in _slices(weight):
             y[:, part] = rows @ dequantize_weight(weight[part], scale[part], bits, dtype).T
         return y if bias is None else y.add_(bias.to(x.dtype))
 
@@ -106,7 +111,7 @@ class _QuantizedLinearFunction(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.zeros(grad_y.shape[0], weight.shape[1] * (8 // ctx.bits), dtype=dtype, device=grad_y.device)
-            for part in _slices(*weight.shape):
+            for part in _slices(weight):
                 grad_x += grad_y[:, part].to(dtype) @ dequantize_weight(weight[part], scale[part], ctx.bits, dtype)
             grad_x = grad_x.to(grad_y.dtype)
         return grad_x, None, None, None, None

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from chatglm_int8 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMModel
 from chatglm_int8.checkpoint import check_checkpoint, read_prefix
-from safetensors.torch import load_file, save_file
 
 DATA = Path(__file__).resolve().parent / "data"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1752165\n"

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from chatglm_int8 import ChatGLMConfig
 
 MODEL_CLASS = "modeling_chatglm.ChatGLMForConditionalGeneration"
@@ -127,6 +128,15 @@ def test_reads_the_published_file(tmp_path):
     assert config.pre_seq_len is None
     assert config.auto_map["AutoModelForCausalLM"] == MODEL_CLASS
     assert config.architectures == ["ChatGLMModel"]
+
+
+def test_files_without_quantisation_are_of_float_models(tmp_path):
+    """The published FP16 release does not mention it; what is saved here always does."""
+    fields = {name: value for name, value in PUBLISHED.items() if not name.startswith("quantization")}
+    config = ChatGLMConfig.from_pretrained(write(tmp_path, fields))
+    assert config.quantization_bit == 0
+    assert ChatGLMConfig.from_dict({**SMALL, "quantization_bit": 4}).quantization_bit == 4
+    assert ChatGLMConfig.from_dict(ChatGLMConfig(**SMALL).to_dict()).quantization_bit == 8
 
 
 def test_reads_the_real_published_file(published):

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import nn
+
 from chatglm_int8 import quantization
 from chatglm_int8.quantization import (
     QuantizedLinear,
@@ -22,8 +25,6 @@ from chatglm_int8.quantization import (
     quantize_weight,
     unpack_int4,
 )
-from safetensors.torch import load_file
-from torch import nn
 
 DATA = Path(__file__).resolve().parent / "data"
 # Half a unit in the last place of 1: the relative error of one rounding.
