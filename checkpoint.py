@@ -37,12 +37,12 @@ def check_checkpoint(
         OSError: a file that is missing, cut short, a Git LFS pointer or not a weight file.
         ValueError: a tensor that is missing or whose shape or dtype is not the expected one.
     """
-    paths = _shards(folder)
+    paths = weight_files(folder)
     if not paths:
         return
     found: dict[str, tuple[str, torch.Tensor]] = {}
     for path in paths:
-        found.update({_plain(name): (path, tensor) for name, tensor in _read_tensors(path, "meta").items()})
+        found.update({_plain(name): (path, tensor) for name, tensor in read_tensors(path, "meta").items()})
     expected = {_plain(name): tensor for name, tensor in expected.items()}
     prefix = {name for name in found if name.startswith("prefix_encoder.")}
     if prefix and prefix == found.keys():
@@ -79,12 +79,12 @@ def read_prefix(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """
     if not os.path.exists(path):
         raise FileNotFoundError(f"There is no file or folder {path}: give the one that holds the prefix.")
-    paths = _shards(path) if os.path.isdir(path) else [os.fspath(path)]
+    paths = weight_files(path) if os.path.isdir(path) else [os.fspath(path)]
     if not paths:
         raise FileNotFoundError(f"{path} holds none of {', '.join(_WEIGHT_FILES)}: give the prefix's file or folder.")
     prefix = {}
     for file in paths:
-        for name, tensor in _read_tensors(file, "cpu", only="prefix_encoder.").items():
+        for name, tensor in read_tensors(file, "cpu", only="prefix_encoder.").items():
             prefix[name.split("prefix_encoder.")[1]] = tensor.clone()
     if "embedding.weight" not in prefix:
         raise ValueError(
@@ -98,8 +98,12 @@ def _plain(name: str) -> str:
     return name.removeprefix("transformer.")
 
 
-def _shards(folder: str | os.PathLike) -> list[str]:
-    """The weight files of a folder, by the first form that it has; empty if it has none."""
+def weight_files(folder: str | os.PathLike) -> list[str]:
+    """The paths of a folder's weight files, in the form that transformers would load; empty if there are none.
+
+    Raises:
+        OSError: an index that is damaged or a Git LFS pointer.
+    """
     for name in _WEIGHT_FILES:
         path = os.path.join(folder, name)
         if os.path.isfile(path):
@@ -128,8 +132,12 @@ def _refuse_lfs_pointer(path: str) -> None:
             )
 
 
-def _read_tensors(path: str, device: str, only: str = "") -> dict[str, torch.Tensor]:
-    """The tensors of a file whose names contain `only`; on the meta device nothing but the header is read."""
+def read_tensors(path: str, device: str, only: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of a weight file whose names contain `only`; on the device "meta" nothing but the header is read.
+
+    Raises:
+        OSError: a file that is missing, cut short, a Git LFS pointer, or that holds other things than tensors.
+    """
     _refuse_lfs_pointer(path)
     cut_short = f"{path} is cut short or damaged ({os.path.getsize(path)} bytes): download it again"
     if path.endswith(".safetensors"):

@@ -163,7 +163,7 @@ class ChatGLMAttention(nn.Module):
             key = torch.cat((prefix[0], key), dim=2)
             value = torch.cat((prefix[1], value), dim=2)
         if past_key_values is not None:
-            # transformers before 5.4 keeps no count in its static cache and reads the slots from here.
+            # The static cache of early transformers 5 keeps no count of its own and reads the slots from here.
             slots = {"cache_position": cache_position}
             key, value = past_key_values.update(key, value, self.layer_idx, slots)
 
@@ -453,27 +453,31 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             **kwargs,
         }
         hidden_states = inputs_embeds
-        all_hidden_states, all_attentions = [hidden_states], []
+        all_hidden_states = () if output_hidden_states else None
+        all_attentions = () if output_attentions else None
         for block, prefix in zip(self.layers, prefixes, strict=True):
+            if output_hidden_states:
+                all_hidden_states += (hidden_states,)
             hidden_states, probs = block(hidden_states, prefix, **block_kwargs)
-            all_hidden_states.append(hidden_states)
-            all_attentions.append(probs)
+            if output_attentions:
+                all_attentions += (probs,)
         hidden_states = self.final_layernorm(hidden_states)
-        all_hidden_states[-1] = hidden_states
+        if output_hidden_states:
+            all_hidden_states += (hidden_states,)
 
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values if use_cache else None,
-            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
-            attentions=tuple(all_attentions) if output_attentions else None,
+            hidden_states=all_hidden_states,
+            attentions=all_attentions,
         )
         return output if return_dict or return_dict is None else output.to_tuple()
 
     def _check_ids(self, input_ids: torch.Tensor) -> None:
         if input_ids.shape[1] == 0:
             raise ValueError(f"The sequences are empty: input_ids has shape {list(input_ids.shape)}. Give some text.")
-        # Not on one-token steps: there the ids come out of the model, and on a GPU a look at them means waiting.
-        if input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
+        # A look at ids on a GPU means waiting for it, which a step of one token, the model's own, can't afford.
+        if (input_ids.shape[1] > 1 or input_ids.device.type == "cpu") and not torch.compiler.is_compiling():
             low, high = input_ids.aminmax()
             if low < 0 or high >= self.config.vocab_size:
                 raise ValueError(
@@ -501,8 +505,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             input_ids = torch.cat((past_key_values.chatglm_ids, input_ids), dim=1)
         if past_key_values is not None:
             past_key_values.chatglm_ids = input_ids
-        counts_padding = attention_mask is None or attention_mask.ndim == 4
-        return self.get_position_ids(input_ids, attention_mask=None if counts_padding else attention_mask)[..., -new:]
+        if attention_mask is not None and attention_mask.ndim == 4:
+            attention_mask = None  # does not tell padding from context
+        return self.get_position_ids(input_ids, attention_mask=attention_mask)[..., -new:]
 
     def _additive_mask(
         self,
@@ -764,7 +769,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         """What `forward` gets in a step of `generate`: the ids [B, S] that are not in the cache yet, and their
         positions, derived from all ids so far [B, T]."""
         if next_sequence_length is None and cache_position is not None:
-            next_sequence_length = cache_position.shape[0]  # how transformers before 5.4 says it
+            next_sequence_length = cache_position.shape[0]  # how early transformers 5 says it
         new = slice(-next_sequence_length, None) if next_sequence_length is not None else slice(None)
         position_ids = self.get_position_ids(input_ids, attention_mask=attention_mask)
         inputs = {

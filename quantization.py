@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-# On a CPU the float copy of a weight is made in slices of at most this many numbers: 8 MB of fp32 stay in the cache, and
-# are memory that the allocator has at hand. Elsewhere slices are 32 times as large, to keep launches few.
+# On a CPU the float copy of a weight is made in slices of at most this many numbers: 8 MB of fp32 stay in the cache,
+# and are memory that the allocator has at hand. Elsewhere slices are 32 times as large, to keep launches few.
 _SLICE_NUMEL = 1 << 21
 
 

@@ -115,8 +115,8 @@ def _inspect(source: Path) -> tuple[ChatGLMConfig, dict[str, tuple[str, torch.Te
     except ValueError as error:
         raise OSError(f"{source / 'config.json'} is damaged ({error}): download it again.") from error
     stored = {}
-    for path in checkpoint._shards(source):
-        stored.update({name: (path, tensor) for name, tensor in checkpoint._read_tensors(path, "meta").items()})
+    for path in checkpoint.weight_files(source):
+        stored.update({name: (path, tensor) for name, tensor in checkpoint.read_tensors(path, "meta").items()})
     if not stored:
         raise FileNotFoundError(f"{source} has no weight files, neither safetensors nor pytorch_model.bin.")
     if any(name.endswith(".weight_scale") for name in stored):
@@ -138,7 +138,7 @@ def _inspect(source: Path) -> tuple[ChatGLMConfig, dict[str, tuple[str, torch.Te
 
 def _read(stored: dict[str, tuple[str, torch.Tensor]], name: str) -> torch.Tensor:
     # The file is mapped anew for each tensor, so that the pages of those before it do not stay in memory.
-    return checkpoint._read_tensors(stored[name][0], "cpu", only=name)[name]
+    return checkpoint.read_tensors(stored[name][0], "cpu", only=name)[name]
 
 
 def _quantized_tensors(stored: dict[str, tuple[str, torch.Tensor]], bits: int) -> Iterator[tuple[str, torch.Tensor]]:

@@ -187,9 +187,12 @@ def test_long_history_loses_its_oldest_rounds_once_said(embedded, monkeypatch, c
     before = list(history)
     prompts = []
     generate = type(model).generate
-    monkeypatch.setattr(
-        type(model), "generate", lambda self, input_ids, **kw: prompts.append(input_ids) or generate(self, input_ids, **kw)
-    )
+
+    def spy(self, input_ids, **kwargs):
+        prompts.append(input_ids)
+        return generate(self, input_ids, **kwargs)
+
+    monkeypatch.setattr(type(model), "generate", spy)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             _, longer = model.chat(tokenizer, "last?", history=history, do_sample=False, max_length=300)

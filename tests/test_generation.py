@@ -82,7 +82,7 @@ def test_old_forms_of_mask_and_positions(cases, golden_model):
 def test_alone_and_padded_answers_are_equal(name, golden_model):
     model = golden_model(name)
     generator = torch.Generator().manual_seed(5)
-    prompts = [torch.randint(6, 490, (n,), generator=generator).tolist() + [501, 504] for n in (1, 4, 11, 23)]
+    prompts = [[*torch.randint(6, 490, (n,), generator=generator).tolist(), 501, 504] for n in (1, 4, 11, 23)]
     longest = max(map(len, prompts))
     ids = torch.tensor([[3] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])

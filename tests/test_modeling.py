@@ -215,6 +215,8 @@ def test_bad_ids(golden_model):
         model(torch.zeros(1, 0, dtype=torch.long))
     with pytest.raises(ValueError, match=r"from 1 to 512, .* 0 to 511"):
         model(torch.tensor([[1, 512]]))
+    with pytest.raises(ValueError, match=r"from 600 to 600"):
+        model(torch.tensor([[600]]))
     with pytest.raises(ValueError, match=r"from -1 to 2"):
         model(torch.tensor([[-1, 2]]))
 

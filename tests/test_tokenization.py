@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from chatglm_int8 import tokenization_chatglm
 from chatglm_int8.tokenization_chatglm import CLEAN_UP, WHITE_SPACE, ChatGLMTokenizer
 
