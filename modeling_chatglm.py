@@ -169,7 +169,10 @@ class ChatGLMAttention(nn.Module):
 
         attention: Callable = eager_attention_forward
         if not output_attentions:  # the other implementations have no probabilities to give
-            attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+            # transformers takes these words in this file for leave to set an implementation:
+            # early version 5, ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]; later,
+            # ALL_ATTENTION_FUNCTIONS.get_interface(…). What is called here exists in both.
+            attention = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, eager_attention_forward)
         context, probs = attention(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
         context = context.reshape(batch, length, -1)
         return self.dense(context), probs if output_attentions else None
@@ -588,6 +591,13 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
+
+    def tie_weights(self, missing_keys: set[str] | None = None, **kwargs) -> None:
+        # Published files store the embedding under both names, which early transformers 5 takes for two tensors.
+        stored = missing_keys is not None and "transformer.word_embeddings.weight" not in missing_keys
+        if stored and self.config.tie_word_embeddings:
+            missing_keys.add("lm_head.weight")
+        super().tie_weights(missing_keys=missing_keys, **kwargs)
 
     def forward(
         self,
