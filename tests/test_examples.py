@@ -145,6 +145,7 @@ class Terminal:
         os.close(self.descriptor)
 
 
+@pytest.mark.slow  # and of little use on a busy machine, where Python now and then loses a Ctrl-C
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals and terminals")
 def test_ctrl_c_on_a_terminal(tiny):
     """It breaks off an answer of two thousand tokens, the chat goes on, and twice at the prompt it ends."""
