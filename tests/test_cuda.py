@@ -74,14 +74,6 @@ def test_device_map_auto(tmp_path, cases, golden_model):
         assert error(model(cases["int8_single.input_ids"].cuda()).logits, cases["int8_single.logits"]) < 1e-4
 
 
-def test_prompt_on_the_cpu_is_moved(cases, golden_model):
-    ids = cases["base_single.input_ids"]
-    model = golden_model("base").cuda()
-    assert torch.equal(
-        model.generate(ids.cuda(), do_sample=False, max_new_tokens=24).cpu(), cases["base_single.greedy"]
-    )
-
-
 @pytest.mark.slow
 def test_static_cache_compiles(cases, golden_model):
     ids = cases["base_single.input_ids"].cuda()
