@@ -6,13 +6,15 @@ A weight [N, K] is stored as int8 with one scale per output row: `scale[n] = max
 `q = round(W / scale)`. INT4 packs two columns in a byte, the even column in the high nibble, both in two's
 complement, so that its weight is [N, K/2]. This is the storage of the published ChatGLM-6B-INT8 and -INT4.
 
-Everything here is plain PyTorch and runs on any device.
+The arithmetic is plain PyTorch, which runs on any device, and is replaced by compiled kernels where there are some.
 """
 
 from collections.abc import Iterator
 
 import torch
 from torch import nn
+
+from .kernels_cpu import MAX_HALF_ROWS, library
 
 # On a CPU the float copy of a weight is made in slices of at most this many numbers: 8 MB of fp32 stay in the cache,
 # and are memory that the allocator has at hand. Elsewhere slices are 32 times as large, to keep launches few.
@@ -90,31 +92,59 @@ def _compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "cpu" and x.dtype != torch.float64 else x.dtype
 
 
-class _QuantizedLinearFunction(torch.autograd.Function):
-    """x [M, K] → x · (q · scale)ᵀ + bias [M, N]. The gradient goes to x alone, and no float weight outlives a call."""
+def _linear(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, bits: int
+) -> torch.Tensor:
+    """x [M, K] → x · (q · scale)ᵀ + bias [M, N], by a kernel or in plain PyTorch; no float weight outlives the call."""
+    if x.device.type == "cpu" and x.dtype != torch.float64 and weight.is_contiguous() and library():
+        return library().linear(x, weight, scale, bias, bits)
+    dtype = _compute_dtype(x)
+    rows = x.to(dtype)
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+    for part in _slices(weight):
+        y[:, part] = rows @ dequantize_weight(weight[part], scale[part], bits, dtype).T
+    return y if bias is None else y.add_(bias.to(x.dtype))
 
-    @staticmethod
-    def forward(ctx, x, weight, scale, bias, bits):
-        ctx.save_for_backward(weight, scale)
-        ctx.bits = bits
-        dtype = _compute_dtype(x)
-        rows = x.to(dtype)
-        y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
-        for part in _slices(weight):
-            y[:, part] = rows @ dequantize_weight(weight[part], scale[part], bits, dtype).T
-        return y if bias is None else y.add_(bias.to(x.dtype))
 
-    @staticmethod
-    def backward(ctx, grad_y):
-        weight, scale = ctx.saved_tensors
-        dtype = _compute_dtype(grad_y)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.zeros(grad_y.shape[0], weight.shape[1] * (8 // ctx.bits), dtype=dtype, device=grad_y.device)
-            for part in _slices(weight):
-                grad_x += grad_y[:, part].to(dtype) @ dequantize_weight(weight[part], scale[part], ctx.bits, dtype)
-            grad_x = grad_x.to(grad_y.dtype)
-        return grad_x, None, None, None, None
+@torch.library.custom_op("chatglm_int8::quantized_linear", mutates_args=())
+def _linear_op(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, bits: int
+) -> torch.Tensor:
+    """`_linear` as an operator that torch.compile knows, with a gradient for x alone."""
+    return _linear(x, weight, scale, bias, bits)
+
+
+@_linear_op.register_fake
+def _(x, weight, scale, bias, bits):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.custom_op("chatglm_int8::quantized_linear_backward", mutates_args=())
+def _linear_backward_op(grad_y: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """grad_y [M, N] → the gradient of x, [M, K]."""
+    dtype = _compute_dtype(grad_y)
+    grad_x = torch.zeros(grad_y.shape[0], weight.shape[1] * 8 // bits, dtype=dtype, device=grad_y.device)
+    for part in _slices(weight):
+        grad_x += grad_y[:, part].to(dtype) @ dequantize_weight(weight[part], scale[part], bits, dtype)
+    return grad_x.to(grad_y.dtype)
+
+
+@_linear_backward_op.register_fake
+def _(grad_y, weight, scale, bits):
+    return grad_y.new_empty(grad_y.shape[0], weight.shape[1] * 8 // bits)
+
+
+def _save_for_backward(ctx, inputs, output):
+    _, weight, scale, _, ctx.bits = inputs
+    ctx.save_for_backward(weight, scale)
+
+
+def _backward(ctx, grad_y):
+    grad_x = _linear_backward_op(grad_y, *ctx.saved_tensors, ctx.bits) if ctx.needs_input_grad[0] else None
+    return grad_x, None, None, None, None
+
+
+_linear_op.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 class QuantizedLinear(nn.Linear):
@@ -167,8 +197,13 @@ class QuantizedLinear(nn.Linear):
         return layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"Expected an activation [..., {self.in_features}], got {list(x.shape)}.")
         rows = x.reshape(-1, self.in_features)
-        y = _QuantizedLinearFunction.apply(rows, self.weight, self.weight_scale, self.bias, self.bits)
+        # An operator costs a few microseconds, which a step of one token would notice.
+        needs_op = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
+        linear = _linear_op if needs_op else _linear
+        y = linear(rows, self.weight, self.weight_scale, self.bias, self.bits)
         return y.view(*x.shape[:-1], self.out_features)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -195,3 +230,62 @@ def quantize_linears(module: nn.Module, bits: int) -> None:
             module.set_submodule(name, QuantizedLinear.from_linear(module.get_submodule(name), bits))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+
+
+class _StaysHalf(nn.Module):
+    """A layer whose half weight stays half in memory when a model on the CPU is made float32, and becomes float32 when
+    that model leaves the CPU.
+
+    Attributes:
+        stays_half: whether it does; the release's embedding and LM head do, which are a gigabyte.
+    """
+
+    stays_half = False
+    _should_be_float = False
+
+    def _apply(self, fn, recurse=True):
+        if not self.stays_half:
+            return super()._apply(fn, recurse)
+
+        def keep_half(tensor: torch.Tensor) -> torch.Tensor:
+            becomes = fn(tensor.new_empty(0))
+            if tensor.dtype not in (torch.float16, torch.bfloat16) or becomes.device.type == "meta":
+                return fn(tensor)
+            if becomes.dtype != tensor.dtype:
+                self._should_be_float = becomes.dtype == torch.float32
+            if becomes.device.type != "cpu":
+                return fn(tensor).float() if self._should_be_float else fn(tensor)
+            return tensor.to("cpu") if self._should_be_float else fn(tensor)
+
+        return super()._apply(keep_half, recurse)
+
+
+class HalfEmbedding(_StaysHalf, nn.Embedding):
+    """An embedding whose weight can stay half; its output is of the weight's dtype."""
+
+
+class HalfLinear(_StaysHalf, nn.Linear):
+    """A linear layer without bias whose weight can stay half beside activations of another dtype.
+
+    The input is [..., K] and the output [..., N], of the input's dtype, summed in float32 where the weight is half and
+    on the CPU.
+    """
+
+    def __init__(self, in_features: int, out_features: int, device=None, dtype=None):
+        super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight
+        grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        rows = x.reshape(-1, self.in_features)
+        on_cpu = x.device.type == "cpu" and weight.dtype in (torch.float16, torch.bfloat16) and x.dtype != torch.float64
+        if grad or not on_cpu or torch.compiler.is_compiling():
+            return nn.functional.linear(x, weight.to(x.dtype))
+        if rows.shape[0] <= MAX_HALF_ROWS and weight.is_contiguous() and library():
+            y = library().half_linear(rows, weight)
+        else:
+            y = torch.empty(rows.shape[0], self.out_features, dtype=x.dtype)
+            rows = rows.float()
+            for part in _slices(weight):
+                y[:, part] = rows @ weight[part].float().T
+        return y.view(*x.shape[:-1], self.out_features)

@@ -1,0 +1,639 @@
+"""C source of the CPU kernels, which `kernels_cpu` compiles for the machine that runs it."""
+
+SOURCE = r"""
+/* Linear layers on the CPU, with int8, int4 or half weights. Compiled for the machine that runs it.
+
+   Letters: M rows of an activation, K columns, N output features; x [M, K], weight [N, K], y [M, N].
+
+   One row is multiplied in fp32: a weight row is streamed from memory once, in order, and turned into floats in
+   registers. Several rows are multiplied in integers: each row of x, in blocks of BLOCK columns, is written as a sum of
+   `digits`, x = scale[0]·digit[0] + scale[1]·digit[1] + …, each a small integer with a scale a fraction of the one before,
+   so that products with weights and their sums are exact. Digits are chosen so that what is left over is about as
+   small as rounding to half (half activations) or to float (float activations) would leave.
+*/
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+enum { FLOAT, HALF, BFLOAT };             /* dtypes, as the caller numbers them */
+enum { NEAR = 1024 };                     /* bytes ahead that a stream is prefetched */
+enum { OK, NO_MEMORY };
+
+/* ---- Half numbers, one at a time ---- */
+
+static inline float float_of_bits(uint32_t bits) { float f; memcpy(&f, &bits, 4); return f; }
+static inline uint32_t bits_of_float(float f) { uint32_t bits; memcpy(&bits, &f, 4); return bits; }
+
+static inline float from_half(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, magnitude = h & 0x7fff;
+    if (magnitude >= 0x7c00) return float_of_bits(sign | 0x7f800000 | magnitude << 13);
+    return float_of_bits(sign | bits_of_float(float_of_bits(magnitude << 13) * 0x1p112f));
+}
+
+static inline uint16_t to_half(float f) { /* to the nearest, ties to even */
+    uint32_t bits = bits_of_float(f), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+    if (magnitude >= 0x47800000) return (uint16_t)(sign | 0x7c00);
+    if (magnitude < 0x38800000) /* subnormal: adding 1/2 leaves units of 2^-24 */
+        return (uint16_t)(sign | (bits_of_float(float_of_bits(magnitude) + 0.5f) - bits_of_float(0.5f)));
+    return (uint16_t)(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
+}
+
+static inline float from_bfloat(uint16_t b) { return float_of_bits((uint32_t)b << 16); }
+
+static inline uint16_t to_bfloat(float f) {
+    uint32_t bits = bits_of_float(f);
+    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/* The two int4 numbers of a byte. */
+static inline int8_t high_half(int8_t byte) { return (int8_t)(byte >> 4); }
+static inline int8_t low_half(int8_t byte) { return (int8_t)((int8_t)((uint8_t)byte << 4) >> 4); }
+
+static inline int64_t size_of(int dtype) { return dtype == FLOAT ? 4 : 2; }
+
+static inline float element(const void *p, int dtype, int64_t i) {
+    if (dtype == FLOAT) return ((const float *)p)[i];
+    uint16_t bits = ((const uint16_t *)p)[i];
+    return dtype == HALF ? from_half(bits) : from_bfloat(bits);
+}
+
+/* Keeps a vector in a register: gcc would rather load it again for each use. */
+#if defined(__AVX2__)
+#define KEEP(v) __asm__("" : "+v"(v))
+#elif defined(__aarch64__)
+#define KEEP(v) __asm__("" : "+w"(v))
+#else
+#define KEEP(v) (void)(v)
+#endif
+
+/* ---- Instruction sets: the same few operations for each ----
+   floats: FLOATS fp32 numbers. digits: LANES digits of type digit_t, at most DIGIT_MAX each; sums: int32 partial sums. */
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#include <immintrin.h>
+typedef __m512 floats;
+typedef __m512i digits, sums;
+enum { FLOATS = 16 };
+#if defined(__AMX_INT8__) && defined(__linux__)
+#define AMX
+#define INSTRUCTIONS "AMX"
+enum { LANES = 64, TILE_N = 32, TILE_M = 16, BLOCK = 2048 };
+typedef int8_t digit_t;
+#else
+#define INSTRUCTIONS "AVX512"
+enum { LANES = 32, TILE_N = 4, TILE_M = 4, BLOCK = 1024 };
+typedef int16_t digit_t;
+#endif
+static inline floats zeros(void) { return _mm512_setzero_ps(); }
+static inline floats load(const float *p) { return _mm512_loadu_ps(p); }
+static inline void store(float *p, floats v) { _mm512_storeu_ps(p, v); }
+static inline floats multiply_add(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b, c); }
+static inline float total(floats v) { return _mm512_reduce_add_ps(v); }
+static inline floats load_half(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
+static inline void store_half(uint16_t *p, floats v) { _mm256_storeu_si256((void *)p, _mm512_cvtps_ph(v, 0)); }
+static inline floats load_bfloat(const uint16_t *p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16));
+}
+static inline __m512i int8_as_int32(const int8_t *p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)); }
+static inline floats load_int8(const int8_t *p) { return _mm512_cvtepi32_ps(int8_as_int32(p)); }
+static inline void load_int4(const int8_t *p, floats *even, floats *odd) {
+    __m512i bytes = int8_as_int32(p);
+    *even = _mm512_cvtepi32_ps(_mm512_srai_epi32(bytes, 4));
+    *odd = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(bytes, 28), 28));
+}
+#ifndef AMX
+static inline digits load_digits(const digit_t *p) { return _mm512_loadu_si512(p); }
+static inline sums no_sums(void) { return _mm512_setzero_si512(); }
+static inline sums add_products(sums s, digits a, digits b) {
+#ifdef __AVX512VNNI__
+    return _mm512_dpwssd_epi32(s, a, b);
+#else
+    return _mm512_add_epi32(s, _mm512_madd_epi16(a, b));
+#endif
+}
+static inline float total_sums(sums s) { return _mm512_reduce_add_ps(_mm512_cvtepi32_ps(s)); }
+#endif
+
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include <immintrin.h>
+#define INSTRUCTIONS "AVX2"
+enum { FLOATS = 8, LANES = 16, TILE_N = 4, TILE_M = 2, BLOCK = 2048 };
+typedef __m256 floats;
+typedef __m256i digits, sums;
+typedef int16_t digit_t;
+static inline floats zeros(void) { return _mm256_setzero_ps(); }
+static inline floats load(const float *p) { return _mm256_loadu_ps(p); }
+static inline void store(float *p, floats v) { _mm256_storeu_ps(p, v); }
+static inline floats multiply_add(floats a, floats b, floats c) { return _mm256_fmadd_ps(a, b, c); }
+static inline float total(floats v) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+static inline floats load_half(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const void *)p)); }
+static inline void store_half(uint16_t *p, floats v) { _mm_storeu_si128((void *)p, _mm256_cvtps_ph(v, 0)); }
+static inline floats load_bfloat(const uint16_t *p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p)), 16));
+}
+static inline __m256i int8_as_int32(const int8_t *p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p)); }
+static inline floats load_int8(const int8_t *p) { return _mm256_cvtepi32_ps(int8_as_int32(p)); }
+static inline void load_int4(const int8_t *p, floats *even, floats *odd) {
+    __m256i bytes = int8_as_int32(p);
+    *even = _mm256_cvtepi32_ps(_mm256_srai_epi32(bytes, 4));
+    *odd = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(bytes, 28), 28));
+}
+static inline digits load_digits(const digit_t *p) { return _mm256_loadu_si256((const void *)p); }
+static inline sums no_sums(void) { return _mm256_setzero_si256(); }
+static inline sums add_products(sums s, digits a, digits b) {
+#ifdef __AVXVNNI__
+    return _mm256_dpwssd_avx_epi32(s, a, b);
+#else
+    return _mm256_add_epi32(s, _mm256_madd_epi16(a, b));
+#endif
+}
+static inline float total_sums(sums s) { return total(_mm256_cvtepi32_ps(s)); }
+
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+#include <arm_neon.h>
+enum { FLOATS = 4, TILE_N = 4, TILE_M = 4, BLOCK = 1024 };
+typedef float32x4_t floats;
+typedef int32x4_t sums;
+static inline floats zeros(void) { return vdupq_n_f32(0); }
+static inline floats load(const float *p) { return vld1q_f32(p); }
+static inline void store(float *p, floats v) { vst1q_f32(p, v); }
+static inline floats multiply_add(floats a, floats b, floats c) { return vfmaq_f32(c, a, b); }
+static inline float total(floats v) { return vaddvq_f32(v); }
+static inline floats load_half(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+static inline void store_half(uint16_t *p, floats v) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
+static inline floats load_bfloat(const uint16_t *p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+static inline int32x4_t int8_as_int32(const int8_t *p) {
+    int32_t four;
+    memcpy(&four, p, 4);
+    return vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)))));
+}
+static inline floats load_int8(const int8_t *p) { return vcvtq_f32_s32(int8_as_int32(p)); }
+static inline void load_int4(const int8_t *p, floats *even, floats *odd) {
+    int32x4_t bytes = int8_as_int32(p);
+    *even = vcvtq_f32_s32(vshrq_n_s32(bytes, 4));
+    *odd = vcvtq_f32_s32(vshrq_n_s32(vshlq_n_s32(bytes, 28), 28));
+}
+static inline sums no_sums(void) { return vdupq_n_s32(0); }
+#ifdef __ARM_FEATURE_DOTPROD
+#define INSTRUCTIONS "NEON with dot product"
+enum { LANES = 16 };
+typedef int8_t digit_t;
+typedef int8x16_t digits;
+static inline digits load_digits(const digit_t *p) { return vld1q_s8(p); }
+static inline sums add_products(sums s, digits a, digits b) { return vdotq_s32(s, a, b); }
+#else
+#define INSTRUCTIONS "NEON"
+enum { LANES = 8 };
+typedef int16_t digit_t;
+typedef int16x8_t digits;
+static inline digits load_digits(const digit_t *p) { return vld1q_s16(p); }
+static inline sums add_products(sums s, digits a, digits b) {
+    return vmlal_high_s16(vmlal_s16(s, vget_low_s16(a), vget_low_s16(b)), a, b);
+}
+#endif
+static inline float total_sums(sums s) { return total(vcvtq_f32_s32(s)); }
+
+#else
+#define INSTRUCTIONS "portable C"
+enum { FLOATS = 8, LANES = 8, TILE_N = 2, TILE_M = 2, BLOCK = 2048 };
+typedef struct { float of[FLOATS]; } floats;
+typedef struct { int16_t of[LANES]; } digits;
+typedef struct { int32_t of[LANES]; } sums;
+typedef int16_t digit_t;
+#define EACH(count) for (int i = 0; i < (count); i++)
+static inline floats zeros(void) { floats v; EACH(FLOATS) v.of[i] = 0; return v; }
+static inline floats load(const float *p) { floats v; EACH(FLOATS) v.of[i] = p[i]; return v; }
+static inline void store(float *p, floats v) { EACH(FLOATS) p[i] = v.of[i]; }
+static inline floats multiply_add(floats a, floats b, floats c) { EACH(FLOATS) c.of[i] += a.of[i] * b.of[i]; return c; }
+static inline float total(floats v) { float sum = 0; EACH(FLOATS) sum += v.of[i]; return sum; }
+static inline floats load_half(const uint16_t *p) { floats v; EACH(FLOATS) v.of[i] = from_half(p[i]); return v; }
+static inline void store_half(uint16_t *p, floats v) { EACH(FLOATS) p[i] = to_half(v.of[i]); }
+static inline floats load_bfloat(const uint16_t *p) { floats v; EACH(FLOATS) v.of[i] = from_bfloat(p[i]); return v; }
+static inline floats load_int8(const int8_t *p) { floats v; EACH(FLOATS) v.of[i] = p[i]; return v; }
+static inline void load_int4(const int8_t *p, floats *even, floats *odd) {
+    EACH(FLOATS) even->of[i] = high_half(p[i]), odd->of[i] = low_half(p[i]);
+}
+static inline digits load_digits(const digit_t *p) { digits v; EACH(LANES) v.of[i] = p[i]; return v; }
+static inline sums no_sums(void) { sums s; EACH(LANES) s.of[i] = 0; return s; }
+static inline sums add_products(sums s, digits a, digits b) { EACH(LANES) s.of[i] += a.of[i] * b.of[i]; return s; }
+static inline float total_sums(sums s) { float sum = 0; EACH(LANES) sum += (float)s.of[i]; return sum; }
+#endif
+
+/* ---- Rows of activations ---- */
+
+static void read_floats(const void *x, int dtype, int64_t count, float *out) {
+    const uint16_t *bits = x;
+    int64_t i = 0;
+    if (dtype == FLOAT) { memcpy(out, x, (size_t)count * sizeof *out); return; }
+    for (; i + FLOATS <= count; i += FLOATS) store(out + i, dtype == HALF ? load_half(bits + i) : load_bfloat(bits + i));
+    for (; i < count; i++) out[i] = element(x, dtype, i);
+}
+
+static void write_floats(const float *from, int64_t count, int dtype, void *y, int64_t at) {
+    uint16_t *bits = (uint16_t *)y + at;
+    int64_t i = 0;
+    if (dtype == FLOAT) { memcpy((float *)y + at, from, (size_t)count * sizeof *from); return; }
+    if (dtype == HALF) {
+        for (; i + FLOATS <= count; i += FLOATS) store_half(bits + i, load(from + i));
+        for (; i < count; i++) bits[i] = to_half(from[i]);
+    } else
+        for (; i < count; i++) bits[i] = to_bfloat(from[i]);
+}
+
+/* Row m of x as floats; for int4 the even columns first, then the odd ones, as the high and the low halves of bytes. */
+static void read_row(const void *x, int dtype, int64_t m, int64_t K, int bits, float *row, float *spare) {
+    const char *from = (const char *)x + m * K * size_of(dtype);
+    if (bits == 8) { read_floats(from, dtype, K, row); return; }
+    read_floats(from, dtype, K, spare);
+    for (int64_t i = 0; i < K / 2; i++) row[i] = spare[2 * i], row[K / 2 + i] = spare[2 * i + 1];
+}
+
+/* ---- One row: weights become floats ---- */
+
+enum { LINE = 64 }; /* bytes of weights that are taken at a time: a cache line */
+
+static float dot_int8(const int8_t *w, const float *x, int64_t K) {
+    floats sum[4] = {zeros(), zeros(), zeros(), zeros()};
+    int64_t k = 0;
+    float rest = 0;
+    for (; k + LINE <= K; k += LINE) {
+        __builtin_prefetch(w + k + NEAR);
+        for (int i = 0; i < LINE / FLOATS; i++)
+            sum[i % 4] = multiply_add(load_int8(w + k + i * FLOATS), load(x + k + i * FLOATS), sum[i % 4]);
+    }
+    for (; k < K; k++) rest += (float)w[k] * x[k];
+    return rest + (total(sum[0]) + total(sum[1])) + (total(sum[2]) + total(sum[3]));
+}
+
+/* x holds the even columns, then the odd ones; `bytes` of each. */
+static float dot_int4(const int8_t *w, const float *x, int64_t bytes) {
+    floats sum[4] = {zeros(), zeros(), zeros(), zeros()}, high, low;
+    int64_t at = 0;
+    float rest = 0;
+    for (; at + LINE <= bytes; at += LINE) {
+        __builtin_prefetch(w + at + NEAR);
+        for (int i = 0; i < LINE / FLOATS; i++) {
+            floats *s = sum + i % 2 * 2;
+            load_int4(w + at + i * FLOATS, &high, &low);
+            s[0] = multiply_add(high, load(x + at + i * FLOATS), s[0]);
+            s[1] = multiply_add(low, load(x + bytes + at + i * FLOATS), s[1]);
+        }
+    }
+    for (; at < bytes; at++) rest += (float)high_half(w[at]) * x[at] + (float)low_half(w[at]) * x[bytes + at];
+    return rest + (total(sum[0]) + total(sum[1])) + (total(sum[2]) + total(sum[3]));
+}
+
+/* sum[i] = weight row · x[i], for `count` rows of x that lie K floats apart. */
+static inline __attribute__((always_inline)) void
+half_dots(const uint16_t *w, int dtype, const float *x, const int count, int64_t K, float *sum) {
+    enum { UNROLLED = 4 }; /* sums in flight */
+    floats s[UNROLLED][4];
+    int64_t k = 0;
+    for (int u = 0; u < UNROLLED; u++)
+        for (int i = 0; i < count; i++) s[u][i] = zeros();
+    for (; k + UNROLLED * FLOATS <= K; k += UNROLLED * FLOATS) {
+        __builtin_prefetch((const char *)(w + k) + NEAR);
+        for (int u = 0; u < UNROLLED; u++) {
+            const uint16_t *at = w + k + u * FLOATS;
+            floats weight = dtype == HALF ? load_half(at) : load_bfloat(at);
+            for (int i = 0; i < count; i++)
+                s[u][i] = multiply_add(weight, load(x + i * K + k + u * FLOATS), s[u][i]);
+        }
+    }
+    for (int i = 0; i < count; i++) {
+        sum[i] = 0;
+        for (int u = 0; u < UNROLLED; u++) sum[i] += total(s[u][i]);
+        for (int64_t rest = k; rest < K; rest++) sum[i] += element(w, dtype, rest) * x[i * K + rest];
+    }
+}
+
+/* ---- Several rows: activations become digits ---- */
+
+enum {
+    PADDED_M = 16,                                  /* rows of sums are padded to a multiple of this */
+    DIGIT_MAX = sizeof(digit_t) == 1 ? 127 : 32767,
+    HALF_PLANES = sizeof(digit_t) == 1 ? 2 : 1,     /* digits a number has, for half and bfloat activations */
+    FLOAT_PLANES = HALF_PLANES + 1,
+    CHUNK = 128,                                    /* output features that a thread takes at once, at most */
+    M_AT_ONCE = 512,                                /* rows of x that are held as digits */
+};
+
+struct job {
+    const void *x, *scale, *bias;
+    const int8_t *weight;
+    void *y;
+    int x_dtype, scale_dtype, bias_dtype, bits, planes;
+    int64_t M, N, K, padded_M, padded_K;
+    digit_t *digits;      /* see store_digits */
+    float *digit_scale;   /* [blocks][planes][padded_M] */
+};
+
+static inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+#ifdef AMX
+/* Digits in the order of the tiles that the matrix unit takes: [block][m / 16][k / 64][plane][k / 4 % 16][m % 16][k % 4]. */
+static inline digit_t *tile_of(const struct job *j, int64_t m, int64_t block) {
+    int64_t columns = least(BLOCK, j->padded_K - block * BLOCK);
+    return j->digits + (block * BLOCK * j->padded_M + m / 16 * 16 * columns) * j->planes;
+}
+
+static void store_digits(const struct job *j, int64_t m, int64_t block, int plane, const digit_t *row) {
+    int64_t columns = least(BLOCK, j->padded_K - block * BLOCK);
+    digit_t *tiles = tile_of(j, m, block) + plane * 1024 + m % 16 * 4;
+    for (int64_t k = 0; k < columns; k += 4) memcpy(tiles + k / 64 * 1024 * j->planes + k / 4 % 16 * 64, row + k, 4);
+}
+
+/* sums[n, m] += weights · digits, for 32 weight rows that lie `stride` bytes apart and 16 rows of x. */
+static void multiply_tile(const struct job *j, const digit_t *weights, int64_t stride, int64_t block, int64_t m, float *sums) {
+    int64_t columns = least(BLOCK, j->padded_K - block * BLOCK);
+    const digit_t *x = tile_of(j, m, block);
+    const float *scale = j->digit_scale + block * j->planes * j->padded_M + m;
+    _Alignas(64) int32_t product[2][3][16][16];
+    if (j->planes == 2) {
+        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+        for (int64_t k = 0; k < columns; k += 64, x += 2048) {
+            _tile_loadd(4, weights + k, stride);
+            _tile_loadd(6, x, 64);
+            _tile_loadd(5, weights + 16 * stride + k, stride);
+            _tile_loadd(7, x + 1024, 64);
+            _tile_dpbssd(0, 4, 6); _tile_dpbssd(1, 4, 7); _tile_dpbssd(2, 5, 6); _tile_dpbssd(3, 5, 7);
+            if (m == 0) for (int n = 0; n < 32; n++) __builtin_prefetch(weights + n * stride + k + NEAR / 2);
+        }
+        _tile_stored(0, product[0][0], 64); _tile_stored(1, product[0][1], 64);
+        _tile_stored(2, product[1][0], 64); _tile_stored(3, product[1][1], 64);
+    } else
+        for (int half = 0; half < 2; half++) {
+            const digit_t *digit = x;
+            _tile_zero(0); _tile_zero(1); _tile_zero(2);
+            for (int64_t k = 0; k < columns; k += 64, digit += 3072) {
+                _tile_loadd(4, weights + half * 16 * stride + k, stride);
+                _tile_loadd(5, digit, 64); _tile_loadd(6, digit + 1024, 64); _tile_loadd(7, digit + 2048, 64);
+                _tile_dpbssd(0, 4, 5); _tile_dpbssd(1, 4, 6); _tile_dpbssd(2, 4, 7);
+            }
+            _tile_stored(0, product[half][0], 64); _tile_stored(1, product[half][1], 64);
+            _tile_stored(2, product[half][2], 64);
+        }
+    for (int n = 0; n < 32; n++)
+        for (int plane = 0; plane < j->planes; plane++)
+            for (int i = 0; i < 16; i++)
+                sums[n * j->padded_M + i] +=
+                    scale[plane * j->padded_M + i] * (float)product[n / 16][plane][n % 16][i];
+}
+#else
+/* Digits as [plane][m][padded_K]. */
+static void store_digits(const struct job *j, int64_t m, int64_t block, int plane, const digit_t *row) {
+    int64_t columns = least(BLOCK, j->padded_K - block * BLOCK);
+    digit_t *to = j->digits + (plane * j->padded_M + m) * j->padded_K + block * BLOCK;
+    memcpy(to, row, (size_t)columns * sizeof *row);
+}
+
+/* sums[n, m] += weights · digits, for TILE_N weight rows that lie `stride` digits apart and TILE_M rows of x. */
+static void multiply_tile(const struct job *j, const digit_t *weights, int64_t stride, int64_t block, int64_t m, float *sums_) {
+    int64_t columns = least(BLOCK, j->padded_K - block * BLOCK);
+    for (int plane = 0; plane < j->planes; plane++) {
+        const digit_t *x = j->digits + (plane * j->padded_M + m) * j->padded_K + block * BLOCK;
+        const float *scale = j->digit_scale + (block * j->planes + plane) * j->padded_M + m;
+        sums sum[TILE_N][TILE_M];
+        for (int n = 0; n < TILE_N; n++)
+            for (int i = 0; i < TILE_M; i++) sum[n][i] = no_sums();
+        for (int64_t k = 0; k < columns; k += LANES) {
+            digits w[TILE_N];
+            for (int n = 0; n < TILE_N; n++) {
+                w[n] = load_digits(weights + n * stride + k);
+                KEEP(w[n]);
+            }
+            for (int i = 0; i < TILE_M; i++) {
+                digits row = load_digits(x + i * j->padded_K + k);
+                KEEP(row);
+                for (int n = 0; n < TILE_N; n++) {
+                    sum[n][i] = add_products(sum[n][i], w[n], row);
+                    KEEP(sum[n][i]);
+                }
+            }
+        }
+        for (int n = 0; n < TILE_N; n++)
+            for (int i = 0; i < TILE_M; i++) sums_[n * j->padded_M + i] += scale[i] * total_sums(sum[n][i]);
+    }
+}
+#endif
+
+/* Write one row of x as digits, block by block. What is not finite makes the whole block NaN. */
+static void split_row(const struct job *j, int64_t m, const float *row, digit_t *digits_of_block) {
+    for (int64_t block = 0; block * BLOCK < j->padded_K; block++) {
+        int64_t padded = least(BLOCK, j->padded_K - block * BLOCK), count = least(BLOCK, j->K - block * BLOCK);
+        float rest[BLOCK];
+        uint32_t largest = 0; /* as the bits of a float, which order like its size */
+        for (int64_t k = 0; k < count; k++) {
+            uint32_t size = bits_of_float(row[block * BLOCK + k]) & 0x7fffffff;
+            largest = size > largest ? size : largest;
+        }
+        int finite = largest < 0x7f800000;
+        float lift = float_of_bits(largest) < 0x1p-60f ? 0x1p60f : 1; /* keeps the scales of tiny numbers normal */
+        float scale = largest ? float_of_bits(largest) * lift / DIGIT_MAX : 1;
+        if (scale < 0x1p-60f) scale = 0x1p-60f; /* subnormal numbers are taken for the smallest normal ones */
+        for (int64_t k = 0; k < count; k++) rest[k] = row[block * BLOCK + k] * lift;
+        for (int plane = 0; plane < j->planes; plane++) {
+            float inverse = 1 / scale;
+            memset(digits_of_block, 0, (size_t)padded * sizeof *digits_of_block);
+            if (finite)
+                for (int64_t k = 0; k < count; k++) {
+                    float digit = (rest[k] * inverse + 0x1.8p23f) - 0x1.8p23f; /* rounds to an integer */
+                    digits_of_block[k] = (digit_t)digit;
+                    rest[k] -= digit * scale;
+                }
+            store_digits(j, m, block, plane, digits_of_block);
+            j->digit_scale[(block * j->planes + plane) * j->padded_M + m] = finite ? scale / lift : NAN;
+            /* About half a unit is left, somewhat more where the division was rounded: the next digit reaches that. */
+            scale /= 2 * (DIGIT_MAX - DIGIT_MAX / 64);
+        }
+    }
+}
+
+/* `rows` weight rows from n on, columns of one block, as digits [TILE_N][BLOCK], 0 where there are none. */
+static void fill_panel(const struct job *j, int64_t n, int64_t rows, int64_t block, digit_t *panel) {
+    int64_t first = block * BLOCK, columns = least(BLOCK, j->K - first), bytes = j->K * j->bits / 8;
+    int64_t padded = least(BLOCK, j->padded_K - first);
+    const int64_t ahead = first + BLOCK < j->K ? BLOCK : TILE_N * bytes - first; /* where this row's tile goes on */
+    for (int64_t i = 0; i < TILE_N; i++) {
+        digit_t *to = panel + i * BLOCK;
+        int64_t k = 0;
+        if (i < rows) {
+            const int8_t *row = j->weight + (n + i) * bytes;
+            if (j->bits == 8) {
+                for (int64_t at = 0; at < columns; at += 64) __builtin_prefetch(row + first + ahead + at);
+                for (; k < columns; k++) to[k] = row[first + k];
+            } else {
+                int64_t high = least(columns, bytes - first); /* columns that are high halves of bytes */
+                for (; k < high; k++) to[k] = high_half(row[first + k]);
+                for (; k < columns; k++) to[k] = low_half(row[first + k - bytes]);
+            }
+        }
+        for (; k < padded; k++) to[k] = 0;
+    }
+}
+
+/* y[:, begin:end] for several rows. `sums` holds [chunk][padded_M] floats, `panel` [TILE_N][BLOCK] digits. */
+static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64_t chunk, float *sums_, digit_t *panel) {
+    enum { GROUP = 64 }; /* rows of x whose digits of a block stay in the cache beside a chunk of weights */
+    int64_t bytes = j->K * j->bits / 8;
+    float scale[CHUNK], bias[CHUNK] = {0};
+    for (int64_t n0 = begin; n0 < end; n0 += chunk) {
+        int64_t height = least(chunk, end - n0);
+        memset(sums_, 0, (size_t)(round_up(height, TILE_N) * j->padded_M) * sizeof *sums_);
+        for (int64_t block = 0; block * BLOCK < j->padded_K; block++)
+            for (int64_t group = 0; group < j->M; group += GROUP)
+                for (int64_t n = n0; n < n0 + height; n += TILE_N) {
+                    int64_t rows = least(TILE_N, n0 + height - n), stride = BLOCK;
+                    const digit_t *weights = panel;
+                    if (sizeof(digit_t) == 1 && j->bits == 8 && rows == TILE_N && j->K == j->padded_K) {
+                        weights = (const digit_t *)j->weight + n * bytes + block * BLOCK;
+                        stride = bytes;
+                    } else
+                        fill_panel(j, n, rows, block, panel);
+                    for (int64_t m = group; m < least(group + GROUP, j->M); m += TILE_M)
+                        multiply_tile(j, weights, stride, block, m, sums_ + (n - n0) * j->padded_M + m);
+                }
+        read_floats((const char *)j->scale + n0 * size_of(j->scale_dtype), j->scale_dtype, height, scale);
+        if (j->bias) read_floats((const char *)j->bias + n0 * size_of(j->bias_dtype), j->bias_dtype, height, bias);
+        for (int64_t m0 = 0; m0 < j->M; m0 += PADDED_M) { /* sums are [n, m], y is [m, n] */
+            float lines[PADDED_M][CHUNK];
+            for (int64_t n = 0; n < height; n++)
+                for (int i = 0; i < PADDED_M; i++)
+                    lines[i][n] = sums_[n * j->padded_M + m0 + i] * scale[n] + bias[n];
+            for (int64_t m = m0; m < least(m0 + PADDED_M, j->M); m++)
+                write_floats(lines[m - m0], height, j->x_dtype, j->y, m * j->N + n0);
+        }
+    }
+}
+
+#ifdef AMX
+static void start_tiles(void) {
+    struct { uint8_t palette, start, reserved[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } config = {.palette = 1};
+    for (int i = 0; i < 8; i++) config.row_bytes[i] = 64, config.rows[i] = 16;
+    __asm__ volatile("" ::"r"(&config) : "memory"); /* gcc 12 believes that only 8 bytes of it are read */
+    _tile_loadconfig(&config);
+}
+static void stop_tiles(void) { _tile_release(); }
+#else
+static void start_tiles(void) {}
+static void stop_tiles(void) {}
+#endif
+
+/* ---- What is called ---- */
+
+#ifdef _OPENMP
+static int64_t thread_number(void) { return omp_get_thread_num(); }
+static int64_t thread_count(void) { return omp_get_num_threads(); }
+#else
+static int64_t thread_number(void) { return 0; }
+static int64_t thread_count(void) { return 1; }
+#endif
+
+/* y = x · (scale · weight)ᵀ + bias. x and y have x_dtype; weight is int8, or int4 with the even column in the high half of
+   a byte; scale [N] and bias [N] (or NULL) have dtypes of their own. Returns OK or NO_MEMORY. */
+int chatglm_linear(const void *x, int x_dtype, const int8_t *weight, int bits, const void *scale, int scale_dtype,
+                   const void *bias, int bias_dtype, void *y, int64_t M, int64_t N, int64_t K, int threads) {
+    int one = M == 1, blocks = (int)((round_up(K, LANES) + BLOCK - 1) / BLOCK);
+    for (int64_t m = 0; m < M; m += M_AT_ONCE) { /* the rows that are held as digits at once */
+        struct job j = {
+            .x = (const char *)x + m * K * size_of(x_dtype), .x_dtype = x_dtype, .weight = weight, .bits = bits,
+            .scale = scale, .scale_dtype = scale_dtype, .bias = bias, .bias_dtype = bias_dtype,
+            .y = (char *)y + m * N * size_of(x_dtype), .M = least(M - m, M_AT_ONCE), .N = N, .K = K,
+            .planes = x_dtype == FLOAT ? FLOAT_PLANES : HALF_PLANES,
+            .padded_M = round_up(least(M - m, M_AT_ONCE), PADDED_M), .padded_K = round_up(K, LANES),
+        };
+        int64_t chunk = j.M <= 32 ? TILE_N : CHUNK;
+        /* For each thread: two rows of x as floats; sums; a panel of weights. For all: digits and their scales. */
+        size_t row_size = (size_t)round_up(2 * j.padded_K * 4, 64);
+        size_t sums_size = one ? 0 : (size_t)(chunk * j.padded_M) * 4;
+        size_t panel_size = one ? 0 : (size_t)round_up(TILE_N * BLOCK * sizeof(digit_t), 64);
+        size_t own_size = row_size + sums_size + panel_size;
+        size_t scale_size = one ? 0 : (size_t)(blocks * j.planes * j.padded_M) * 4;
+        size_t digits_size = one ? 0 : (size_t)(j.planes * j.padded_M * j.padded_K) * sizeof(digit_t);
+        char *memory = aligned_alloc(64, (size_t)threads * own_size + round_up(scale_size, 64) + round_up(digits_size, 64));
+        if (!memory) return NO_MEMORY;
+        j.digit_scale = (float *)(memory + (size_t)threads * own_size);
+        j.digits = (digit_t *)((char *)j.digit_scale + round_up(scale_size, 64));
+        memset(j.digit_scale, 0, scale_size); /* of the rows that pad M */
+        #pragma omp parallel num_threads(threads)
+        {
+            int64_t thread = thread_number(), team = thread_count();
+            char *own = memory + (size_t)thread * own_size;
+            float *row = (float *)own, *spare = row + j.padded_K;
+            int64_t tiles = (N + TILE_N - 1) / TILE_N;
+            int64_t begin = tiles * thread / team * TILE_N, end = least(tiles * (thread + 1) / team * TILE_N, N);
+            if (one) {
+                read_row(j.x, x_dtype, 0, K, bits, row, spare);
+                for (int64_t n = begin; n < end; n++) {
+                    float sum = bits == 8 ? dot_int8(weight + n * K, row, K) : dot_int4(weight + n * (K / 2), row, K / 2);
+                    sum *= element(scale, scale_dtype, n);
+                    if (bias) sum += element(bias, bias_dtype, n);
+                    write_floats(&sum, 1, x_dtype, y, n);
+                }
+            } else {
+                for (int64_t i = j.M * thread / team; i < j.M * (thread + 1) / team; i++) {
+                    read_row(j.x, x_dtype, i, K, bits, row, spare);
+                    split_row(&j, i, row, (digit_t *)spare);
+                }
+                #pragma omp barrier
+                start_tiles();
+                multiply_rows(&j, begin, end, chunk, (float *)(own + row_size), (digit_t *)(own + row_size + sums_size));
+                stop_tiles();
+            }
+        }
+        free(memory);
+    }
+    return OK;
+}
+
+/* y = x · weightᵀ with half or bfloat weights, for few rows: x [M, K], y [M, N] of x_dtype. Returns OK or NO_MEMORY. */
+int chatglm_half_linear(const void *x, int x_dtype, const uint16_t *weight, int weight_dtype, void *y,
+                        int64_t M, int64_t N, int64_t K, int threads) {
+    float *rows = aligned_alloc(64, (size_t)round_up(M * K * 4, 64));
+    if (!rows) return NO_MEMORY;
+    read_floats(x, x_dtype, M * K, rows);
+    #pragma omp parallel num_threads(threads)
+    {
+        int64_t begin = N * thread_number() / thread_count(), end = N * (thread_number() + 1) / thread_count();
+        for (int64_t n = begin; n < end; n++) {
+            const uint16_t *w = weight + n * K;
+            float sum[2];
+            for (int64_t m = 0; m < M; m += 2) {
+                if (M - m > 1 && weight_dtype == HALF) half_dots(w, HALF, rows + m * K, 2, K, sum);
+                else if (M - m > 1) half_dots(w, BFLOAT, rows + m * K, 2, K, sum);
+                else if (weight_dtype == HALF) half_dots(w, HALF, rows + m * K, 1, K, sum);
+                else half_dots(w, BFLOAT, rows + m * K, 1, K, sum);
+                for (int64_t i = 0; i < least(2, M - m); i++) write_floats(sum + i, 1, x_dtype, y, (m + i) * N + n);
+            }
+        }
+    }
+    free(rows);
+    return OK;
+}
+
+/* Whether the instructions this was compiled for may be used: 0 if the system refuses the matrix unit. */
+int chatglm_start(void) {
+#ifdef AMX
+    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
+#else
+    return 1;
+#endif
+}
+
+const char *chatglm_instructions(void) { return INSTRUCTIONS; }
+"""
