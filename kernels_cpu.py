@@ -12,6 +12,7 @@ Environment: `CC` names the compiler, `CHATGLM_CPU_KERNEL=0` turns the kernels o
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import shlex
 import shutil
@@ -33,6 +34,7 @@ logger = logging.get_logger(__name__)
 FLAGS = ("-O3", "-std=gnu11", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 OPENMP = "-fopenmp"
 WITHOUT_AMX = ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16")
+HEAD_DIMS = range(16, 257, 16)  # that the kernels of attention can do
 MAX_HALF_ROWS = 32  # more rows are better multiplied by a matrix product over a float copy of the weights
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as the source numbers them
@@ -61,6 +63,15 @@ class Library:
         self._linear.argtypes += (size, size, size, count)
         self._half_linear = library.chatglm_half_linear
         self._half_linear.argtypes = (pointer, count, pointer, count, pointer, size, size, size, count)
+        self._attention = library.chatglm_attention
+        self._attention.argtypes = (pointer, size, size, pointer, size, size, size, pointer, size, size, size)
+        self._attention.argtypes += (pointer, size, pointer, count, ctypes.c_float, size, size, size, size, count)
+        self._rotary = library.chatglm_rotary
+        self._rotary.argtypes = (pointer, pointer, pointer, count, size, size, size, size, count)
+        self._rotary.restype = None
+        self._gelu = library.chatglm_gelu
+        self._gelu.argtypes = (pointer, count, size, count)
+        self._gelu.restype = None
         library.chatglm_instructions.restype = ctypes.c_char_p
         self.instructions = library.chatglm_instructions().decode()
         self.allowed = bool(library.chatglm_start())
@@ -128,7 +139,9 @@ class Library:
             threads or torch.get_num_threads(),
         )
         if failed == _NO_MEMORY:
-            raise MemoryError(f"No memory to multiply an activation [{rows}, {columns}] by a weight [{features}, {columns}].")
+            raise MemoryError(
+                f"No memory to multiply an activation [{rows}, {columns}] by a weight [{features}, {columns}]."
+            )
         return y
 
     def half_linear(self, x: torch.Tensor, weight: torch.Tensor, threads: int | None = None) -> torch.Tensor:
@@ -149,7 +162,9 @@ class Library:
             or weight.device.type != "cpu"
         ):
             got = [f"{t.dtype} {list(t.shape)} on {t.device}" for t in (x, weight)]
-            raise ValueError(f"A kernel for x [M, K] and a half weight [N, K] (contiguous) on the CPU got {', '.join(got)}.")
+            raise ValueError(
+                f"A kernel for x [M, K] and a half weight [N, K] (contiguous) on the CPU got {', '.join(got)}."
+            )
         x = x.contiguous()
         y = torch.empty(rows, weight.shape[0], dtype=x.dtype)
         if y.numel() == 0:
@@ -168,6 +183,122 @@ class Library:
         if failed == _NO_MEMORY:
             raise MemoryError(f"No memory to multiply an activation [{rows}, {columns}].")
         return y
+
+    def attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+        threads: int | None = None,
+    ) -> torch.Tensor:
+        """softmax(scaling · query · keyᵀ + mask) · value for one query a head, summed in float32.
+
+        Args:
+            query: [B, H, 1, D] float32, float16 or bfloat16, D a multiple of 16, 256 at most.
+            key, value: [B, H, T, D] of the same dtype.
+            mask: [B or 1, 1, 1, T] of the same dtype, or None.
+
+        Returns:
+            [B, 1, H, D] of this dtype, contiguous.
+
+        Raises:
+            ValueError, MemoryError: as `linear`.
+        """
+        batch, heads, one, width = query.shape
+        length = key.shape[2]
+        tensors = (query, key, value) if mask is None else (query, key, value, mask)
+        if (
+            one != 1
+            or width % 16
+            or width > 256
+            or key.shape != (batch, heads, length, width)
+            or value.shape != key.shape
+            or (mask is not None and mask.shape not in ((batch, 1, 1, length), (1, 1, 1, length)))
+            or query.dtype not in _DTYPES
+            or any(t.dtype != query.dtype or t.device.type != "cpu" or t.stride(-1) != 1 for t in tensors)
+        ):
+            got = [f"{t.dtype} {list(t.shape)} on {t.device}" for t in tensors]
+            raise ValueError(
+                "A kernel for query [B, H, 1, D], key and value [B, H, T, D] and mask [B, 1, 1, T] of one dtype on the "
+                f"CPU, D a multiple of 16 and 256 at most, the last dimension contiguous, got {', '.join(got)}."
+            )
+        context = torch.empty(batch, 1, heads, width, dtype=query.dtype)
+        failed = self._attention(
+            query.data_ptr(),
+            *query.stride()[:2],
+            key.data_ptr(),
+            *key.stride()[:3],
+            value.data_ptr(),
+            *value.stride()[:3],
+            None if mask is None else mask.data_ptr(),
+            0 if mask is None or mask.shape[0] == 1 else mask.stride(0),
+            context.data_ptr(),
+            _DTYPES[query.dtype],
+            scaling,
+            batch,
+            heads,
+            length,
+            width,
+            threads or torch.get_num_threads(),
+        )
+        if failed == _NO_MEMORY:
+            raise MemoryError(f"No memory for the scores of {length} keys.")
+        return context
+
+    def rotary_(
+        self, qkv: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, threads: int | None = None
+    ) -> torch.Tensor:
+        """Turn queries and keys in place, as `apply_rotary` does.
+
+        Args:
+            qkv: [B, S, H, 3·D] float32, float16 or bfloat16, contiguous: a query, a key and a value a head; D is 256 at
+                most.
+            cosine, sine: [B, S, 1, R, D/R] of the same dtype.
+
+        Raises:
+            ValueError: other tensors.
+        """
+        *rows, heads, triple = qkv.shape
+        width = triple // 3
+        shape = (*rows, 1, cosine.shape[-2], width // cosine.shape[-2])
+        if (
+            cosine.shape != shape
+            or sine.shape != shape
+            or width > 256
+            or width % (2 * shape[-2])
+            or qkv.dtype not in _DTYPES
+            or any(t.dtype != qkv.dtype or t.device.type != "cpu" or not t.is_contiguous() for t in (qkv, cosine, sine))
+        ):
+            got = [f"{t.dtype} {list(t.shape)} on {t.device}" for t in (qkv, cosine, sine)]
+            raise ValueError(
+                "A kernel for qkv [B, S, H, 3·D], cosine and sine [B, S, 1, R, D/R] of one dtype on the CPU, contiguous, "
+                f"D even in each part and 256 at most, got {', '.join(got)}."
+            )
+        self._rotary(
+            qkv.data_ptr(),
+            cosine.data_ptr(),
+            sine.data_ptr(),
+            _DTYPES[qkv.dtype],
+            math.prod(rows),
+            heads,
+            width,
+            shape[-2],
+            threads or torch.get_num_threads(),
+        )
+        return qkv
+
+    def gelu_(self, x: torch.Tensor, threads: int | None = None) -> torch.Tensor:
+        """GELU in its tanh form, in place; x float32, float16 or bfloat16, contiguous, on the CPU.
+
+        Raises:
+            ValueError: another tensor.
+        """
+        if x.dtype not in _DTYPES or x.device.type != "cpu" or not x.is_contiguous():
+            raise ValueError(f"Expected a contiguous float tensor on the CPU, got {x.dtype} on {x.device}.")
+        self._gelu(x.data_ptr(), _DTYPES[x.dtype], x.numel(), threads or torch.get_num_threads())
+        return x
 
 
 def compiler() -> list[str]:

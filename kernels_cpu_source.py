@@ -95,6 +95,7 @@ enum { LANES = 32, TILE_N = 4, TILE_M = 4, BLOCK = 1024 };
 typedef int16_t digit_t;
 #endif
 static inline floats zeros(void) { return _mm512_setzero_ps(); }
+static inline floats all(float f) { return _mm512_set1_ps(f); }
 static inline floats load(const float *p) { return _mm512_loadu_ps(p); }
 static inline void store(float *p, floats v) { _mm512_storeu_ps(p, v); }
 static inline floats multiply_add(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b, c); }
@@ -132,6 +133,7 @@ typedef __m256 floats;
 typedef __m256i digits, sums;
 typedef int16_t digit_t;
 static inline floats zeros(void) { return _mm256_setzero_ps(); }
+static inline floats all(float f) { return _mm256_set1_ps(f); }
 static inline floats load(const float *p) { return _mm256_loadu_ps(p); }
 static inline void store(float *p, floats v) { _mm256_storeu_ps(p, v); }
 static inline floats multiply_add(floats a, floats b, floats c) { return _mm256_fmadd_ps(a, b, c); }
@@ -169,6 +171,7 @@ enum { FLOATS = 4, TILE_N = 4, TILE_M = 4, BLOCK = 1024 };
 typedef float32x4_t floats;
 typedef int32x4_t sums;
 static inline floats zeros(void) { return vdupq_n_f32(0); }
+static inline floats all(float f) { return vdupq_n_f32(f); }
 static inline floats load(const float *p) { return vld1q_f32(p); }
 static inline void store(float *p, floats v) { vst1q_f32(p, v); }
 static inline floats multiply_add(floats a, floats b, floats c) { return vfmaq_f32(c, a, b); }
@@ -216,6 +219,7 @@ typedef struct { int32_t of[LANES]; } sums;
 typedef int16_t digit_t;
 #define EACH(count) for (int i = 0; i < (count); i++)
 static inline floats zeros(void) { floats v; EACH(FLOATS) v.of[i] = 0; return v; }
+static inline floats all(float f) { floats v; EACH(FLOATS) v.of[i] = f; return v; }
 static inline floats load(const float *p) { floats v; EACH(FLOATS) v.of[i] = p[i]; return v; }
 static inline void store(float *p, floats v) { EACH(FLOATS) p[i] = v.of[i]; }
 static inline floats multiply_add(floats a, floats b, floats c) { EACH(FLOATS) c.of[i] += a.of[i] * b.of[i]; return c; }
@@ -232,6 +236,11 @@ static inline sums no_sums(void) { sums s; EACH(LANES) s.of[i] = 0; return s; }
 static inline sums add_products(sums s, digits a, digits b) { EACH(LANES) s.of[i] += a.of[i] * b.of[i]; return s; }
 static inline float total_sums(sums s) { float sum = 0; EACH(LANES) sum += (float)s.of[i]; return sum; }
 #endif
+
+static inline floats load_any(const void *p, int dtype, int64_t i) {
+    if (dtype == FLOAT) return load((const float *)p + i);
+    return dtype == HALF ? load_half((const uint16_t *)p + i) : load_bfloat((const uint16_t *)p + i);
+}
 
 /* ---- Rows of activations ---- */
 
@@ -624,6 +633,119 @@ int chatglm_half_linear(const void *x, int x_dtype, const uint16_t *weight, int 
     }
     free(rows);
     return OK;
+}
+
+/* exp(x) for x from -87.3 to 88.7, and of the nearer of these beyond: 2^(x / ln 2) from its integer part and a polynomial,
+   within 2 units in the last place. Written for a compiler to vectorise. */
+static inline float quick_exp(float x) {
+    float bounded = x > 88.7f ? 88.7f : x > -87.3f ? x : -87.3f;
+    float whole = (bounded * 1.44269504f + 0x1.8p23f) - 0x1.8p23f;
+    float part = (bounded - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    float power = 1.9875691500e-4f;
+    power = power * part + 1.3981999507e-3f;
+    power = power * part + 8.3334519073e-3f;
+    power = power * part + 4.1665795894e-2f;
+    power = power * part + 1.6666665459e-1f;
+    power = power * part + 5.0000001201e-1f;
+    power = power * part * part + part + 1;
+    return power * float_of_bits((uint32_t)((int32_t)whole + 127) << 23);
+}
+
+/* Attention of one query a head: context [B, H, D] = softmax(shrunk · q · kᵀ + mask) · v, summed in fp32.
+   q [B, H, D], k and v [B, H, T, D] and mask [B, T] (or NULL) of one dtype; B, H and T may be strided (in numbers), and
+   mask_b may be 0. D is a multiple of FLOATS, 256 at most. Returns OK or NO_MEMORY. */
+int chatglm_attention(const void *q, int64_t q_b, int64_t q_h, const void *k, int64_t k_b, int64_t k_h, int64_t k_t,
+                      const void *v, int64_t v_b, int64_t v_h, int64_t v_t, const void *mask, int64_t mask_b, void *context,
+                      int dtype, float scaling, int64_t B, int64_t H, int64_t T, int64_t D, int threads) {
+    enum { WIDTH = 4 }; /* vectors of the context that are summed at a time */
+    int64_t size = size_of(dtype), T_size = round_up(T, 16);
+    float *memory = aligned_alloc(64, (size_t)(threads * T_size) * sizeof *memory);
+    if (!memory) return NO_MEMORY;
+    #pragma omp parallel num_threads(threads)
+    {
+        float *weight = memory + thread_number() * T_size, query[256], sum[256];
+        for (int64_t i = B * H * thread_number() / thread_count(); i < B * H * (thread_number() + 1) / thread_count(); i++) {
+            int64_t b = i / H, h = i % H;
+            const char *keys = (const char *)k + (b * k_b + h * k_h) * size;
+            const char *values = (const char *)v + (b * v_b + h * v_h) * size;
+            float largest = -INFINITY, whole = 0;
+            read_floats((const char *)q + (b * q_b + h * q_h) * size, dtype, D, query);
+            for (int64_t t = 0; t < T; t++) {
+                const char *key = keys + t * k_t * size;
+                floats score[2] = {zeros(), zeros()};
+                for (int64_t d = 0; d < D; d += FLOATS)
+                    score[d / FLOATS % 2] = multiply_add(load_any(key, dtype, d), load(query + d), score[d / FLOATS % 2]);
+                weight[t] = (total(score[0]) + total(score[1])) * scaling;
+                if (mask) weight[t] += element(mask, dtype, b * mask_b + t);
+                largest = weight[t] > largest ? weight[t] : largest;
+            }
+            for (int64_t t = 0; t < T; t++) weight[t] = quick_exp(weight[t] - largest);
+            for (int64_t t = 0; t < T; t++) whole += weight[t];
+            for (int64_t d = 0; d < D; d += WIDTH * FLOATS) {
+                floats part[WIDTH] = {zeros(), zeros(), zeros(), zeros()};
+                int64_t vectors = least(WIDTH, (D - d) / FLOATS);
+                for (int64_t t = 0; t < T; t++) {
+                    floats p = all(weight[t]);
+                    const char *value = values + t * v_t * size;
+                    if (vectors == WIDTH)
+                        for (int j = 0; j < WIDTH; j++)
+                            part[j] = multiply_add(load_any(value, dtype, d + j * FLOATS), p, part[j]);
+                    else
+                        for (int64_t j = 0; j < vectors; j++)
+                            part[j] = multiply_add(load_any(value, dtype, d + j * FLOATS), p, part[j]);
+                }
+                for (int64_t j = 0; j < vectors; j++) store(sum + d + j * FLOATS, part[j]);
+            }
+            for (int64_t d = 0; d < D; d++) sum[d] /= whole;
+            write_floats(sum, D, dtype, context, i * D);
+        }
+    }
+    free(memory);
+    return OK;
+}
+
+/* Turn queries and keys in place: x [rows, H, 3·D] holds a query, a key and a value a head; cosine and sine [rows, D] of the
+   same dtype. D consists of `parts` parts, and in each the first half is turned with the second. D is 256 at most. */
+void chatglm_rotary(void *x, const void *cosine, const void *sine, int dtype, int64_t rows, int64_t H, int64_t D,
+                    int64_t parts, int threads) {
+    #pragma omp parallel num_threads(threads)
+    {
+        float c[256], s[256], from[256], to[256];
+        int64_t half = D / parts / 2;
+        for (int64_t row = rows * thread_number() / thread_count(); row < rows * (thread_number() + 1) / thread_count(); row++) {
+            read_floats((const char *)cosine + row * D * size_of(dtype), dtype, D, c);
+            read_floats((const char *)sine + row * D * size_of(dtype), dtype, D, s);
+            for (int64_t i = 0; i < 2 * H; i++) { /* the query and the key of each head */
+                int64_t at = (row * H + i / 2) * 3 * D + i % 2 * D;
+                read_floats((const char *)x + at * size_of(dtype), dtype, D, from);
+                for (int64_t part = 0; part < D; part += 2 * half)
+                    for (int64_t d = part; d < part + half; d++) {
+                        to[d] = from[d] * c[d] - from[d + half] * s[d];
+                        to[d + half] = from[d + half] * c[d + half] + from[d] * s[d + half];
+                    }
+                write_floats(to, D, dtype, x, at);
+            }
+        }
+    }
+}
+
+/* x = gelu(x) in its tanh form, in place. */
+void chatglm_gelu(void *x, int dtype, int64_t count, int threads) {
+    enum { PART = 1024 };
+    #pragma omp parallel num_threads(threads)
+    {
+        int64_t parts = (count + PART - 1) / PART;
+        for (int64_t i = parts * thread_number() / thread_count(); i < parts * (thread_number() + 1) / thread_count(); i++) {
+            float line[PART];
+            int64_t length = least(PART, count - i * PART);
+            read_floats((char *)x + i * PART * size_of(dtype), dtype, length, line);
+            for (int64_t j = 0; j < length; j++) {
+                float u = 1.5957691216f * (line[j] + 0.044715f * line[j] * line[j] * line[j]);
+                line[j] = line[j] / (1 + quick_exp(-u));
+            }
+            write_floats(line, length, dtype, x, i * PART);
+        }
+    }
 }
 
 /* Whether the instructions this was compiled for may be used: 0 if the system refuses the matrix unit. */

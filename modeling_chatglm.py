@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -36,12 +36,25 @@ from transformers.utils import logging
 
 from .checkpoint import check_checkpoint, read_prefix
 from .configuration_chatglm import ChatGLMConfig
-from .quantization import QuantizedLinear, check_bits, quantize_linears
+from .kernels_cpu import HEAD_DIMS as CPU_HEAD_DIMS
+from .kernels_cpu import library as cpu_library
+from .quantization import HalfEmbedding, HalfLinear, QuantizedLinear, check_bits, quantize_linears
 
 logger = logging.get_logger(__name__)
 
 # The id that gets all the weight when the scores are not finite; "▁" in the release. The public code's choice.
 _FALLBACK_TOKEN_ID = 5
+
+
+def _is_plain_cpu(tensor: torch.Tensor) -> bool:
+    """Whether code that neither autograd nor torch.compile sees may work on the tensor, in float32."""
+    is_plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return is_plain and tensor.device.type == "cpu" and tensor.dtype != torch.float64
+
+
+def _has_cpu_kernels(tensor: torch.Tensor) -> bool:
+    """Whether there are kernels for it that neither autograd nor torch.compile sees."""
+    return _is_plain_cpu(tensor) and cpu_library() is not None
 
 
 def _linear(config: ChatGLMConfig, in_features: int, out_features: int) -> nn.Linear:
@@ -122,6 +135,41 @@ def eager_attention_forward(
     return torch.matmul(probs, value).transpose(1, 2), probs
 
 
+class GrowingLayer(DynamicLayer):
+    """Keys and values of a block in buffers with room for more, so that a step writes one column and copies nothing.
+
+    Attributes:
+        keys, values: [B, H, T, D], views of the buffers.
+    """
+
+    _room = 256  # columns
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Append [B, H, S, D] to each; returns all keys and values, [B, H, T + S, D]."""
+        if key_states.requires_grad or torch.compiler.is_compiling():
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._buffers = {}
+        self.keys = self._append("keys", self.keys, key_states)
+        self.values = self._append("values", self.values, value_states)
+        return self.keys, self.values
+
+    def _append(self, name: str, states: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        start = states.shape[-2] if states.numel() else 0
+        end = start + new.shape[-2]
+        buffer = self._buffers.get(name)
+        # Beam search and users put other tensors in the place of the views.
+        is_view = buffer is not None and (states.data_ptr(), states.stride()) == (buffer.data_ptr(), buffer.stride())
+        if not is_view or end > buffer.shape[-2] or states.shape[0] != buffer.shape[0]:
+            batch, heads, _, width = new.shape
+            buffer = self._buffers[name] = new.new_empty(batch, heads, end + self._room, width)
+            if start:
+                buffer[:, :, :start] = states
+        buffer[:, :, start:end] = new
+        return buffer[:, :, :end]
+
+
 class ChatGLMAttention(nn.Module):
     """Self-attention of one block, with 2-D rotary positions."""
 
@@ -155,10 +203,12 @@ class ChatGLMAttention(nn.Module):
         batch, length, _ = hidden_states.shape
         # Per head: D queries, then D keys, then D values.
         qkv = self.query_key_value(hidden_states).view(batch, length, -1, 3 * self.head_dim)
-        query, key, value = qkv.chunk(3, dim=-1)
-        query = apply_rotary(query, *position_embeddings).transpose(1, 2)
-        key = apply_rotary(key, *position_embeddings).transpose(1, 2)
-        value = value.transpose(1, 2)
+        if _has_cpu_kernels(qkv) and self.head_dim in CPU_HEAD_DIMS:
+            query, key, value = cpu_library().rotary_(qkv, *position_embeddings).chunk(3, dim=-1)
+        else:
+            query, key, value = qkv.chunk(3, dim=-1)
+            query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if prefix is not None:
             key = torch.cat((prefix[0], key), dim=2)
             value = torch.cat((prefix[1], value), dim=2)
@@ -167,15 +217,36 @@ class ChatGLMAttention(nn.Module):
             slots = {"cache_position": cache_position}
             key, value = past_key_values.update(key, value, self.layer_idx, slots)
 
-        attention: Callable = eager_attention_forward
-        if not output_attentions:  # the other implementations have no probabilities to give
-            # transformers takes these words in this file for leave to set an implementation:
-            # early version 5, ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]; later,
-            # ALL_ATTENTION_FUNCTIONS.get_interface(…). What is called here exists in both.
-            attention = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, eager_attention_forward)
-        context, probs = attention(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
+        context, probs = self._attend(query, key, value, attention_mask, output_attentions, **kwargs)
         context = context.reshape(batch, length, -1)
         return self.dense(context), probs if output_attentions else None
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        output_attentions: bool,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Query [B, H, S, D], key and value [B, H, T, D] → context [B, S, H, D], and probabilities if there are any."""
+        name = (
+            "eager" if output_attentions else self.config._attn_implementation
+        )  # others have no probabilities to give
+        # transformers takes these words in this file for leave to set an implementation:
+        # early version 5, ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]; later,
+        # ALL_ATTENTION_FUNCTIONS.get_interface(…). What is called here exists in both.
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get(name, eager_attention_forward)
+        dtype = query.dtype
+        if _is_plain_cpu(query) and name in ("eager", "sdpa"):
+            if query.shape[2] == 1 and not output_attentions and self.head_dim in CPU_HEAD_DIMS and cpu_library():
+                return cpu_library().attention(query, key, value, mask, self.scaling), None
+            # PyTorch's attention in half is slow on a CPU, and rounds more.
+            query, key, value = query.float(), key.float(), value.float()
+            mask = None if mask is None else mask.float()
+        context, probs = attention(self, query, key, value, mask, scaling=self.scaling, **kwargs)
+        return context.to(dtype), None if probs is None else probs.to(dtype)
 
 
 class ChatGLMMLP(nn.Module):
@@ -188,7 +259,12 @@ class ChatGLMMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[B, S, hidden] → [B, S, hidden]."""
-        return self.dense_4h_to_h(nn.functional.gelu(self.dense_h_to_4h(hidden_states), approximate="tanh"))
+        inner = self.dense_h_to_4h(hidden_states)
+        if _has_cpu_kernels(inner):
+            inner = cpu_library().gelu_(inner)
+        else:
+            inner = nn.functional.gelu(inner, approximate="tanh")
+        return self.dense_4h_to_h(inner)
 
 
 class GLMBlock(GradientCheckpointingLayer):
@@ -255,7 +331,20 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         loaded = super().from_pretrained(folder, *model_args, config=config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._freeze()
+        model._keep_embeddings_half()
         return loaded
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of activations: that of the LayerNorms, beside which embedding and LM head can stay half."""
+        return getattr(self, "transformer", self).final_layernorm.weight.dtype
+
+    def _keep_embeddings_half(self) -> None:
+        """Make embedding and LM head of a quantised model half where that loses nothing, and keep them so."""
+        for module in self.modules():
+            if isinstance(module, HalfEmbedding | HalfLinear):
+                module.stays_half = bool(self.config.quantization_bit)
+                module.halve()
 
     def _freeze(self) -> None:
         """Leave only trainable parameters with `requires_grad`: none of a quantised linear's, and with P-Tuning v2
@@ -349,7 +438,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
     def __init__(self, config: ChatGLMConfig):
         super().__init__(config)
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.word_embeddings = HalfEmbedding(config.vocab_size, config.hidden_size)
+        self.word_embeddings.stays_half = bool(config.quantization_bit)
         self.layers = nn.ModuleList(GLMBlock(config, layer_idx) for layer_idx in range(config.num_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         if config.pre_seq_len is not None:
@@ -413,10 +503,14 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             raise ValueError("Pass either input_ids or inputs_embeds: got both or neither.")
         if inputs_embeds is None:
             self._check_ids(input_ids)
-            inputs_embeds = self.word_embeddings(input_ids)
+            inputs_embeds = self.word_embeddings(input_ids).to(self.dtype)
         batch, length, _ = inputs_embeds.shape
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
+        if type(past_key_values) is DynamicCache and inputs_embeds.device.type == "cpu":
+            for index, layer in enumerate(past_key_values.layers):
+                if type(layer) is DynamicLayer and not layer.is_initialized:
+                    past_key_values.layers[index] = GrowingLayer()
 
         # Keys that are there already: an int, but a tensor (not to be waited for) in a static cache that is in use.
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -576,7 +670,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     def __init__(self, config: ChatGLMConfig):
         super().__init__(config)
         self.transformer = ChatGLMModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = HalfLinear(config.hidden_size, config.vocab_size)
+        self.lm_head.stays_half = bool(config.quantization_bit)
         self.post_init()
         self._freeze()
 
@@ -663,6 +758,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             )
         quantize_linears(self.transformer.layers, bits)
         self.config.quantization_bit = bits
+        self._keep_embeddings_half()
         return self
 
     def load_prefix(self, path: str | os.PathLike) -> "ChatGLMForConditionalGeneration":

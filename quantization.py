@@ -243,6 +243,18 @@ class _StaysHalf(nn.Module):
     stays_half = False
     _should_be_float = False
 
+    def halve(self) -> None:
+        """If this layer stays half, make a float32 weight on the CPU half, unless that would change it."""
+        weight = self.weight
+        if self.stays_half and weight.dtype == torch.float32 and weight.device.type == "cpu":
+            half = torch.empty_like(weight, dtype=torch.float16)
+            for part in _slices(weight):
+                half[part] = weight.detach()[part]
+                if not torch.equal(half[part].float(), weight.detach()[part]):
+                    return
+            weight.data = half
+            self._should_be_float = True
+
     def _apply(self, fn, recurse=True):
         if not self.stays_half:
             return super()._apply(fn, recurse)

@@ -451,8 +451,10 @@ def test_dtypes(release, given, expected, loader):
         if files[name].dtype == torch.int8:
             assert torch.equal(tensor, files[name]), name
         else:
-            assert tensor.dtype == expected, name
-            assert torch.equal(tensor, files[name].to(expected)), name
+            # Embedding and LM head stay half on a CPU.
+            stays_half = expected == torch.float32 and ("embeddings" in name or "lm_head" in name)
+            assert tensor.dtype == (torch.float16 if stays_half else expected), name
+            assert torch.equal(tensor, files[name].to(tensor.dtype)), name
     assert is_tied(model)
     assert model.dtype == expected
     assert logits_of(model, release).isfinite().all()
