@@ -1,0 +1,197 @@
+"""Speed of the quantised linears at the shapes of ChatGLM-6B, beside other ways to multiply by INT8 weights.
+
+    python benchmarks/linear.py [--device cpu] [--threads 2] [--layers 4] [--rounds 7] [--json FILE]
+
+All contestants take turns in every round, so that a noisy machine is noisy for all of them; the median counts. One row
+is judged by the bytes of weights a second over what a plain C loop reads from memory, many rows against torch's bf16
+linears (whose weights are bf16 already: twice the memory), an error by float64. A layer's four linears are multiplied
+one after the other, over enough layers not to stay in the cache.
+"""
+
+import argparse
+import ctypes
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.nn.functional import linear
+
+from chatglm_int8 import kernels_cpu
+
+SHAPES = [(12288, 4096), (4096, 4096), (16384, 4096), (4096, 16384)]  # N, K of a block's four linears
+READER = r"""
+#include <stdint.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <omp.h>
+static uint64_t *memory;
+static int64_t words;
+/* Fill `bytes` of memory in pages of 2 MiB, so that every page exists. */
+int prepare(int64_t bytes, int threads) {
+    words = bytes / 8;
+    memory = aligned_alloc(1 << 21, bytes);
+    if (!memory) return 1;
+    madvise(memory, bytes, MADV_HUGEPAGE);
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < words; i++) memory[i] = (uint64_t)i * 0x9e3779b97f4a7c15;
+    return 0;
+}
+/* Read all of it once, a contiguous part in each thread. */
+uint64_t read_all(int threads) {
+    uint64_t sum = 0;
+    #pragma omp parallel num_threads(threads) reduction(+ : sum)
+    {
+        int64_t part = words / omp_get_num_threads(), first = part * omp_get_thread_num();
+        uint64_t own[32] = {0};
+        for (int64_t i = first; i + 32 <= first + part; i += 32) {
+            for (int line = 0; line < 4; line++) __builtin_prefetch(memory + i + 128 + 8 * line);
+            for (int j = 0; j < 32; j++) own[j] += memory[i + j];
+        }
+        for (int j = 0; j < 32; j++) sum += own[j];
+    }
+    return sum;
+}
+"""
+
+
+def medians(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each, taking turns; the first round does not count."""
+    times = {name: [] for name in contestants}
+    for _ in range(rounds + 1):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(taken[1:]) for name, taken in times.items()}
+
+
+def reader(threads: int, size: int = 1 << 30) -> tuple[Callable[[], int], int]:
+    """A function that reads `size` bytes of memory, and the size."""
+    flags = ("-O3", "-march=native", "-fPIC", "-shared", "-fopenmp")
+    path = kernels_cpu.cache_folder() / "reader.so"
+    kernels_cpu._run([*kernels_cpu.compiler(), *flags, "-x", "c", "-", "-o", str(path)], READER)
+    library = ctypes.CDLL(str(path))
+    library.prepare.argtypes = (ctypes.c_int64, ctypes.c_int)
+    if library.prepare(size, threads):
+        raise MemoryError(f"No {size} bytes to read.")
+    return lambda: library.read_all(threads), size
+
+
+def activations(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """Normal numbers, one in a hundred of them 30 times as large: as hidden states are."""
+    x = torch.randn(rows, columns)
+    return torch.where(torch.rand(rows, columns) < 0.01, 30 * x, x).to(dtype)
+
+
+def error(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> float:
+    """Relative Frobenius distance of y from x · (scale · weight)ᵀ in float64."""
+    exact = x.double() @ (weight.double() * scale.double()[:, None]).T
+    return ((y.double() - exact).norm() / exact.norm()).item()
+
+
+def on_cpu(layers: int, rounds: int) -> dict:
+    """Everything on the CPU; a dictionary of ratios and rates."""
+    library = kernels_cpu.library()
+    if library is None:
+        sys.exit("No CPU kernels here: nothing to measure.")
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    weights = [
+        [(torch.randint(-128, 128, shape, dtype=torch.int8), (torch.rand(shape[0]) * 0.01).half()) for shape in SHAPES]
+        for _ in range(layers)
+    ]
+    floats = [[(w.bfloat16(), s) for w, s in layer] for layer in weights]
+    packed = [[(w, s.bfloat16()) for w, s in layer] for layer in weights]
+    numel = sum(w.numel() for layer in weights for w, _ in layer)
+    nibbles = [[(w[:, ::2].contiguous(), s) for w, s in layer] for layer in weights]
+    read, read_bytes = reader(threads)
+
+    def over(layers: list, rows: int, dtype: torch.dtype, multiply: Callable) -> Callable[[], None]:
+        x = {columns: activations(rows, columns, dtype) for _, columns in SHAPES}
+
+        def run() -> None:
+            for layer in layers:
+                for (_, columns), (weight, scale) in zip(SHAPES, layer, strict=True):
+                    multiply(x[columns], weight, scale)
+
+        return run
+
+    def kernel(bits: int) -> Callable:
+        return lambda x, weight, scale: library.linear(x, weight, scale, None, bits)
+
+    def expand(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return x @ (weight.float() * scale.float()[:, None]).T
+
+    half, single, brain = torch.float16, torch.float32, torch.bfloat16
+    one = {
+        "read": read,
+        "INT8, half": over(weights, 1, half, kernel(8)),
+        "INT8, fp32": over(weights, 1, single, kernel(8)),
+        "INT4, half": over(nibbles, 1, half, kernel(4)),
+        "torch _weight_int8pack_mm, bf16": over(packed, 1, brain, torch._weight_int8pack_mm),
+        "torch bf16": over(floats, 1, brain, lambda x, weight, _: linear(x, weight)),
+        **{f"INT8, half, {rows} rows": over(weights, rows, half, kernel(8)) for rows in (2, 8, 32)},
+    }
+    seconds = medians(one, rounds)
+    bandwidth = read_bytes / seconds.pop("read")
+    result = {"instructions": library.instructions, "threads": threads, "read GB/s": bandwidth / 1e9}
+    print(f"{library.instructions}, {threads} threads, reading memory: {bandwidth / 1e9:.1f} GB/s\n")
+    print(f"{'linears, one row':36} {'ms a layer':>10} {'GB/s':>6} {'of read':>8}")
+    for name, taken in seconds.items():
+        size = numel * (2 if name == "torch bf16" else 0.5 if "INT4" in name else 1)
+        result[name] = {"seconds": taken / layers, "of read": size / taken / bandwidth}
+        print(f"{name:36} {1e3 * taken / layers:10.2f} {size / taken / 1e9:6.1f} {size / taken / bandwidth:8.2f}")
+    result["8 rows over 1"] = seconds["INT8, half, 8 rows"] / seconds["INT8, half"]
+    print(f"8 rows take {result['8 rows over 1']:.2f} times as long as one\n")
+
+    many = {
+        "torch bf16": over(floats[:1], 512, brain, lambda x, weight, _: linear(x, weight)),
+        "INT8, half": over(weights[:1], 512, half, kernel(8)),
+        "INT8, fp32": over(weights[:1], 512, single, kernel(8)),
+        "expand to fp32, then sgemm": over(weights[:1], 512, single, expand),
+        "torch _weight_int8pack_mm, bf16": over(packed[:1], 512, brain, torch._weight_int8pack_mm),
+    }
+    if layers > 1:
+        many = dict(list(many.items())[:4])  # the last takes minutes where it has no fast path
+    seconds = medians(many, max(1, rounds // 2))
+    print(f"{'linears, 512 rows':36} {'ms a layer':>10} {'28 layers, tok/s':>17} {'over bf16':>10}")
+    for name, taken in seconds.items():
+        ratio = seconds["torch bf16"] / taken
+        result[f"512 rows: {name}"] = {"seconds": taken, "over torch bf16": ratio}
+        print(f"{name:36} {1e3 * taken:10.1f} {512 / taken / 28:17.1f} {ratio:10.2f}")
+
+    print("\nerror against float64, over that of rounding the activations to half")
+    weight, scale = weights[0][1]
+    for rows in (1, 8, 64):
+        x = activations(rows, 4096, single)
+        rounded = error(linear(x.half().double(), weight.double() * scale.double()[:, None]), x, weight, scale)
+        found = {
+            dtype: error(library.linear(x.to(dtype), weight, scale, None, 8), x, weight, scale)
+            for dtype in (half, single)
+        }
+        result[f"error, {rows} rows"] = {"half over rounding": found[half] / rounded, "fp32": found[single]}
+        print(f"{rows:4} rows: half {found[half] / rounded:.2f}, fp32 {found[single]:.1e} (absolute)")
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu",), default="cpu")
+    parser.add_argument("--threads", type=int, help="default: torch's")
+    parser.add_argument("--layers", type=int, default=4, help="copies of the four weights, 0.2 GB each (default: 4)")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    result = on_cpu(arguments.layers, arguments.rounds)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
