@@ -79,21 +79,17 @@ static inline float element(const void *p, int dtype, int64_t i) {
 /* ---- Instruction sets: the same few operations for each ----
    floats: FLOATS fp32 numbers. digits: LANES digits of type digit_t, at most DIGIT_MAX each; sums: int32 partial sums. */
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
-#include <immintrin.h>
-typedef __m512 floats;
-typedef __m512i digits, sums;
-enum { FLOATS = 16 };
-#if defined(__AMX_INT8__) && defined(__linux__)
+#if (defined(__AMX_INT8__) && defined(__linux__)) || defined(EMULATE_AMX)
 #define AMX
 #define INSTRUCTIONS "AMX"
-enum { LANES = 64, TILE_N = 32, TILE_M = 16, BLOCK = 2048 };
+enum { LANES = 64, TILE_N = 32, TILE_M = 16, BLOCK = 1024 };
 typedef int8_t digit_t;
-#else
-#define INSTRUCTIONS "AVX512"
-enum { LANES = 32, TILE_N = 4, TILE_M = 4, BLOCK = 1024 };
-typedef int16_t digit_t;
 #endif
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#include <immintrin.h>
+enum { FLOATS = 16 };
+typedef __m512 floats;
 static inline floats zeros(void) { return _mm512_setzero_ps(); }
 static inline floats all(float f) { return _mm512_set1_ps(f); }
 static inline floats load(const float *p) { return _mm512_loadu_ps(p); }
@@ -113,6 +109,10 @@ static inline void load_int4(const int8_t *p, floats *even, floats *odd) {
     *odd = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(bytes, 28), 28));
 }
 #ifndef AMX
+#define INSTRUCTIONS "AVX512"
+enum { LANES = 32, TILE_N = 4, TILE_M = 4, BLOCK = 1024 };
+typedef __m512i digits, sums;
+typedef int16_t digit_t;
 static inline digits load_digits(const digit_t *p) { return _mm512_loadu_si512(p); }
 static inline sums no_sums(void) { return _mm512_setzero_si512(); }
 static inline sums add_products(sums s, digits a, digits b) {
@@ -127,11 +127,8 @@ static inline float total_sums(sums s) { return _mm512_reduce_add_ps(_mm512_cvte
 
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include <immintrin.h>
-#define INSTRUCTIONS "AVX2"
-enum { FLOATS = 8, LANES = 16, TILE_N = 4, TILE_M = 2, BLOCK = 2048 };
+enum { FLOATS = 8 };
 typedef __m256 floats;
-typedef __m256i digits, sums;
-typedef int16_t digit_t;
 static inline floats zeros(void) { return _mm256_setzero_ps(); }
 static inline floats all(float f) { return _mm256_set1_ps(f); }
 static inline floats load(const float *p) { return _mm256_loadu_ps(p); }
@@ -154,6 +151,11 @@ static inline void load_int4(const int8_t *p, floats *even, floats *odd) {
     *even = _mm256_cvtepi32_ps(_mm256_srai_epi32(bytes, 4));
     *odd = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(bytes, 28), 28));
 }
+#ifndef AMX
+#define INSTRUCTIONS "AVX2"
+enum { LANES = 16, TILE_N = 4, TILE_M = 2, BLOCK = 2048 };
+typedef __m256i digits, sums;
+typedef int16_t digit_t;
 static inline digits load_digits(const digit_t *p) { return _mm256_loadu_si256((const void *)p); }
 static inline sums no_sums(void) { return _mm256_setzero_si256(); }
 static inline sums add_products(sums s, digits a, digits b) {
@@ -164,6 +166,7 @@ static inline sums add_products(sums s, digits a, digits b) {
 #endif
 }
 static inline float total_sums(sums s) { return total(_mm256_cvtepi32_ps(s)); }
+#endif
 
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 #include <arm_neon.h>
@@ -332,12 +335,36 @@ half_dots(const uint16_t *w, int dtype, const float *x, const int count, int64_t
 
 /* ---- Several rows: activations become digits ---- */
 
+#ifdef EMULATE_AMX /* for tests on machines without a matrix unit: the intrinsics, of tiles of 16 rows of 64 bytes */
+#undef _tile_zero
+#undef _tile_loadd
+#undef _tile_stored
+#undef _tile_dpbssd
+static _Thread_local int32_t tile_memory[8][16][16];
+static void _tile_zero(int t) { memset(tile_memory[t], 0, sizeof tile_memory[t]); }
+static void _tile_loadd(int t, const void *from, int64_t stride) {
+    for (int row = 0; row < 16; row++) memcpy(tile_memory[t][row], (const char *)from + row * stride, 64);
+}
+static void _tile_stored(int t, void *to, int64_t stride) {
+    for (int row = 0; row < 16; row++) memcpy((char *)to + row * stride, tile_memory[t][row], 64);
+}
+static void _tile_dpbssd(int sum, int a, int b) {
+    const int8_t *rows = (const int8_t *)tile_memory[a], *columns = (const int8_t *)tile_memory[b];
+    for (int n = 0; n < 16; n++)
+        for (int m = 0; m < 16; m++)
+            for (int k = 0; k < 64; k++) tile_memory[sum][n][m] += rows[n * 64 + k] * columns[k / 4 * 64 + m * 4 + k % 4];
+}
+static void _tile_loadconfig(const void *config) { (void)config; }
+static void _tile_release(void) {}
+#endif
+
 enum {
     PADDED_M = 16,                                  /* rows of sums are padded to a multiple of this */
     DIGIT_MAX = sizeof(digit_t) == 1 ? 127 : 32767,
     HALF_PLANES = sizeof(digit_t) == 1 ? 2 : 1,     /* digits a number has, for half and bfloat activations */
     FLOAT_PLANES = HALF_PLANES + 1,
     CHUNK = 128,                                    /* output features that a thread takes at once, at most */
+    GROUP = sizeof(digit_t) == 1 ? 256 : 64,        /* rows whose digits of a block stay in the cache beside weights */
     M_AT_ONCE = 512,                                /* rows of x that are held as digits */
 };
 
@@ -367,41 +394,60 @@ static void store_digits(const struct job *j, int64_t m, int64_t block, int plan
     for (int64_t k = 0; k < columns; k += 4) memcpy(tiles + k / 64 * 1024 * j->planes + k / 4 % 16 * 64, row + k, 4);
 }
 
-/* sums[n, m] += weights · digits, for 32 weight rows that lie `stride` bytes apart and 16 rows of x. */
-static void multiply_tile(const struct job *j, const digit_t *weights, int64_t stride, int64_t block, int64_t m, float *sums) {
-    int64_t columns = least(BLOCK, j->padded_K - block * BLOCK);
-    const digit_t *x = tile_of(j, m, block);
+/* sums[n, m] += weights · digits, for 32 weight rows and 16 rows of x. Rows lie `stride` bytes apart, and what follows 64
+   columns `step` bytes after them: K and 64 in the weight itself, 64 and 2048 in a panel. */
+static void multiply_tile(const struct job *j, const digit_t *weights, int64_t stride, int64_t step, int64_t block,
+                          int64_t m, float sums[TILE_N][PADDED_M]) {
+    int64_t steps = least(BLOCK, j->padded_K - block * BLOCK) / 64;
+    const digit_t *x = tile_of(j, m, block), *lower = weights + 16 * stride;
     const float *scale = j->digit_scale + block * j->planes * j->padded_M + m;
     _Alignas(64) int32_t product[2][3][16][16];
     if (j->planes == 2) {
-        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-        for (int64_t k = 0; k < columns; k += 64, x += 2048) {
-            _tile_loadd(4, weights + k, stride);
-            _tile_loadd(6, x, 64);
-            _tile_loadd(5, weights + 16 * stride + k, stride);
-            _tile_loadd(7, x + 1024, 64);
-            _tile_dpbssd(0, 4, 6); _tile_dpbssd(1, 4, 7); _tile_dpbssd(2, 5, 6); _tile_dpbssd(3, 5, 7);
-            if (m == 0) for (int n = 0; n < 32; n++) __builtin_prefetch(weights + n * stride + k + NEAR / 2);
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t i = 0; i < steps; i++) {
+            _tile_loadd(4, weights + i * step, stride);
+            _tile_loadd(6, x + i * 2048, 64);
+            _tile_loadd(5, lower + i * step, stride);
+            _tile_loadd(7, x + i * 2048 + 1024, 64);
+            _tile_dpbssd(0, 4, 6);
+            _tile_dpbssd(1, 4, 7);
+            _tile_dpbssd(2, 5, 6);
+            _tile_dpbssd(3, 5, 7);
+            if (step == 64) /* straight from memory */
+                for (int n = 0; n < 32; n++) __builtin_prefetch(weights + n * stride + i * 64 + NEAR / 2);
         }
-        _tile_stored(0, product[0][0], 64); _tile_stored(1, product[0][1], 64);
-        _tile_stored(2, product[1][0], 64); _tile_stored(3, product[1][1], 64);
+        _tile_stored(0, product[0][0], 64);
+        _tile_stored(1, product[0][1], 64);
+        _tile_stored(2, product[1][0], 64);
+        _tile_stored(3, product[1][1], 64);
     } else
         for (int half = 0; half < 2; half++) {
-            const digit_t *digit = x;
-            _tile_zero(0); _tile_zero(1); _tile_zero(2);
-            for (int64_t k = 0; k < columns; k += 64, digit += 3072) {
-                _tile_loadd(4, weights + half * 16 * stride + k, stride);
-                _tile_loadd(5, digit, 64); _tile_loadd(6, digit + 1024, 64); _tile_loadd(7, digit + 2048, 64);
-                _tile_dpbssd(0, 4, 5); _tile_dpbssd(1, 4, 6); _tile_dpbssd(2, 4, 7);
+            const digit_t *from = half ? lower : weights;
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            for (int64_t i = 0; i < steps; i++) {
+                _tile_loadd(4, from + i * step, stride);
+                _tile_loadd(5, x + i * 3072, 64);
+                _tile_loadd(6, x + i * 3072 + 1024, 64);
+                _tile_loadd(7, x + i * 3072 + 2048, 64);
+                _tile_dpbssd(0, 4, 5);
+                _tile_dpbssd(1, 4, 6);
+                _tile_dpbssd(2, 4, 7);
+                if (step == 64)
+                    for (int n = 0; n < 16; n++) __builtin_prefetch(from + n * stride + i * 64 + NEAR / 2);
             }
-            _tile_stored(0, product[half][0], 64); _tile_stored(1, product[half][1], 64);
+            _tile_stored(0, product[half][0], 64);
+            _tile_stored(1, product[half][1], 64);
             _tile_stored(2, product[half][2], 64);
         }
     for (int n = 0; n < 32; n++)
         for (int plane = 0; plane < j->planes; plane++)
             for (int i = 0; i < 16; i++)
-                sums[n * j->padded_M + i] +=
-                    scale[plane * j->padded_M + i] * (float)product[n / 16][plane][n % 16][i];
+                sums[n][i] += scale[plane * j->padded_M + i] * (float)product[n / 16][plane][n % 16][i];
 }
 #else
 /* Digits as [plane][m][padded_K]. */
@@ -411,9 +457,11 @@ static void store_digits(const struct job *j, int64_t m, int64_t block, int plan
     memcpy(to, row, (size_t)columns * sizeof *row);
 }
 
-/* sums[n, m] += weights · digits, for TILE_N weight rows that lie `stride` digits apart and TILE_M rows of x. */
-static void multiply_tile(const struct job *j, const digit_t *weights, int64_t stride, int64_t block, int64_t m, float *sums_) {
+/* total[n, m] += weights · digits, for the TILE_N rows of a panel and TILE_M rows of x. */
+static void multiply_tile(const struct job *j, const digit_t *panel, int64_t stride, int64_t step, int64_t block,
+                          int64_t m, float total[TILE_N][PADDED_M]) {
     int64_t columns = least(BLOCK, j->padded_K - block * BLOCK);
+    (void)step;
     for (int plane = 0; plane < j->planes; plane++) {
         const digit_t *x = j->digits + (plane * j->padded_M + m) * j->padded_K + block * BLOCK;
         const float *scale = j->digit_scale + (block * j->planes + plane) * j->padded_M + m;
@@ -423,7 +471,7 @@ static void multiply_tile(const struct job *j, const digit_t *weights, int64_t s
         for (int64_t k = 0; k < columns; k += LANES) {
             digits w[TILE_N];
             for (int n = 0; n < TILE_N; n++) {
-                w[n] = load_digits(weights + n * stride + k);
+                w[n] = load_digits(panel + n * stride + k);
                 KEEP(w[n]);
             }
             for (int i = 0; i < TILE_M; i++) {
@@ -436,7 +484,7 @@ static void multiply_tile(const struct job *j, const digit_t *weights, int64_t s
             }
         }
         for (int n = 0; n < TILE_N; n++)
-            for (int i = 0; i < TILE_M; i++) sums_[n * j->padded_M + i] += scale[i] * total_sums(sum[n][i]);
+            for (int i = 0; i < TILE_M; i++) total[n][i] += scale[i] * total_sums(sum[n][i]);
     }
 }
 #endif
@@ -473,13 +521,18 @@ static void split_row(const struct job *j, int64_t m, const float *row, digit_t 
     }
 }
 
-/* `rows` weight rows from n on, columns of one block, as digits [TILE_N][BLOCK], 0 where there are none. */
+/* `rows` weight rows from n on, columns of one block, as digits, 0 where there are none: [TILE_N][BLOCK], and for a matrix
+   unit [k / 64][TILE_N][64]. */
 static void fill_panel(const struct job *j, int64_t n, int64_t rows, int64_t block, digit_t *panel) {
     int64_t first = block * BLOCK, columns = least(BLOCK, j->K - first), bytes = j->K * j->bits / 8;
     int64_t padded = least(BLOCK, j->padded_K - first);
     const int64_t ahead = first + BLOCK < j->K ? BLOCK : TILE_N * bytes - first; /* where this row's tile goes on */
     for (int64_t i = 0; i < TILE_N; i++) {
+#ifdef AMX
+        digit_t to[BLOCK];
+#else
         digit_t *to = panel + i * BLOCK;
+#endif
         int64_t k = 0;
         if (i < rows) {
             const int8_t *row = j->weight + (n + i) * bytes;
@@ -493,37 +546,50 @@ static void fill_panel(const struct job *j, int64_t n, int64_t rows, int64_t blo
             }
         }
         for (; k < padded; k++) to[k] = 0;
+#ifdef AMX
+        for (k = 0; k < padded; k += 64) memcpy(panel + k * TILE_N + i * 64, to + k, 64);
+#endif
     }
 }
 
-/* y[:, begin:end] for several rows. `sums` holds [chunk][padded_M] floats, `panel` [TILE_N][BLOCK] digits. */
-static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64_t chunk, float *sums_, digit_t *panel) {
-    enum { GROUP = 64 }; /* rows of x whose digits of a block stay in the cache beside a chunk of weights */
-    int64_t bytes = j->K * j->bits / 8;
-    float scale[CHUNK], bias[CHUNK] = {0};
+/* y[:, begin:end] for several rows. `sums` holds [chunk / TILE_N][padded_M / PADDED_M][TILE_N][PADDED_M] floats, `panel`
+   TILE_N · BLOCK digits. */
+static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64_t chunk,
+                          float (*sums)[TILE_N][PADDED_M], digit_t *panel) {
+    int64_t m_tiles = j->padded_M / PADDED_M;
+    float scale[CHUNK], bias[CHUNK] = {0}, lines[PADDED_M][CHUNK];
     for (int64_t n0 = begin; n0 < end; n0 += chunk) {
         int64_t height = least(chunk, end - n0);
-        memset(sums_, 0, (size_t)(round_up(height, TILE_N) * j->padded_M) * sizeof *sums_);
+        memset(sums, 0, (size_t)((height + TILE_N - 1) / TILE_N * m_tiles) * sizeof *sums);
         for (int64_t block = 0; block * BLOCK < j->padded_K; block++)
             for (int64_t group = 0; group < j->M; group += GROUP)
                 for (int64_t n = n0; n < n0 + height; n += TILE_N) {
-                    int64_t rows = least(TILE_N, n0 + height - n), stride = BLOCK;
+                    int64_t rows = least(TILE_N, n0 + height - n), stride = BLOCK, step = LANES;
                     const digit_t *weights = panel;
-                    if (sizeof(digit_t) == 1 && j->bits == 8 && rows == TILE_N && j->K == j->padded_K) {
-                        weights = (const digit_t *)j->weight + n * bytes + block * BLOCK;
-                        stride = bytes;
-                    } else
+#ifdef AMX
+                    if (j->M <= TILE_M && j->bits == 8 && rows == TILE_N && j->K == j->padded_K) { /* each used once */
+                        weights = j->weight + n * j->K + block * BLOCK;
+                        stride = j->K;
+                    } else {
                         fill_panel(j, n, rows, block, panel);
-                    for (int64_t m = group; m < least(group + GROUP, j->M); m += TILE_M)
-                        multiply_tile(j, weights, stride, block, m, sums_ + (n - n0) * j->padded_M + m);
+                        stride = 64;
+                        step = 64 * TILE_N;
+                    }
+#else
+                    fill_panel(j, n, rows, block, panel);
+#endif
+                    for (int64_t m = group; m < least(group + GROUP, j->M); m += TILE_M) {
+                        float(*tile)[PADDED_M] = sums[(n - n0) / TILE_N * m_tiles + m / PADDED_M];
+                        multiply_tile(j, weights, stride, step, block, m, (float(*)[PADDED_M]) & tile[0][m % PADDED_M]);
+                    }
                 }
         read_floats((const char *)j->scale + n0 * size_of(j->scale_dtype), j->scale_dtype, height, scale);
         if (j->bias) read_floats((const char *)j->bias + n0 * size_of(j->bias_dtype), j->bias_dtype, height, bias);
         for (int64_t m0 = 0; m0 < j->M; m0 += PADDED_M) { /* sums are [n, m], y is [m, n] */
-            float lines[PADDED_M][CHUNK];
-            for (int64_t n = 0; n < height; n++)
-                for (int i = 0; i < PADDED_M; i++)
-                    lines[i][n] = sums_[n * j->padded_M + m0 + i] * scale[n] + bias[n];
+            for (int64_t n = 0; n < height; n++) {
+                const float *row = sums[n / TILE_N * m_tiles + m0 / PADDED_M][n % TILE_N];
+                for (int i = 0; i < PADDED_M; i++) lines[i][n] = row[i] * scale[n] + bias[n];
+            }
             for (int64_t m = m0; m < least(m0 + PADDED_M, j->M); m++)
                 write_floats(lines[m - m0], height, j->x_dtype, j->y, m * j->N + n0);
         }
@@ -557,7 +623,12 @@ static int64_t thread_count(void) { return 1; }
    a byte; scale [N] and bias [N] (or NULL) have dtypes of their own. Returns OK or NO_MEMORY. */
 int chatglm_linear(const void *x, int x_dtype, const int8_t *weight, int bits, const void *scale, int scale_dtype,
                    const void *bias, int bias_dtype, void *y, int64_t M, int64_t N, int64_t K, int threads) {
-    int one = M == 1, blocks = (int)((round_up(K, LANES) + BLOCK - 1) / BLOCK);
+#ifdef AMX
+    int one = 0; /* tiles read memory faster than a single stream does */
+#else
+    int one = M == 1;
+#endif
+    int blocks = (int)((round_up(K, LANES) + BLOCK - 1) / BLOCK);
     for (int64_t m = 0; m < M; m += M_AT_ONCE) { /* the rows that are held as digits at once */
         struct job j = {
             .x = (const char *)x + m * K * size_of(x_dtype), .x_dtype = x_dtype, .weight = weight, .bits = bits,
@@ -569,7 +640,7 @@ int chatglm_linear(const void *x, int x_dtype, const int8_t *weight, int bits, c
         int64_t chunk = j.M <= 32 ? TILE_N : CHUNK;
         /* For each thread: two rows of x as floats; sums; a panel of weights. For all: digits and their scales. */
         size_t row_size = (size_t)round_up(2 * j.padded_K * 4, 64);
-        size_t sums_size = one ? 0 : (size_t)(chunk * j.padded_M) * 4;
+        size_t sums_size = one ? 0 : (size_t)(round_up(chunk, TILE_N) * j.padded_M) * 4;
         size_t panel_size = one ? 0 : (size_t)round_up(TILE_N * BLOCK * sizeof(digit_t), 64);
         size_t own_size = row_size + sums_size + panel_size;
         size_t scale_size = one ? 0 : (size_t)(blocks * j.planes * j.padded_M) * 4;
@@ -601,7 +672,9 @@ int chatglm_linear(const void *x, int x_dtype, const int8_t *weight, int bits, c
                 }
                 #pragma omp barrier
                 start_tiles();
-                multiply_rows(&j, begin, end, chunk, (float *)(own + row_size), (digit_t *)(own + row_size + sums_size));
+                char *sums_of_thread = own + row_size;
+                multiply_rows(&j, begin, end, chunk, (float(*)[TILE_N][PADDED_M])sums_of_thread,
+                              (digit_t *)(sums_of_thread + sums_size));
                 stop_tiles();
             }
         }
@@ -635,8 +708,8 @@ int chatglm_half_linear(const void *x, int x_dtype, const uint16_t *weight, int 
     return OK;
 }
 
-/* exp(x) for x from -87.3 to 88.7, and of the nearer of these beyond: 2^(x / ln 2) from its integer part and a polynomial,
-   within 2 units in the last place. Written for a compiler to vectorise. */
+/* exp(x): 2^(x / ln 2) from its integer part and a polynomial, within 2 units in the last place. Below -87.3 that of -87.3,
+   above 88.7 infinity, NaN of NaN. Written for a compiler to vectorise. */
 static inline float quick_exp(float x) {
     float bounded = x > 88.7f ? 88.7f : x > -87.3f ? x : -87.3f;
     float whole = (bounded * 1.44269504f + 0x1.8p23f) - 0x1.8p23f;
@@ -648,7 +721,8 @@ static inline float quick_exp(float x) {
     power = power * part + 1.6666665459e-1f;
     power = power * part + 5.0000001201e-1f;
     power = power * part * part + part + 1;
-    return power * float_of_bits((uint32_t)((int32_t)whole + 127) << 23);
+    power *= float_of_bits((uint32_t)((int32_t)whole + 127) << 23);
+    return x > 88.7f ? INFINITY : x != x ? x : power;
 }
 
 /* Attention of one query a head: context [B, H, D] = softmax(shrunk · q · kᵀ + mask) · v, summed in fp32.
@@ -750,7 +824,7 @@ void chatglm_gelu(void *x, int dtype, int64_t count, int threads) {
 
 /* Whether the instructions this was compiled for may be used: 0 if the system refuses the matrix unit. */
 int chatglm_start(void) {
-#ifdef AMX
+#if defined(AMX) && !defined(EMULATE_AMX)
     return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
 #else
     return 1;
