@@ -51,7 +51,7 @@ class Library:
     """A compiled library.
 
     Attributes:
-        instructions: what it was compiled for: "AMX", "AVX512", "AVX2", "NEON with dot product", "NEON" or "portable C".
+        instructions: what it is for: "AMX", "AVX512", "AVX2", "NEON with dot product", "NEON" or "portable C".
         allowed: False if the operating system refuses these instructions.
     """
 
@@ -273,8 +273,8 @@ class Library:
         ):
             got = [f"{t.dtype} {list(t.shape)} on {t.device}" for t in (qkv, cosine, sine)]
             raise ValueError(
-                "A kernel for qkv [B, S, H, 3·D], cosine and sine [B, S, 1, R, D/R] of one dtype on the CPU, contiguous, "
-                f"D even in each part and 256 at most, got {', '.join(got)}."
+                "A kernel for qkv [B, S, H, 3·D], cosine and sine [B, S, 1, R, D/R] of one dtype on the CPU, all "
+                f"contiguous, D even in each part and 256 at most, got {', '.join(got)}."
             )
         self._rotary(
             qkv.data_ptr(),
@@ -379,6 +379,14 @@ def build(flags: tuple[str, ...] = (*FLAGS, OPENMP)) -> Path:
     return path
 
 
+def _open(flags: tuple[str, ...]) -> Library:
+    try:
+        return Library(build(flags))
+    except OSError:  # what is on disk is broken
+        build(flags).unlink(missing_ok=True)
+        return Library(build(flags))
+
+
 @functools.cache
 def _load() -> Library | None:
     if os.environ.get("CHATGLM_CPU_KERNEL") == "0":
@@ -386,16 +394,13 @@ def _load() -> Library | None:
     flags = (*FLAGS, OPENMP)
     try:
         try:
-            path = build(flags)
+            library = _open(flags)
         except CompileError as error:
-            if "openmp" not in str(error).lower() and "omp.h" not in str(error):
-                raise
-            logger.warning_once(f"Kernels run in one thread, as the compiler has no OpenMP. {error}")
             flags = FLAGS
-            path = build(flags)
-        library = Library(path)
+            library = _open(flags)
+            logger.warning_once(f"Kernels run in one thread, as they don't compile with OpenMP: {error}")
         if not library.allowed:
-            library = Library(build((*flags, *WITHOUT_AMX)))
+            library = _open((*flags, *WITHOUT_AMX))
         return library
     except (CompileError, OSError, AttributeError) as error:
         logger.warning_once(f"INT8 runs in plain PyTorch, several times slower than with compiled kernels: {error}")

@@ -7,9 +7,9 @@ SOURCE = r"""
 
    One row is multiplied in fp32: a weight row is streamed from memory once, in order, and turned into floats in
    registers. Several rows are multiplied in integers: each row of x, in blocks of BLOCK columns, is written as a sum of
-   `digits`, x = scale[0]·digit[0] + scale[1]·digit[1] + …, each a small integer with a scale a fraction of the one before,
-   so that products with weights and their sums are exact. Digits are chosen so that what is left over is about as
-   small as rounding to half (half activations) or to float (float activations) would leave.
+   `digits`, x = scale[0]·digit[0] + scale[1]·digit[1] + …, each a small integer with a scale a fraction of the one
+   before, so that products with weights and their sums are exact. There are as many digits as leave about as little as
+   rounding to half (half activations) or to float (float activations) would. A matrix unit takes one row so, too.
 */
 #include <math.h>
 #include <stdint.h>
@@ -77,7 +77,7 @@ static inline float element(const void *p, int dtype, int64_t i) {
 #endif
 
 /* ---- Instruction sets: the same few operations for each ----
-   floats: FLOATS fp32 numbers. digits: LANES digits of type digit_t, at most DIGIT_MAX each; sums: int32 partial sums. */
+   floats: FLOATS fp32 numbers. digits: LANES digits of type digit_t, DIGIT_MAX at most. sums: int32 partial sums. */
 
 #if (defined(__AMX_INT8__) && defined(__linux__)) || defined(EMULATE_AMX)
 #define AMX
@@ -251,7 +251,10 @@ static void read_floats(const void *x, int dtype, int64_t count, float *out) {
     const uint16_t *bits = x;
     int64_t i = 0;
     if (dtype == FLOAT) { memcpy(out, x, (size_t)count * sizeof *out); return; }
-    for (; i + FLOATS <= count; i += FLOATS) store(out + i, dtype == HALF ? load_half(bits + i) : load_bfloat(bits + i));
+    if (dtype == HALF)
+        for (; i + FLOATS <= count; i += FLOATS) store(out + i, load_half(bits + i));
+    else
+        for (; i + FLOATS <= count; i += FLOATS) store(out + i, load_bfloat(bits + i));
     for (; i < count; i++) out[i] = element(x, dtype, i);
 }
 
@@ -352,7 +355,8 @@ static void _tile_dpbssd(int sum, int a, int b) {
     const int8_t *rows = (const int8_t *)tile_memory[a], *columns = (const int8_t *)tile_memory[b];
     for (int n = 0; n < 16; n++)
         for (int m = 0; m < 16; m++)
-            for (int k = 0; k < 64; k++) tile_memory[sum][n][m] += rows[n * 64 + k] * columns[k / 4 * 64 + m * 4 + k % 4];
+            for (int k = 0; k < 64; k++)
+                tile_memory[sum][n][m] += rows[n * 64 + k] * columns[k / 4 * 64 + m * 4 + k % 4];
 }
 static void _tile_loadconfig(const void *config) { (void)config; }
 static void _tile_release(void) {}
@@ -382,7 +386,7 @@ static inline int64_t round_up(int64_t value, int64_t step) { return (value + st
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 #ifdef AMX
-/* Digits in the order of the tiles that the matrix unit takes: [block][m / 16][k / 64][plane][k / 4 % 16][m % 16][k % 4]. */
+/* Digits in the order of the matrix unit's tiles: [block][m / 16][k / 64][plane][k / 4 % 16][m % 16][k % 4]. */
 static inline digit_t *tile_of(const struct job *j, int64_t m, int64_t block) {
     int64_t columns = least(BLOCK, j->padded_K - block * BLOCK);
     return j->digits + (block * BLOCK * j->padded_M + m / 16 * 16 * columns) * j->planes;
@@ -394,8 +398,8 @@ static void store_digits(const struct job *j, int64_t m, int64_t block, int plan
     for (int64_t k = 0; k < columns; k += 4) memcpy(tiles + k / 64 * 1024 * j->planes + k / 4 % 16 * 64, row + k, 4);
 }
 
-/* sums[n, m] += weights · digits, for 32 weight rows and 16 rows of x. Rows lie `stride` bytes apart, and what follows 64
-   columns `step` bytes after them: K and 64 in the weight itself, 64 and 2048 in a panel. */
+/* sums[n, m] += weights · digits, for 32 weight rows and 16 rows of x. Rows lie `stride` bytes apart, and every 64 columns
+   `step` bytes after the 64 before: K and 64 in the weight itself, 64 and 2048 in a panel. */
 static void multiply_tile(const struct job *j, const digit_t *weights, int64_t stride, int64_t step, int64_t block,
                           int64_t m, float sums[TILE_N][PADDED_M]) {
     int64_t steps = least(BLOCK, j->padded_K - block * BLOCK) / 64;
@@ -521,8 +525,8 @@ static void split_row(const struct job *j, int64_t m, const float *row, digit_t 
     }
 }
 
-/* `rows` weight rows from n on, columns of one block, as digits, 0 where there are none: [TILE_N][BLOCK], and for a matrix
-   unit [k / 64][TILE_N][64]. */
+/* `rows` weight rows from n on, columns of one block, as digits, 0 where there are none: [TILE_N][BLOCK], and for a
+   matrix unit [k / 64][TILE_N][64]. */
 static void fill_panel(const struct job *j, int64_t n, int64_t rows, int64_t block, digit_t *panel) {
     int64_t first = block * BLOCK, columns = least(BLOCK, j->K - first), bytes = j->K * j->bits / 8;
     int64_t padded = least(BLOCK, j->padded_K - first);
@@ -552,8 +556,8 @@ static void fill_panel(const struct job *j, int64_t n, int64_t rows, int64_t blo
     }
 }
 
-/* y[:, begin:end] for several rows. `sums` holds [chunk / TILE_N][padded_M / PADDED_M][TILE_N][PADDED_M] floats, `panel`
-   TILE_N · BLOCK digits. */
+/* y[:, begin:end] for several rows. `sums` holds [chunk / TILE_N][padded_M / PADDED_M][TILE_N][PADDED_M] floats,
+   `panel` TILE_N · BLOCK digits. */
 static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64_t chunk,
                           float (*sums)[TILE_N][PADDED_M], digit_t *panel) {
     int64_t m_tiles = j->padded_M / PADDED_M;
@@ -619,8 +623,12 @@ static int64_t thread_number(void) { return 0; }
 static int64_t thread_count(void) { return 1; }
 #endif
 
-/* y = x · (scale · weight)ᵀ + bias. x and y have x_dtype; weight is int8, or int4 with the even column in the high half of
-   a byte; scale [N] and bias [N] (or NULL) have dtypes of their own. Returns OK or NO_MEMORY. */
+/* Of `count` things, those that this thread does. */
+static int64_t part_begin(int64_t count) { return count * thread_number() / thread_count(); }
+static int64_t part_end(int64_t count) { return count * (thread_number() + 1) / thread_count(); }
+
+/* y = x · (scale · weight)ᵀ + bias. x and y have x_dtype; weight is int8, or int4 with the even column in the high half
+   of a byte; scale [N] and bias [N] (or NULL) have dtypes of their own. Returns OK or NO_MEMORY. */
 int chatglm_linear(const void *x, int x_dtype, const int8_t *weight, int bits, const void *scale, int scale_dtype,
                    const void *bias, int bias_dtype, void *y, int64_t M, int64_t N, int64_t K, int threads) {
 #ifdef AMX
@@ -645,28 +653,29 @@ int chatglm_linear(const void *x, int x_dtype, const int8_t *weight, int bits, c
         size_t own_size = row_size + sums_size + panel_size;
         size_t scale_size = one ? 0 : (size_t)(blocks * j.planes * j.padded_M) * 4;
         size_t digits_size = one ? 0 : (size_t)(j.planes * j.padded_M * j.padded_K) * sizeof(digit_t);
-        char *memory = aligned_alloc(64, (size_t)threads * own_size + round_up(scale_size, 64) + round_up(digits_size, 64));
+        size_t all_own = (size_t)threads * own_size;
+        char *memory = aligned_alloc(64, all_own + round_up(scale_size, 64) + round_up(digits_size, 64));
         if (!memory) return NO_MEMORY;
-        j.digit_scale = (float *)(memory + (size_t)threads * own_size);
+        j.digit_scale = (float *)(memory + all_own);
         j.digits = (digit_t *)((char *)j.digit_scale + round_up(scale_size, 64));
         memset(j.digit_scale, 0, scale_size); /* of the rows that pad M */
         #pragma omp parallel num_threads(threads)
         {
-            int64_t thread = thread_number(), team = thread_count();
-            char *own = memory + (size_t)thread * own_size;
+            char *own = memory + (size_t)thread_number() * own_size;
             float *row = (float *)own, *spare = row + j.padded_K;
             int64_t tiles = (N + TILE_N - 1) / TILE_N;
-            int64_t begin = tiles * thread / team * TILE_N, end = least(tiles * (thread + 1) / team * TILE_N, N);
+            int64_t begin = part_begin(tiles) * TILE_N, end = least(part_end(tiles) * TILE_N, N);
             if (one) {
                 read_row(j.x, x_dtype, 0, K, bits, row, spare);
                 for (int64_t n = begin; n < end; n++) {
-                    float sum = bits == 8 ? dot_int8(weight + n * K, row, K) : dot_int4(weight + n * (K / 2), row, K / 2);
+                    const int8_t *w = weight + n * (K * bits / 8);
+                    float sum = bits == 8 ? dot_int8(w, row, K) : dot_int4(w, row, K / 2);
                     sum *= element(scale, scale_dtype, n);
                     if (bias) sum += element(bias, bias_dtype, n);
                     write_floats(&sum, 1, x_dtype, y, n);
                 }
             } else {
-                for (int64_t i = j.M * thread / team; i < j.M * (thread + 1) / team; i++) {
+                for (int64_t i = part_begin(j.M); i < part_end(j.M); i++) {
                     read_row(j.x, x_dtype, i, K, bits, row, spare);
                     split_row(&j, i, row, (digit_t *)spare);
                 }
@@ -691,8 +700,7 @@ int chatglm_half_linear(const void *x, int x_dtype, const uint16_t *weight, int 
     read_floats(x, x_dtype, M * K, rows);
     #pragma omp parallel num_threads(threads)
     {
-        int64_t begin = N * thread_number() / thread_count(), end = N * (thread_number() + 1) / thread_count();
-        for (int64_t n = begin; n < end; n++) {
+        for (int64_t n = part_begin(N); n < part_end(N); n++) {
             const uint16_t *w = weight + n * K;
             float sum[2];
             for (int64_t m = 0; m < M; m += 2) {
@@ -708,8 +716,8 @@ int chatglm_half_linear(const void *x, int x_dtype, const uint16_t *weight, int 
     return OK;
 }
 
-/* exp(x): 2^(x / ln 2) from its integer part and a polynomial, within 2 units in the last place. Below -87.3 that of -87.3,
-   above 88.7 infinity, NaN of NaN. Written for a compiler to vectorise. */
+/* exp(x): 2^(x / ln 2) from its integer part and a polynomial, within 2 units in the last place. Below -87.3 that of
+   -87.3, above 88.7 infinity, NaN of NaN. Written for a compiler to vectorise. */
 static inline float quick_exp(float x) {
     float bounded = x > 88.7f ? 88.7f : x > -87.3f ? x : -87.3f;
     float whole = (bounded * 1.44269504f + 0x1.8p23f) - 0x1.8p23f;
@@ -729,8 +737,9 @@ static inline float quick_exp(float x) {
    q [B, H, D], k and v [B, H, T, D] and mask [B, T] (or NULL) of one dtype; B, H and T may be strided (in numbers), and
    mask_b may be 0. D is a multiple of FLOATS, 256 at most. Returns OK or NO_MEMORY. */
 int chatglm_attention(const void *q, int64_t q_b, int64_t q_h, const void *k, int64_t k_b, int64_t k_h, int64_t k_t,
-                      const void *v, int64_t v_b, int64_t v_h, int64_t v_t, const void *mask, int64_t mask_b, void *context,
-                      int dtype, float scaling, int64_t B, int64_t H, int64_t T, int64_t D, int threads) {
+                      const void *v, int64_t v_b, int64_t v_h, int64_t v_t, const void *mask, int64_t mask_b,
+                      void *context, int dtype, float scaling, int64_t B, int64_t H, int64_t T, int64_t D,
+                      int threads) {
     enum { WIDTH = 4 }; /* vectors of the context that are summed at a time */
     int64_t size = size_of(dtype), T_size = round_up(T, 16);
     float *memory = aligned_alloc(64, (size_t)(threads * T_size) * sizeof *memory);
@@ -738,7 +747,7 @@ int chatglm_attention(const void *q, int64_t q_b, int64_t q_h, const void *k, in
     #pragma omp parallel num_threads(threads)
     {
         float *weight = memory + thread_number() * T_size, query[256], sum[256];
-        for (int64_t i = B * H * thread_number() / thread_count(); i < B * H * (thread_number() + 1) / thread_count(); i++) {
+        for (int64_t i = part_begin(B * H); i < part_end(B * H); i++) {
             int64_t b = i / H, h = i % H;
             const char *keys = (const char *)k + (b * k_b + h * k_h) * size;
             const char *values = (const char *)v + (b * v_b + h * v_h) * size;
@@ -747,8 +756,10 @@ int chatglm_attention(const void *q, int64_t q_b, int64_t q_h, const void *k, in
             for (int64_t t = 0; t < T; t++) {
                 const char *key = keys + t * k_t * size;
                 floats score[2] = {zeros(), zeros()};
-                for (int64_t d = 0; d < D; d += FLOATS)
-                    score[d / FLOATS % 2] = multiply_add(load_any(key, dtype, d), load(query + d), score[d / FLOATS % 2]);
+                for (int64_t d = 0; d < D; d += FLOATS) {
+                    floats *s = score + d / FLOATS % 2;
+                    *s = multiply_add(load_any(key, dtype, d), load(query + d), *s);
+                }
                 weight[t] = (total(score[0]) + total(score[1])) * scaling;
                 if (mask) weight[t] += element(mask, dtype, b * mask_b + t);
                 largest = weight[t] > largest ? weight[t] : largest;
@@ -778,15 +789,15 @@ int chatglm_attention(const void *q, int64_t q_b, int64_t q_h, const void *k, in
     return OK;
 }
 
-/* Turn queries and keys in place: x [rows, H, 3·D] holds a query, a key and a value a head; cosine and sine [rows, D] of the
-   same dtype. D consists of `parts` parts, and in each the first half is turned with the second. D is 256 at most. */
+/* Turn queries and keys in place: x [rows, H, 3·D] holds a query, a key and a value a head; cosine and sine [rows, D]
+   have the same dtype. D, 256 at most, consists of `parts` parts, and in each the first half is turned with the second. */
 void chatglm_rotary(void *x, const void *cosine, const void *sine, int dtype, int64_t rows, int64_t H, int64_t D,
                     int64_t parts, int threads) {
     #pragma omp parallel num_threads(threads)
     {
         float c[256], s[256], from[256], to[256];
         int64_t half = D / parts / 2;
-        for (int64_t row = rows * thread_number() / thread_count(); row < rows * (thread_number() + 1) / thread_count(); row++) {
+        for (int64_t row = part_begin(rows); row < part_end(rows); row++) {
             read_floats((const char *)cosine + row * D * size_of(dtype), dtype, D, c);
             read_floats((const char *)sine + row * D * size_of(dtype), dtype, D, s);
             for (int64_t i = 0; i < 2 * H; i++) { /* the query and the key of each head */
@@ -809,7 +820,7 @@ void chatglm_gelu(void *x, int dtype, int64_t count, int threads) {
     #pragma omp parallel num_threads(threads)
     {
         int64_t parts = (count + PART - 1) / PART;
-        for (int64_t i = parts * thread_number() / thread_count(); i < parts * (thread_number() + 1) / thread_count(); i++) {
+        for (int64_t i = part_begin(parts); i < part_end(parts); i++) {
             float line[PART];
             int64_t length = least(PART, count - i * PART);
             read_floats((char *)x + i * PART * size_of(dtype), dtype, length, line);

@@ -261,7 +261,7 @@ class ChatGLMMLP(nn.Module):
         """[B, S, hidden] → [B, S, hidden]."""
         inner = self.dense_h_to_4h(hidden_states)
         if _has_cpu_kernels(inner):
-            inner = cpu_library().gelu_(inner)
+            cpu_library().gelu_(inner)
         else:
             inner = nn.functional.gelu(inner, approximate="tanh")
         return self.dense_4h_to_h(inner)
