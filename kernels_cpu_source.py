@@ -398,8 +398,8 @@ static void store_digits(const struct job *j, int64_t m, int64_t block, int plan
     for (int64_t k = 0; k < columns; k += 4) memcpy(tiles + k / 64 * 1024 * j->planes + k / 4 % 16 * 64, row + k, 4);
 }
 
-/* sums[n, m] += weights · digits, for 32 weight rows and 16 rows of x. Rows lie `stride` bytes apart, and every 64 columns
-   `step` bytes after the 64 before: K and 64 in the weight itself, 64 and 2048 in a panel. */
+/* sums[n, m] += weights · digits, for 32 weight rows and 16 rows of x. Weight rows lie `stride` bytes apart, and every 64
+   columns `step` bytes after the 64 before: K and 64 in the weight itself, 64 and 2048 in a panel. */
 static void multiply_tile(const struct job *j, const digit_t *weights, int64_t stride, int64_t step, int64_t block,
                           int64_t m, float sums[TILE_N][PADDED_M]) {
     int64_t steps = least(BLOCK, j->padded_K - block * BLOCK) / 64;
@@ -790,7 +790,7 @@ int chatglm_attention(const void *q, int64_t q_b, int64_t q_h, const void *k, in
 }
 
 /* Turn queries and keys in place: x [rows, H, 3·D] holds a query, a key and a value a head; cosine and sine [rows, D]
-   have the same dtype. D, 256 at most, consists of `parts` parts, and in each the first half is turned with the second. */
+   have the same dtype. D, 256 at most, consists of `parts` parts; in each the first half is turned with the second. */
 void chatglm_rotary(void *x, const void *cosine, const void *sine, int dtype, int64_t rows, int64_t H, int64_t D,
                     int64_t parts, int threads) {
     #pragma omp parallel num_threads(threads)

@@ -4,19 +4,28 @@ Letters: M rows of an activation, K in_features, N out_features; B batch, H head
 """
 
 import contextlib
+import copy
+import importlib.util
+import logging
+import os
 import platform
 import shutil
+import stat
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from transformers import DynamicCache
 
-from chatglm_int8 import kernels_cpu
+from chatglm_int8 import ChatGLMForConditionalGeneration, kernels_cpu, modeling_chatglm, quantization
 from chatglm_int8.kernels_cpu import FLAGS, OPENMP, WITHOUT_AMX, Library
 from chatglm_int8.kernels_cpu_source import SOURCE
-from chatglm_int8.modeling_chatglm import apply_rotary, rotary_embedding
-from chatglm_int8.quantization import pack_int4, unpack_int4
+from chatglm_int8.modeling_chatglm import GrowingLayer, apply_rotary, rotary_embedding
+from chatglm_int8.quantization import HalfEmbedding, HalfLinear, QuantizedLinear, pack_int4, unpack_int4
 
 # Half a unit in the last place of 1: the relative error of one rounding.
 ROUNDING = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
@@ -608,3 +617,744 @@ def test_gelu_refuses_other_tensors(libraries):
     for x in (torch.ones(4, dtype=torch.float64), torch.ones(4, 4).T[::2], torch.ones(3, dtype=torch.int32)):
         with pytest.raises(ValueError, match="contiguous float"):
             libraries("native").gelu_(x)
+
+
+# Compiling
+
+
+@needs_gcc
+@pytest.mark.skipif(not IS_X86, reason="levels of x86-64")
+@pytest.mark.parametrize("openmp", [True, False])
+@pytest.mark.parametrize("level", ["x86-64", "x86-64-v3", "skylake-avx512", "sapphirerapids"])
+def test_the_source_has_no_warnings(level, openmp):
+    if not openmp and level != "x86-64":
+        pytest.skip("seen at the lowest level")
+    command = [GCC, *FLAGS, f"-march={level}", "-S", "-x", "c", "-", "-o", "-", "-Wall", "-Wextra", "-Werror"]
+    # Without OpenMP its pragmas are unknown, and the number of threads is not used.
+    command += [OPENMP] if openmp else ["-Wno-unknown-pragmas", "-Wno-unused-parameter"]
+    done = subprocess.run(command, input=SOURCE, capture_output=True, text=True)
+    if "bad value" in done.stderr:
+        pytest.skip(f"this gcc does not know {level}")
+    assert done.returncode == 0, done.stderr
+
+
+# Compares with double precision; `malloc`ed to the byte, so that a sanitizer sees what is read or written beside.
+DRIVER = r"""
+#include <stdio.h>
+static unsigned seed = 1;
+static double uniform(void) { return (seed = seed * 1664525u + 1013904223u) / 2147483648.0 - 1; }
+static void *fresh(int64_t size) { void *p = malloc((size_t)size); memset(p, 255, (size_t)size); return p; } /* NaN */
+static int wrong = 0;
+static void expect(const char *what, double got, double expected, double bound) {
+    if (!(fabs(got - expected) <= bound) && wrong++ < 9)
+        printf("%s: got %.9g, expected %.9g within %.3g\n", what, got, expected, bound);
+}
+static void set(void *p, int dtype, int64_t i, double value) {
+    if (dtype == FLOAT) ((float *)p)[i] = (float)value;
+    else ((uint16_t *)p)[i] = dtype == HALF ? to_half((float)value) : to_bfloat((float)value);
+}
+static void *filled(int dtype, int64_t count, double size) {
+    void *p = fresh(count * size_of(dtype));
+    for (int64_t i = 0; i < count; i++) set(p, dtype, i, uniform() * size);
+    return p;
+}
+static const double rounding[] = {0x1p-24, 0x1p-11, 0x1p-8}, left_over[] = {0x1p-23, 0x1p-15, 0x1p-15};
+
+static void linear(int64_t M, int64_t N, int64_t K, int bits, int dtype, int has_bias, int threads) {
+    int other = (dtype + 1) % 3;
+    void *x = filled(dtype, M * K, 1), *scale = filled(other, N, 0.01), *y = fresh(M * N * size_of(dtype));
+    void *bias = has_bias ? filled((dtype + 2) % 3, N, 1) : NULL;
+    int8_t *w = fresh(N * K * bits / 8);
+    for (int64_t i = 0; i < N * K * bits / 8; i++) w[i] = (int8_t)(int)(uniform() * 128.9);
+    if (chatglm_linear(x, dtype, w, bits, scale, other, bias, (dtype + 2) % 3, y, M, N, K, threads)) wrong++;
+    for (int64_t m = 0; m < M; m++)
+        for (int64_t n = 0; n < N; n++) {
+            double sum = 0, size = 0, weights = 0, s = element(scale, other, n);
+            for (int64_t k = 0; k < K; k++) {
+                int8_t byte = w[n * (K * bits / 8) + k * bits / 8];
+                double value = s * (bits == 8 ? byte : k % 2 ? (byte & 7) - (byte & 8) : byte >> 4);
+                double product = value * element(x, dtype, m * K + k);
+                sum += product, size += fabs(product), weights += fabs(value);
+            }
+            if (bias) sum += element(bias, (dtype + 2) % 3, n);
+            double bound = size * (8 + sqrt((double)K)) * 0x1p-24 + left_over[dtype] * weights
+                           + (fabs(sum) * 1.01 + size * 0x1p-23) * rounding[dtype] + 0x1p-22;
+            expect("linear", element(y, dtype, m * N + n), sum, bound);
+        }
+    free(x), free(scale), free(y), free(bias), free(w);
+}
+
+static void half(int64_t M, int64_t N, int64_t K, int dtype, int weight_dtype, int threads) {
+    void *x = filled(dtype, M * K, 1), *w = filled(weight_dtype, N * K, 1), *y = fresh(M * N * size_of(dtype));
+    if (chatglm_half_linear(x, dtype, w, weight_dtype, y, M, N, K, threads)) wrong++;
+    for (int64_t m = 0; m < M; m++)
+        for (int64_t n = 0; n < N; n++) {
+            double sum = 0;
+            for (int64_t k = 0; k < K; k++)
+                sum += (double)element(x, dtype, m * K + k) * element(w, weight_dtype, n * K + k);
+            double bound = (double)K * 0x1p-22 + fabs(sum) * 1.01 * rounding[dtype];
+            expect("half_linear", element(y, dtype, m * N + n), sum, bound);
+        }
+    free(x), free(w), free(y);
+}
+
+static void attend(int64_t B, int64_t H, int64_t T, int64_t D, int dtype, int threads) {
+    void *q = filled(dtype, B * H * D, 2), *k = filled(dtype, B * H * T * D, 2), *v = filled(dtype, B * H * T * D, 1);
+    void *mask = filled(dtype, B * T, 2), *y = fresh(B * H * D * size_of(dtype));
+    double *p = fresh(T * 8);
+    if (chatglm_attention(q, H * D, D, k, H * T * D, T * D, D, v, H * T * D, T * D, D, mask, T, y, dtype, 0.25f,
+                          B, H, T, D, threads)) wrong++;
+    for (int64_t i = 0; i < B * H; i++) {
+        double whole = 0;
+        for (int64_t t = 0; t < T; t++) {
+            double score = 0;
+            for (int64_t d = 0; d < D; d++)
+                score += (double)element(q, dtype, i * D + d) * element(k, dtype, (i * T + t) * D + d);
+            whole += p[t] = exp(score * 0.25 + element(mask, dtype, i / H * T + t));
+        }
+        for (int64_t d = 0; d < D; d++) {
+            double sum = 0;
+            for (int64_t t = 0; t < T; t++) sum += p[t] / whole * element(v, dtype, (i * T + t) * D + d);
+            expect("attention", element(y, dtype, i * D + d), sum, 1e-4 + fabs(sum) * 1.01 * rounding[dtype]);
+        }
+    }
+    free(q), free(k), free(v), free(mask), free(y), free(p);
+}
+
+static void rotate(int64_t rows, int64_t H, int64_t D, int64_t parts, int dtype, int threads) {
+    void *x = filled(dtype, rows * H * 3 * D, 1), *c = filled(dtype, rows * D, 1), *s = filled(dtype, rows * D, 1);
+    void *y = fresh(rows * H * 3 * D * size_of(dtype));
+    memcpy(y, x, (size_t)(rows * H * 3 * D * size_of(dtype)));
+    chatglm_rotary(y, c, s, dtype, rows, H, D, parts, threads);
+    for (int64_t i = 0; i < rows * H * 3 * D; i++) {
+        int64_t row = i / (3 * D * H), d = i % D, half = D / parts / 2, is_second = d / half % 2;
+        double expected = element(x, dtype, i), sine = element(s, dtype, row * D + d);
+        if (i / D % 3 < 2) { /* no value */
+            double other = is_second ? element(x, dtype, i - half) : -element(x, dtype, i + half);
+            expected = expected * element(c, dtype, row * D + d) + other * sine;
+        }
+        expect("rotary", element(y, dtype, i), expected, 0x1p-21 + fabs(expected) * 1.01 * rounding[dtype]);
+    }
+    free(x), free(c), free(s), free(y);
+}
+
+static void gelu(int64_t count, int dtype, int threads) {
+    void *x = filled(dtype, count, 8), *y = fresh(count * size_of(dtype));
+    memcpy(y, x, (size_t)(count * size_of(dtype)));
+    chatglm_gelu(y, dtype, count, threads);
+    for (int64_t i = 0; i < count; i++) {
+        double value = element(x, dtype, i), u = 1.5957691216057308 * (value + 0.044715 * value * value * value);
+        double expected = value / (1 + exp(-u));
+        expect("gelu", element(y, dtype, i), expected, 1e-6 + fabs(expected) * 1.01 * rounding[dtype]);
+    }
+    free(x), free(y);
+}
+
+int main(void) {
+    static const int64_t Ms[] = {1, 2, 3, 7, 16, 33}, Ns[] = {1, 5, 33}, Ks[] = {2, 30, 64, 360, 2114};
+    if (!chatglm_start()) return 77;
+    for (int i = 0; i < 6; i++)
+        for (int n = 0; n < 3; n++)
+            for (int k = 0; k < 5; k++)
+                linear(Ms[i], Ns[n], Ks[k], (i + k) % 2 ? 8 : 4, (i + n + k) % 3, n % 2, 1 + (i + n) % 3);
+    for (int dtype = 0; dtype < 3; dtype++) {
+        linear(1, 9, 1, 8, dtype, 1, 2), linear(5, 9, 15, 8, dtype, 1, 2), linear(515, 3, 40, 8, dtype, 0, 2);
+        for (int weight = 1; weight < 3; weight++)
+            half(1, 9, 130, dtype, weight, 1), half(3, 5, 15, dtype, weight, 2), half(8, 2, 1, dtype, weight, 4);
+        attend(2, 3, 1, 16, dtype, 1), attend(1, 2, 37, 48, dtype, 2), attend(2, 1, 300, 256, dtype, 3);
+        rotate(3, 2, 16, 2, dtype, 1), rotate(2, 1, 6, 1, dtype, 2), rotate(1, 3, 256, 2, dtype, 4);
+        gelu(1, dtype, 1), gelu(1500, dtype, 2), gelu(1024, dtype, 3);
+    }
+    printf("%s: %d wrong\n", chatglm_instructions(), wrong);
+    return wrong != 0;
+}
+"""
+
+
+def compile_driver(compiler: str, folder: Path, *flags: str) -> Path:
+    (folder / "driver.c").write_text(SOURCE + DRIVER, encoding="utf-8")
+    program = folder / "driver"
+    flags = ("-O1", "-g", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", *flags)
+    done = subprocess.run([compiler, *flags, folder / "driver.c", "-o", program, "-lm"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return program
+
+
+@needs_gcc
+@pytest.mark.parametrize("level", [level for level in LEVELS if level != "no VNNI"])
+def test_sanitizers_find_nothing(level, tmp_path):
+    """Addresses, and what C leaves undefined: overflow, shifts, alignment."""
+    for name in ("libasan.so", "libubsan.so"):
+        found = subprocess.run([GCC, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        if not os.path.isabs(found):
+            pytest.skip(f"gcc has no {name}")
+    flags = ("-march=native", *LEVELS[level], "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    program = compile_driver(GCC, tmp_path, *flags)
+    environment = {"PATH": os.environ["PATH"], "ASAN_OPTIONS": "detect_leaks=0"}  # leaks are looked for with ptrace
+    done = subprocess.run([program], capture_output=True, text=True, env=environment, timeout=300)
+    if done.returncode == 77:
+        pytest.skip("the operating system refuses the matrix unit")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 wrong" in done.stdout
+    assert not done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("march", "instructions"), [("armv8-a", "NEON"), ("armv8.2-a+dotprod", "NEON with dot product")]
+)
+def test_aarch64(march, instructions, tmp_path):
+    compiler, emulator = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64")
+    if not compiler or not emulator:
+        pytest.skip("needs Debian's gcc-aarch64-linux-gnu, libc6-dev-arm64-cross and qemu-user")
+    warnings = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-parameter")
+    program = compile_driver(compiler, tmp_path, f"-march={march}", *warnings)
+    command = [emulator, "-L", "/usr/aarch64-linux-gnu", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == f"{instructions}: 0 wrong\n"
+
+
+# Compiling at load
+
+
+class Messages(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.said = []
+
+    def emit(self, record):
+        self.said.append(record.getMessage())
+
+
+def write_script(path: Path, text: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def compiler(tmp_path):
+    """A function that makes a compiler for CC: the machine's, in haste, after a few lines of shell."""
+    real = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))))
+
+    def make(before: str = "") -> Path:
+        return write_script(tmp_path / "cc", f'{before}\nexec {real} "$@" -O0 -w')
+
+    return make
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch, compiler):
+    """As in a new process with an empty cache and a quick compiler: gives the list of what is said."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CC", str(compiler()))
+    monkeypatch.delenv("CHATGLM_CPU_KERNEL", raising=False)
+    handler = Messages()
+    kernels_cpu.logger.addHandler(handler)
+    forget()
+    yield handler.said
+    kernels_cpu.logger.removeHandler(handler)
+    monkeypatch.undo()
+    forget()
+
+
+def forget():
+    """What a process remembers of its library; a new process starts so."""
+    kernels_cpu._load.cache_clear()
+    kernels_cpu.cache_folder.cache_clear()
+    logging.Logger.warning_once.cache_clear()
+
+
+def works(library: Library) -> bool:
+    y = library.linear(torch.ones(2, 6), torch.full((3, 6), 2, dtype=torch.int8), torch.ones(3), None, 8)
+    return torch.equal(y, torch.full((2, 3), 12.0))
+
+
+def cached(tmp_path) -> list[Path]:
+    return sorted((tmp_path / "cache" / "chatglm_int8").iterdir())
+
+
+def test_compiled_once_into_a_private_folder(fresh, tmp_path, compiler):
+    library = kernels_cpu.library()
+    assert works(library)
+    assert kernels_cpu.library() is library
+    (path,) = cached(tmp_path)
+    assert path.suffix == ".so"
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert not fresh
+    forget()
+    compiler('case "$*" in *-shared*-o*) exit 1;; esac')  # may tell its version and macros, and compile nothing
+    assert works(kernels_cpu.library())
+    assert cached(tmp_path) == [path]
+    assert not fresh
+
+
+def test_other_source_flags_or_compiler_make_another_file(fresh, tmp_path, monkeypatch):
+    paths = {kernels_cpu.build(), kernels_cpu.build(FLAGS)}
+    monkeypatch.setattr(kernels_cpu, "SOURCE", SOURCE + "\n/* another */\n")
+    paths.add(kernels_cpu.build())
+    monkeypatch.setenv("CC", f"{os.environ['CC']} -DANOTHER=1")
+    paths.add(kernels_cpu.build())
+    assert len(paths) == 4
+    assert cached(tmp_path) == sorted(paths)
+
+
+def test_cc_may_have_arguments(fresh, tmp_path, monkeypatch):
+    monkeypatch.setenv("CC", f"{os.environ['CC']} -DNOTHING=1 '-DSPACED=a b'")
+    assert kernels_cpu.compiler()[1:] == ["-DNOTHING=1", "-DSPACED=a b"]
+    assert works(kernels_cpu.library())
+    assert len(cached(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("given", ["", "   "])
+def test_an_empty_cc_names_no_compiler(fresh, monkeypatch, given):
+    monkeypatch.setenv("CC", given)
+    assert kernels_cpu.compiler() in (["cc"], ["gcc"], ["clang"])
+
+
+@pytest.mark.parametrize("case", ["no compiler", "CC is missing", "turned off"])
+@pytest.mark.parametrize("golden", ["int8", "int4"])
+def test_goldens_without_a_library(fresh, tmp_path, monkeypatch, cases, golden_model, case, golden):
+    (tmp_path / "empty").mkdir()
+    if case == "no compiler":
+        monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+        monkeypatch.delenv("CC")
+    elif case == "CC is missing":
+        monkeypatch.setenv("CC", "/nowhere/cc -O2")
+    else:
+        monkeypatch.setenv("CHATGLM_CPU_KERNEL", "0")
+    model, prompt = golden_model(golden), cases[f"{golden}_single.input_ids"]
+    greedy = model.generate(prompt, do_sample=False, max_new_tokens=24)
+    assert torch.equal(greedy, cases[f"{golden}_single.greedy"])
+    with torch.no_grad():
+        logits = model(prompt).logits
+    expected = cases[f"{golden}_single.logits"]
+    assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert kernels_cpu.library() is None
+    assert not (tmp_path / "cache").exists()
+    if case == "turned off":
+        assert not fresh
+    else:
+        (message,) = fresh
+        assert "install gcc" in message
+        assert "/nowhere/cc" in message or case == "no compiler"
+
+
+def test_goldens_with_a_library(fresh, cases, golden_model):
+    for golden in ("base", "int8", "int4", "prefix"):
+        model, prompt = golden_model(golden), cases[f"{golden}_single.input_ids"]
+        assert torch.equal(model.generate(prompt, do_sample=False, max_new_tokens=24), cases[f"{golden}_single.greedy"])
+        with torch.no_grad():
+            logits = model(prompt).logits
+        expected = cases[f"{golden}_single.logits"]
+        assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert kernels_cpu._load.cache_info().currsize == 1
+    assert kernels_cpu.library() is not None
+
+
+def test_a_compiler_that_fails_is_quoted(fresh, tmp_path, monkeypatch):
+    script = write_script(tmp_path / "broken", "echo 'broken: out of cheese' >&2; exit 1")
+    monkeypatch.setenv("CC", f"{script} --for-real")
+    assert kernels_cpu.library() is None
+    assert kernels_cpu.library() is None
+    (message,) = fresh
+    assert f"{script} --for-real" in message
+    assert "out of cheese" in message
+    assert "plain PyTorch" in message
+    layer = QuantizedLinear.from_linear(nn.Linear(8, 4), 8)
+    with torch.no_grad():
+        assert layer(torch.ones(3, 8)).isfinite().all()
+    assert len(fresh) == 1
+
+
+def test_a_compiler_that_fails_at_the_source_leaves_nothing(fresh, tmp_path, compiler):
+    compiler('case "$*" in *-shared*-o*) echo "no such instruction" >&2; exit 1;; esac')
+    assert kernels_cpu.library() is None
+    (message,) = fresh
+    assert "-march=native" in message
+    assert "no such instruction" in message
+    assert cached(tmp_path) == []
+
+
+def test_a_compiler_that_hangs_is_given_up(fresh, tmp_path, compiler, monkeypatch):
+    monkeypatch.setattr(kernels_cpu, "_TIMEOUT", 0.2)
+    compiler("exec sleep 20")
+    assert kernels_cpu.library() is None
+    (message,) = fresh
+    assert "timed out" in message
+
+
+def test_a_compiler_without_openmp_gives_one_thread(fresh, compiler):
+    compiler("""case "$*" in *-fopenmp*) echo "unsupported option '-fopenmp'" >&2; exit 1;; esac""")
+    library = kernels_cpu.library()
+    assert works(library)
+    assert kernels_cpu.library() is library
+    (message,) = fresh
+    assert "one thread" in message
+    assert "unsupported option '-fopenmp'" in message
+    weight = make_weight(70, 64, 8)
+    for m in (1, 2, 40):
+        check(library, normal(m, 64).half(), weight, torch.ones(70), threads=4)
+
+
+@pytest.mark.parametrize("case", ["a file", "no home", "read-only"])
+def test_a_cache_that_cannot_be_written(fresh, tmp_path, monkeypatch, case):
+    if case == "a file":
+        (tmp_path / "cache").write_text("")
+    elif case == "no home":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+
+        def no_home():
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.setattr(Path, "home", no_home)
+    else:
+        if os.getuid() == 0:
+            pytest.skip("root may write anywhere")
+        (tmp_path / "cache").mkdir(mode=0o500)
+    assert works(kernels_cpu.library())
+    folder = kernels_cpu.cache_folder()
+    assert tmp_path not in folder.parents
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    (message,) = fresh
+    assert "can't be kept on disk" in message
+
+
+@pytest.mark.parametrize("case", ["writable by all", "writable by the group", "somebody else's"])
+def test_a_cache_where_others_could_plant_a_library(fresh, tmp_path, monkeypatch, case):
+    folder = tmp_path / "cache" / "chatglm_int8"
+    folder.mkdir(parents=True, mode=0o700)
+    if case == "somebody else's":
+        uid = os.getuid()
+        monkeypatch.setattr(os, "getuid", lambda: uid + 1)
+    else:
+        folder.chmod(0o777 if case == "writable by all" else 0o770)
+    assert works(kernels_cpu.library())
+    assert cached(tmp_path) == []
+    assert folder not in kernels_cpu.cache_folder().parents
+    (message,) = fresh
+    assert "can be written by others" in message
+
+
+BROKEN = r"""
+import os, sys
+from pathlib import Path
+
+from chatglm_int8 import kernels_cpu
+
+(path,) = Path(sys.argv[1]).iterdir()
+whole = path.read_bytes()
+for content in (b"", b"no library", whole[:4], whole[:4096], whole[: len(whole) // 2], whole[:-4096]):
+    path.unlink(missing_ok=True)
+    path.write_bytes(content)
+    child = os.fork()  # which might die of it
+    if not child:
+        os._exit(0 if kernels_cpu.library() else 1)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), path.read_bytes() == whole)
+"""
+
+
+def test_a_broken_library_on_disk(fresh, tmp_path):
+    """As a full disk or a lost power could leave it: compiled again."""
+    assert kernels_cpu.library()
+    (path,) = cached(tmp_path)
+    done = subprocess.run([sys.executable, "-c", BROKEN, path.parent], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "0 True\n" * 6
+    assert cached(tmp_path) == [path]
+
+
+EIGHT = r"""
+import multiprocessing, os, signal, sys, time
+from pathlib import Path
+
+from chatglm_int8 import kernels_cpu
+import torch
+
+folder = Path(sys.argv[1])
+assert not (folder / "cache").exists(), "importing compiled"
+
+
+def work(number, answers, start):
+    os.environ["CC"] += f" -DNUMBER=1"
+    start.wait()
+    if number == 0:
+        os.environ["VICTIM"] = str(folder / "compiling")
+    library = kernels_cpu.library()
+    y = library.linear(torch.ones(2, 64), torch.full((3, 64), 2, dtype=torch.int8), torch.ones(3), None, 8)
+    answers.put((number, y.tolist()))
+
+
+fork = multiprocessing.get_context("fork")  # imports once
+answers, start = fork.Queue(), fork.Event()
+processes = [fork.Process(target=work, args=(i, answers, start)) for i in range(8)]
+for process in processes:
+    process.start()
+start.set()
+deadline = time.time() + 100
+while not (folder / "compiling").exists():
+    assert time.time() < deadline
+    time.sleep(0.01)
+os.kill(processes[0].pid, signal.SIGKILL)
+print(sorted(answers.get(timeout=100)[0] for _ in range(7)))
+for process in processes:
+    process.join(100)
+print([process.exitcode for process in processes])
+"""
+
+
+def test_eight_processes_start_together_and_one_is_killed(fresh, tmp_path, compiler):
+    compiler('case "$*" in *-shared*-o*) if [ -n "$VICTIM" ]; then touch "$VICTIM"; sleep 0.5; fi;; esac')
+    done = subprocess.run([sys.executable, "-c", EIGHT, tmp_path], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"[1, 2, 3, 4, 5, 6, 7]\n[{-9}, 0, 0, 0, 0, 0, 0, 0]\n"
+    files = cached(tmp_path)
+    assert [path.suffix for path in files].count(".so") == 1
+    assert {path.suffix for path in files} <= {".so", ".tmp"}
+    left = [path for path in files if path.suffix == ".tmp"]
+    assert len(left) <= 1
+    for path in left:  # what the dead left goes later
+        os.utime(path, (time.time() - 7200,) * 2)
+    assert works(kernels_cpu.library())
+    assert all(path.suffix == ".so" for path in cached(tmp_path))
+
+
+# Operators
+
+
+def sample_inputs(bits: int, dtype: torch.dtype = torch.float32):
+    return normal(3, 64).to(dtype), make_weight(20, 64, bits), torch.rand(20).to(dtype), normal(20).to(dtype), bits
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float16])
+def test_opcheck(bits, dtype):
+    x, weight, scale, bias, _ = sample_inputs(bits, dtype)
+    for given, added in ((x, bias), (x.clone().requires_grad_(), None)):
+        torch.library.opcheck(torch.ops.chatglm_int8.quantized_linear.default, (given, weight, scale, added, bits))
+    grad = normal(3, 20).to(dtype)
+    torch.library.opcheck(torch.ops.chatglm_int8.quantized_linear_backward.default, (grad, weight, scale, bits))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_layers_compile_as_one_graph(bits):
+    layer = QuantizedLinear.from_linear(nn.Linear(64, 20), bits)
+    head = HalfLinear(20, 33, dtype=torch.float16)
+
+    def both(x):
+        return head(layer(x))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    for m in (1, 5):
+        x = normal(m, 64).float()
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), both(x), rtol=2e-3, atol=2e-3)
+    ours, theirs = normal(4, 64).float().requires_grad_(), normal(4, 64).float().requires_grad_()
+    layer(ours).square().sum().backward()
+    torch.compile(layer, fullgraph=True, backend="aot_eager")(theirs).square().sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_of_the_input(bits, dtype):
+    x, weight, scale, bias, _ = sample_inputs(bits, dtype)
+    x.requires_grad_()
+    grad = normal(3, 20, seed=4).to(dtype)
+    torch.ops.chatglm_int8.quantized_linear(x, weight, scale, bias, bits).backward(grad)
+    w = (unpack_int4(weight) if bits == 4 else weight).double() * scale.double()[:, None]
+    expected, size = grad.double() @ w, grad.double().abs() @ w.abs()
+    assert ((x.grad.double() - expected).abs() <= size * (30 * ROUNDING[torch.float32] + 2 * ROUNDING[dtype])).all()
+
+
+def test_the_modules_may_be_imported_twice(monkeypatch):
+    """As trust_remote_code does beside an installed package: the operators are registered again."""
+    root = Path(quantization.__file__).parent
+    spec = importlib.util.spec_from_file_location(
+        "chatglm_twin", root / "__init__.py", submodule_search_locations=[str(root)]
+    )
+    before = set(sys.modules)
+    try:
+        twin = importlib.util.module_from_spec(spec)
+        sys.modules["chatglm_twin"] = twin
+        spec.loader.exec_module(twin)
+        again = importlib.import_module("chatglm_twin.quantization")
+        assert again is not quantization
+        layer = again.QuantizedLinear.from_linear(nn.Linear(64, 20), 8)
+        x = normal(3, 64).float().requires_grad_()
+        layer(x).sum().backward()
+        assert x.grad.isfinite().all()
+    finally:
+        for name in set(sys.modules) - before:
+            if name.startswith("chatglm_twin"):
+                del sys.modules[name]
+    ours = QuantizedLinear.from_linear(nn.Linear(64, 20), 8)
+    ours(x).sum().backward()
+
+
+# Embedding and LM head that stay half
+
+
+def half_layers(model) -> list[nn.Module]:
+    found = [module for module in model.modules() if isinstance(module, HalfEmbedding | HalfLinear)]
+    assert len(found) == 2
+    return found
+
+
+def logits_of(model, ids=((7, 8, 9, 501, 504),)) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.tensor(ids)).logits
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_float_of_a_quantised_model_copies_no_embedding(golden_model, bits):
+    model = golden_model(f"int{bits}", torch.float16)
+    before = [layer.weight.data_ptr() for layer in half_layers(model)]
+    logits = logits_of(model)
+    assert model.float() is model
+    assert model.dtype == torch.float32
+    for layer, pointer in zip(half_layers(model), before, strict=True):
+        assert layer.weight.dtype == torch.float16
+        assert layer.weight.data_ptr() == pointer
+    assert len(set(before)) == 1 or not model.config.tie_word_embeddings
+    assert logits_of(model).dtype == torch.float32
+    assert (logits_of(model) - logits).abs().max() < 2e-2 * logits.abs().max()
+
+
+def test_half_layers_give_what_float_layers_give(golden_model):
+    """The weights are float16 numbers, so a float32 copy of them gives the same logits up to the order of sums."""
+    model = golden_model("int8", torch.float16).float()
+    twin = copy.deepcopy(model)
+    for layer in half_layers(twin):
+        layer.stays_half = False
+    twin.float()
+    assert all(layer.weight.dtype == torch.float32 for layer in half_layers(twin))
+    torch.testing.assert_close(logits_of(model), logits_of(twin), rtol=1e-4, atol=1e-5)
+    long = (tuple(range(5, 105)) + (501, 504),)  # more rows than the kernel takes
+    torch.testing.assert_close(logits_of(model, long), logits_of(twin, long), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "float"])
+def test_casts_copies_and_files_keep_the_numbers(golden_model, tmp_path, cast):
+    model = getattr(golden_model("int8", torch.float16), cast)()
+    expected = logits_of(model)
+    assert expected.dtype == model.dtype == {"half": torch.float16, "bfloat16": torch.bfloat16}.get(cast, torch.float32)
+    is_tied = model.lm_head.weight is model.transformer.word_embeddings.weight
+    twin = copy.deepcopy(model)
+    assert (twin.lm_head.weight is twin.transformer.word_embeddings.weight) == is_tied
+    assert twin.lm_head.weight.data_ptr() != model.lm_head.weight.data_ptr()
+    assert torch.equal(logits_of(twin), expected)
+    model.save_pretrained(tmp_path)
+    again = ChatGLMForConditionalGeneration.from_pretrained(tmp_path, dtype=model.dtype)
+    assert (again.lm_head.weight is again.transformer.word_embeddings.weight) == is_tied
+    assert torch.equal(logits_of(again), expected)
+    if cast == "float":
+        assert all(layer.weight.dtype == torch.float16 for layer in half_layers(again))
+
+
+def test_a_float_model_is_converted_as_usual(golden_model):
+    model = golden_model("base", torch.float16).float()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in model.half().parameters()} == {torch.float16}
+    assert {parameter.dtype for parameter in model.double().parameters()} == {torch.float64}
+
+
+def test_numbers_that_half_cannot_hold_stay_float(golden_model):
+    model = golden_model("int8").float()
+    head = model.lm_head
+    head.weight.data = head.weight.data.float()
+    head.weight.data[0, 0] = 1 + 2**-20
+    model._keep_embeddings_half()
+    assert head.weight.dtype == torch.float32
+    assert head.weight[0, 0] == 1 + 2**-20
+
+
+# The cache that grows in place
+
+
+class PlainCache(DynamicCache):
+    """Not exactly a DynamicCache, so the model leaves its layers alone."""
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}])
+@pytest.mark.parametrize("golden", ["base", "int8", "prefix"])
+def test_generate_with_a_growing_cache(golden_model, monkeypatch, settings, golden):
+    monkeypatch.setattr(GrowingLayer, "_room", 5)  # so that it must grow now and then
+    model, ids = golden_model(golden), torch.tensor([[7, 8, 9, 501, 504], [9, 8, 7, 501, 504]])
+    found = []
+    for cache in (DynamicCache(), PlainCache()):
+        torch.manual_seed(3)
+        settings = {"do_sample": False, "max_new_tokens": 20, **settings}
+        found.append(model.generate(ids, past_key_values=cache, **settings))
+        assert all(isinstance(layer, GrowingLayer) == (type(cache) is DynamicCache) for layer in cache.layers)
+    assert torch.equal(*found)
+
+
+def both_caches():
+    caches = DynamicCache(), DynamicCache()
+    caches[0].layers.append(GrowingLayer())
+    return caches
+
+
+def append(caches, count: int, seed: int, batch: int = 2) -> None:
+    key, value = normal(batch, 3, count, 8, seed=seed).float(), normal(batch, 3, count, 8, seed=seed + 1).float()
+    ours, theirs = (cache.update(key, value, 0) for cache in caches)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert caches[0].get_seq_length() == caches[1].get_seq_length()
+
+
+def test_growing_layer_does_what_a_dynamic_layer_does(monkeypatch):
+    monkeypatch.setattr(GrowingLayer, "_room", 4)
+    caches = both_caches()
+    for step, count in enumerate((5, 1, 1, 7, 1, 1, 1, 30, 1)):
+        append(caches, count, seed=step)
+    for change in (
+        lambda cache: cache.crop(-3),
+        lambda cache: cache.batch_select_indices(torch.tensor([1, 0])),
+        lambda cache: cache.reorder_cache(torch.tensor([1, 1])),
+        lambda cache: cache.crop(-20),
+    ):
+        for cache in caches:
+            change(cache)
+        append(caches, 1, seed=50)
+        append(caches, 9, seed=60)
+    for cache in caches:
+        cache.batch_repeat_interleave(2)
+    append(caches, 1, seed=70, batch=4)
+    for cache in caches:
+        cache.batch_select_indices(torch.tensor([2]))
+    append(caches, 2, seed=80, batch=1)
+    for cache in caches:  # a view of the buffer's first sequences
+        cache.layers[0].keys, cache.layers[0].values = cache.layers[0].keys[:1], cache.layers[0].values[:1]
+    append(caches, 2, seed=90, batch=1)
+
+
+def test_copies_of_a_growing_cache_go_their_own_ways(golden_model):
+    model = golden_model("base")
+    prompt = torch.tensor([[7, 8, 9, 501, 504]])
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(prompt, past_key_values=cache)
+        twin = copy.deepcopy(cache)
+        for ids in ([[11, 12, 13]], [[21, 22, 23]]):
+            ids = torch.tensor(ids)
+            mine = copy.deepcopy(twin)
+            logits = model(torch.cat((prompt, ids), dim=1), use_cache=False).logits[:, -3:]
+            steps = [model(ids[:, i : i + 1], past_key_values=mine, position_ids=model.get_position_ids(
+                torch.cat((prompt, ids), dim=1))[..., 5 + i : 6 + i]).logits for i in range(3)]  # fmt: skip
+            torch.testing.assert_close(torch.cat(steps, dim=1), logits, rtol=1e-4, atol=1e-5)
+        assert cache.get_seq_length() == twin.get_seq_length() == 5
+    assert torch.equal(cache.layers[0].keys, twin.layers[0].keys)
+
+
+def test_growing_layer_after_a_step_with_gradients():
+    caches = both_caches()
+    key, value = normal(2, 3, 4, 8).float().requires_grad_(), normal(2, 3, 4, 8).float()
+    for cache in caches:
+        cache.update(key, value, 0)
+    with torch.no_grad():
+        append(caches, 1, seed=1)
+        append(caches, 1, seed=2)
