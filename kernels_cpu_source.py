@@ -398,8 +398,8 @@ static void store_digits(const struct job *j, int64_t m, int64_t block, int plan
     for (int64_t k = 0; k < columns; k += 4) memcpy(tiles + k / 64 * 1024 * j->planes + k / 4 % 16 * 64, row + k, 4);
 }
 
-/* sums[n, m] += weights · digits, for 32 weight rows and 16 rows of x. Weight rows lie `stride` bytes apart, and every 64
-   columns `step` bytes after the 64 before: K and 64 in the weight itself, 64 and 2048 in a panel. */
+/* sums[n, m] += weights · digits, for 32 weight rows and 16 rows of x. Weight rows lie `stride` bytes apart, and their
+   parts of 64 columns `step` bytes: K and 64 in the weight itself, 64 and 2048 in a panel. */
 static void multiply_tile(const struct job *j, const digit_t *weights, int64_t stride, int64_t step, int64_t block,
                           int64_t m, float sums[TILE_N][PADDED_M]) {
     int64_t steps = least(BLOCK, j->padded_K - block * BLOCK) / 64;
