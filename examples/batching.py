@@ -16,10 +16,12 @@ import collections
 import contextlib
 import dataclasses
 import logging
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
 
+import numpy as np
 import torch
 from cli_demo import settled
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -138,10 +140,8 @@ class RowCache:
         self._dtype = model.get_input_embeddings().weight.dtype
         head_dim = config.hidden_size // config.num_attention_heads
         shape = (2, rows, config.num_attention_heads, self.columns, head_dim)
-        # Zeros, which a row's mask can hide; what happens to be in memory may be NaN, which it can't.
         self._stores = [
-            torch.zeros(shape, dtype=self._dtype, device=block.attention.dense.weight.device)
-            for block in model.transformer.layers
+            _zeros(shape, self._dtype, block.attention.dense.weight.device) for block in model.transformer.layers
         ]
         self._places: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -206,8 +206,9 @@ class Scheduler:
 
     Args:
         model, tokenizer: as loaded; nothing else may run the model meanwhile.
-        max_batch: answers decoded together. Their keys and values are allocated at once, `max_batch` times
-            `max_length` columns: 0.94 GB for each answer of 2048 tokens of ChatGLM-6B in fp16.
+        max_batch: answers decoded together. Their keys and values are allocated at once (on a CPU, pages as they
+            are needed), `max_batch` times `max_length` columns: 0.94 GB for each answer of 2048 tokens of ChatGLM-6B
+            in fp16.
         max_queue: answers that wait beside them.
         max_length: tokens of prompt and answer together; by default and at most the model's longest sequence.
         time_limit: seconds from being submitted to the last token.
@@ -233,7 +234,7 @@ class Scheduler:
         self.time_limit = time_limit
         try:
             self._cache = RowCache(model, max_batch, self.max_length)
-        except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, a plain one on the CPU
+        except (torch.OutOfMemoryError, MemoryError) as error:
             raise ValueError(
                 f"Keys and values of {max_batch} answers of {self.max_length} tokens do not fit into memory: "
                 "lower --max-batch or --max-length."
@@ -466,7 +467,7 @@ class Scheduler:
         return ended
 
     def _logprobs(self, answers: list[Answer], scores: torch.Tensor, tokens: torch.Tensor) -> dict[int, Token]:
-        """The chosen tokens of the rows that want log-probabilities, which are of the scores as the model gives them."""
+        """The chosen tokens of the rows that want log-probabilities: those of the scores as the model gives them."""
         rows = [row for row, answer in enumerate(answers) if answer.sampling.top_logprobs is not None]
         if not rows:
             return {}
@@ -480,6 +481,14 @@ class Scheduler:
             row: Token(token, logprob, top[: answers[row].sampling.top_logprobs])
             for row, token, logprob, top in zip(rows, chosen.tolist(), own, pairs, strict=True)
         }
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros, which a mask can hide; what happens to be in memory may be NaN, which it can't."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy's take memory when they are written to, and most columns of most rows never are.
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def _deliver(events: list) -> None:
