@@ -31,6 +31,7 @@ from chatglm_int8.modeling_chatglm import FiniteScores
 logger = logging.getLogger("chatglm")
 
 GREEDY_BELOW = 1e-5  # a temperature; dividing scores by much less overflows
+FIRST_COLUMNS = 128  # of a cache that grows
 PREFILL_TOKENS = 2048  # prompts read together have this many tokens at most, padding counted
 PREFILL_WASTE = 1.5  # and this many times the tokens that they have without padding
 
@@ -135,19 +136,22 @@ class RowCache:
     def __init__(self, model, rows: int, columns: int):
         config = model.config
         self.prefix = config.pre_seq_len or 0
-        self.columns = columns + self.prefix
         self.lengths: list[int] = []
+        self._limit = columns + self.prefix
         self._dtype = model.get_input_embeddings().weight.dtype
+        devices = [block.attention.dense.weight.device for block in model.transformer.layers]
         head_dim = config.hidden_size // config.num_attention_heads
+        on_cpu = all(device.type == "cpu" for device in devices)
+        # Taken at once, a GPU's memory can't run out later. On a CPU it grows, as few answers are long.
+        self.columns = min(self._limit, FIRST_COLUMNS) if on_cpu else self._limit
         shape = (2, rows, config.num_attention_heads, self.columns, head_dim)
-        self._stores = [
-            _zeros(shape, self._dtype, block.attention.dense.weight.device) for block in model.transformer.layers
-        ]
+        self._stores = [_zeros(shape, self._dtype, device) for device in devices]
         self._places: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def append(self, prefilled, index: int, length: int) -> None:
         """Copy in sequence `index` of a `DynamicCache`, of which the last `length` columns are no padding."""
         row, end = len(self.lengths), self.prefix + length
+        self._reserve(end)
         for store, layer in zip(self._stores, prefilled.layers, strict=True):
             for kind, states in enumerate((layer.keys[index], layer.values[index])):
                 store[kind, row, :, : self.prefix] = states[:, : self.prefix]
@@ -172,12 +176,23 @@ class RowCache:
 
     def make_room(self) -> None:
         """One more column for every row: the next `update` fills it."""
+        self._reserve(max(self.lengths) + 1)
         self._places = {}
         for store in self._stores:
             if store.device not in self._places:
                 rows = torch.arange(len(self.lengths), device=store.device)
                 self._places[store.device] = rows, torch.tensor(self.lengths, device=store.device)
         self.lengths = [length + 1 for length in self.lengths]
+
+    def _reserve(self, columns: int) -> None:
+        if columns <= self.columns:
+            return
+        self.columns = min(self._limit, max(columns, 2 * self.columns))
+        for index, old in enumerate(self._stores):
+            store = _zeros((*old.shape[:3], self.columns, old.shape[4]), old.dtype, old.device)
+            rows = len(self.lengths)
+            store[:, :rows, :, : old.shape[3]] = old[:, :rows]
+            self._stores[index] = store
 
     def mask(self, device: torch.device) -> torch.Tensor:
         """What is added to the scores, [B, 1, 1, T]: 0 for a row's own columns, else the dtype's lowest number."""
@@ -206,9 +221,8 @@ class Scheduler:
 
     Args:
         model, tokenizer: as loaded; nothing else may run the model meanwhile.
-        max_batch: answers decoded together. Their keys and values are allocated at once (on a CPU, pages as they
-            are needed), `max_batch` times `max_length` columns: 0.94 GB for each answer of 2048 tokens of ChatGLM-6B
-            in fp16.
+        max_batch: answers decoded together. Their keys and values need `max_batch` times `max_length` columns, 0.94 GB
+            for each answer of 2048 tokens of ChatGLM-6B in fp16: on a GPU at once, on a CPU as answers grow.
         max_queue: answers that wait beside them.
         max_length: tokens of prompt and answer together; by default and at most the model's longest sequence.
         time_limit: seconds from being submitted to the last token.
@@ -487,7 +501,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     """Zeros, which a mask can hide; what happens to be in memory may be NaN, which it can't."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # numpy's take memory when they are written to, and most columns of most rows never are.
+    # numpy's take memory when they are written to, and rows that are not used never are.
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
