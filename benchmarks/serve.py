@@ -121,7 +121,9 @@ def connect(server: Server, clients: int) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=server.url, limits=limits, timeout=300)
 
 
-async def load(server: Server, clients: int, seconds: float, questions: list[str], limit: int) -> tuple[float, list]:
+async def load(
+    server: Server, clients: int, seconds: float, questions: list[str], limit: int, fixed: bool
+) -> tuple[float, list]:
     """Tokens a second and the replies, of clients that each ask again as soon as they have an answer."""
     replies = []
     end = time.monotonic() + seconds
@@ -130,6 +132,8 @@ async def load(server: Server, clients: int, seconds: float, questions: list[str
         chance = random.Random(number)
         while time.monotonic() < end:
             fields = {"seed": chance.randrange(1000), "max_tokens": limit}
+            if fixed:
+                fields["min_tokens"] = limit
             replies.append(await ask(client, chance.choice(questions), **fields))
 
     async with connect(server, clients) as client:
@@ -146,13 +150,13 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-async def compare(server: Server, clients: int, seconds: float, limit: int) -> None:
+async def compare(server: Server, clients: int, seconds: float, limit: int, fixed: bool) -> None:
     questions = read_questions()
-    await load(server, 2, 2, questions, limit)  # warm up
+    await load(server, 2, 2, questions, limit, fixed)  # warm up
     print(f"{'clients':>8}{'answers':>9}{'tokens/s':>10}{'first token: median':>21}{'95 %':>9}")
     results = []
     for count in (1, clients):
-        rate, replies = await load(server, count, seconds, questions, limit)
+        rate, replies = await load(server, count, seconds, questions, limit, fixed)
         firsts = [reply.first for reply in replies if reply.first]
         results.append((rate, percentile(firsts, 0.95)))
         median = statistics.median(firsts)
@@ -168,7 +172,7 @@ async def soak(server: Server, clients: int, seconds: float) -> bool:
     for question in chance.sample(read_questions(), 40):
         fields = {"seed": chance.randrange(1000), "max_tokens": chance.randint(5, 200)}
         if chance.random() < 0.6:
-            fields["frequency_penalty"] = -1.5  # repeats itself, so the answer fills max_tokens
+            fields["min_tokens"] = fields["max_tokens"]
         jobs.append((question, fields))
     async with connect(server, clients) as client:
         alone = [await ask(client, question, **fields) for question, fields in jobs]
@@ -221,6 +225,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, help="16, or 64 for the soak")
     parser.add_argument("--seconds", type=float, help="of each measurement; 30, or 180 for the soak")
     parser.add_argument("--max-tokens", type=int, default=64, help="of an answer, without --soak (default: 64)")
+    parser.add_argument("--fixed", action="store_true", help="answers that fill --max-tokens, as of random weights")
     parser.add_argument("--soak", action="store_true")
     arguments = parser.parse_args()
     options = ["--model", arguments.model, "--max-batch", "16", "--max-queue", "128"]
@@ -232,7 +237,9 @@ def main() -> int:
     try:
         if arguments.soak:
             return 0 if asyncio.run(soak(server, arguments.clients or 64, arguments.seconds or 180)) else 1
-        asyncio.run(compare(server, arguments.clients or 16, arguments.seconds or 30, arguments.max_tokens))
+        asyncio.run(
+            compare(server, arguments.clients or 16, arguments.seconds or 30, arguments.max_tokens, arguments.fixed)
+        )
     finally:
         server.process.terminate()
         print(f"after SIGTERM the server ended with {server.process.wait()}")

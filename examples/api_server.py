@@ -33,7 +33,7 @@ try:
     from batching import Answer, AnswerText, Busy, Failed, Sampling, Scheduler, TimeLimit, Token
     from fastapi import FastAPI, Request
     from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import Response, StreamingResponse
+    from fastapi.responses import PlainTextResponse, Response, StreamingResponse
     from pydantic import BaseModel, ConfigDict, Field, model_validator
     from starlette.exceptions import HTTPException
 
@@ -97,6 +97,7 @@ class SamplingForm(Form):
     n: int = Field(1, ge=1, le=8)
     stop: str | list[str] = Field([], max_length=4, description="Up to 4 strings that end the answer.")
     max_tokens: int | None = Field(None, ge=1)
+    min_tokens: int = Field(0, ge=0, description="The model does not end before. Not in OpenAI's API.")
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     stream: bool = False
@@ -422,6 +423,8 @@ class Service:
                 raise ApiError(400, "max_tokens is the old name of max_completion_tokens: give one.", "max_tokens")
         if "" in form.stop:
             raise ApiError(400, "A stop string is empty.", "stop")
+        if form.min_tokens > (form.limit or self.scheduler.max_length):
+            raise ApiError(400, "min_tokens is more than the answer may have.", "min_tokens")
         room = self.scheduler.room(prompt)
         if room < (form.limit or 1):
             wanted = f" and {form.limit} of the answer" if form.limit else ""
@@ -435,6 +438,7 @@ class Service:
         return [
             Sampling(
                 max_new_tokens=form.limit or room,
+                min_new_tokens=form.min_tokens,
                 temperature=form.temperature,
                 top_p=form.top_p,
                 top_k=form.top_k,
@@ -656,9 +660,11 @@ def create_app(settings: Settings) -> FastAPI:
             raise ApiError(503, "The model does not compute any more: restart the server.")
         return {"status": "ok"}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def show_metrics():
-        return Response(prometheus.generate_latest(metrics.registry), media_type=prometheus.CONTENT_TYPE_LATEST)
+        return PlainTextResponse(
+            prometheus.generate_latest(metrics.registry), media_type=prometheus.CONTENT_TYPE_LATEST
+        )
 
     @app.post("/")
     async def public(form: PublicForm, request: Request):
@@ -670,7 +676,7 @@ def create_app(settings: Settings) -> FastAPI:
         model, tokenizer = scheduler.model, scheduler.tokenizer
         inputs = await service.encode(lambda: model._chat_inputs(tokenizer, form.prompt, history, limit, {}))
         prompt = inputs["input_ids"][0].tolist()
-        sampling = Sampling(limit - len(prompt), form.temperature, form.top_p)
+        sampling = Sampling(limit - len(prompt), temperature=form.temperature, top_p=form.top_p)
         answers = scheduler.submit(prompt, [sampling])
         texts = [AnswerText(tokenizer, model.process_response)]
         watched = metrics.watch(pieces(answers, texts), len(prompt))

@@ -53,7 +53,8 @@ class Sampling:
     """How the tokens of one answer are chosen; the defaults are those of `model.chat`.
 
     Attributes:
-        max_new_tokens: at least 1; the longest sequence of the model and the cache are limits too.
+        max_new_tokens: at least 1; the longest sequence of the scheduler is a limit too.
+        min_new_tokens: the answer does not end before.
         temperature: 0 takes the likeliest token each time.
         top_p, top_k: as in `generate`; top_k 0 is none.
         seed: of this answer's random numbers; None takes another one every time.
@@ -63,6 +64,7 @@ class Sampling:
     """
 
     max_new_tokens: int
+    min_new_tokens: int = 0
     temperature: float = 0.95
     top_p: float = 0.7
     top_k: int = 50
@@ -441,12 +443,16 @@ class Scheduler:
         scores = logits.float()
         scores = self._finite(None, scores)
         raw = scores
-        if any(answer._seen is not None for answer in answers):
+        eos = self.model.config.eos_token_id
+        short = [row for row, answer in enumerate(answers) if answer._count < answer.sampling.min_new_tokens]
+        penalised = [row for row, answer in enumerate(answers) if answer._seen is not None]
+        if short or penalised:
             scores = scores.clone()
-            for row, answer in enumerate(answers):
-                if answer._seen is not None:
-                    scores[row] -= answer.sampling.frequency_penalty * answer._seen
-                    scores[row] -= answer.sampling.presence_penalty * (answer._seen > 0)
+        for row in penalised:
+            scores[row] -= answers[row].sampling.frequency_penalty * answers[row]._seen
+            scores[row] -= answers[row].sampling.presence_penalty * (answers[row]._seen > 0)
+        if short:
+            scores[short, eos] = -torch.inf
         tokens = scores.argmax(dim=-1)
         groups: dict[tuple, list[int]] = {}
         for row, answer in enumerate(answers):
@@ -465,7 +471,7 @@ class Scheduler:
         ended = []
         for row, token in enumerate(tokens.tolist()):
             answer = answers[row]
-            if token == self.model.config.eos_token_id:
+            if token == eos:
                 self._send(answer, "stop")
                 ended.append(True)
                 continue
@@ -538,7 +544,7 @@ def _warp(scores: torch.Tensor, temperature: float, top_k: int, top_p: float) ->
 
 
 class AnswerText:
-    """Text of an answer, piece by piece, up to the first of the stop strings.
+    """Text of an answer, piece by piece, up to the stop string that is complete first.
 
     The pieces of all steps and of `finish`, joined, are what the whole answer would have given: text that a later token
     may change, or that may be the beginning of a stop string, appears once that is decided.
@@ -577,10 +583,12 @@ class AnswerText:
             text = text and text + space  # stripped by process_response, but a stop string may be in it
             if not last:
                 text = settled(text)
-        ends = [place for place in (text.find(stop, self._shown) for stop in self._stop) if place >= 0]
-        self.stopped = bool(ends)
-        end = min(ends, default=len(text))
-        if not last and not ends:
+        found = [(text.find(stop, self._shown), len(stop)) for stop in self._stop]
+        # The one that is complete first, however the text is cut into tokens.
+        stops = [(place + length, place) for place, length in found if place >= 0]
+        self.stopped = bool(stops)
+        end = min(stops)[1] if stops else len(text)
+        if not last and not stops:
             end -= max((_overlap(text[self._shown :], stop) for stop in self._stop), default=0)
         if self._process is not None:
             end = len(text[:end].rstrip())
