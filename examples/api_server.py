@@ -259,6 +259,11 @@ class Gate:
 
         try:
             await self._pass(scope, receive, counting)
+        except Exception as error:  # past here, the connection would be closed too
+            logger.exception("A request failed")
+            if status != 499:
+                raise
+            await as_api_error(error).response()(scope, receive, counting)
         finally:
             path = getattr(scope.get("route"), "path", "other")
             self.requests.labels(path, str(status)).inc()
@@ -623,7 +628,7 @@ def create_app(settings: Settings) -> FastAPI:
     async def on_error(request: Request, error: Exception) -> Response:
         return as_api_error(error, request).response()
 
-    for kind in (ApiError, HTTPException, RequestValidationError, Busy, TimeLimit, Failed, Exception):
+    for kind in (ApiError, HTTPException, RequestValidationError, Busy, TimeLimit, Failed):
         app.add_exception_handler(kind, on_error)
 
     @app.post("/v1/chat/completions")

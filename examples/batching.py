@@ -92,7 +92,7 @@ class Answer:
     """One answer in the making: iterate over it, in the event loop that submitted it, to get its `Token`s.
 
     `<eop>` is not among them. The iteration raises TimeLimit or Failed; after it, `finish_reason` is "stop" (the model
-    ended) or "length". Call `cancel` when nobody wants the rest: the answer then leaves before the next step.
+    ended), "length" or "cancelled". Call `cancel` when nobody wants the rest: the answer leaves before the next step.
     """
 
     def __init__(self, prompt: list[int], sampling: Sampling, deadline: float):
@@ -361,16 +361,19 @@ class Scheduler:
     def _drop(self) -> None:
         """Let go of answers that nobody waits for any more, or that took too long."""
         now = time.monotonic()
-        late = TimeLimit(f"The answer was not ready within {self.time_limit:g} seconds.")
+
+        def drops(answer: Answer) -> bool:
+            if answer._cancelled:
+                self._send(answer, "cancelled")
+            elif now > answer._deadline:
+                self._fail([answer], TimeLimit(f"The answer was not ready within {self.time_limit:g} seconds."))
+            return answer._cancelled or now > answer._deadline
+
         for row in reversed(range(len(self._rows))):
-            answer = self._rows[row]
-            if answer._cancelled or now > answer._deadline:
-                self._fail([answer], late)
+            if drops(self._rows[row]):
                 self._leave(row)
         with self._changed:
-            gone = [answer for answer in self._waiting if answer._cancelled or now > answer._deadline]
-            self._fail(gone, late)
-            for answer in gone:
+            for answer in [answer for answer in self._waiting if drops(answer)]:
                 self._waiting.remove(answer)
 
     def _leave(self, row: int) -> None:

@@ -160,6 +160,8 @@ def test_cancelled_answers_leave_before_the_next_step(golden_model, monkeypatch)
             first.cancel()
             seen = len(rows)
             ids = [token.id async for token in second]
+            assert len([token async for token in first]) <= 2
+            assert first.finish_reason == "cancelled"
             queued_ids = [token.id async for token in queued]
             assert len(ids) == len(queued_ids) == 60
             return first, seen

@@ -1,0 +1,247 @@
+"""Chats with a ChatGLM model in the browser.
+
+    python examples/web_demo.py [--model FOLDER] [--device DEVICE] [--host 127.0.0.1] [--port 7860]
+
+Everybody who opens the page has a conversation of their own, answers are decoded together (see batching.py), and the
+interface is Chinese or English as the browser is. Nothing comes from the internet. The default model is the small one
+in this checkout.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import os
+import sys
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+
+try:
+    import cli_demo
+    import gradio as gr
+    from batching import Answer, AnswerText, Busy, Failed, Sampling, Scheduler, TimeLimit
+except ModuleNotFoundError as error:
+    sys.exit(f'{error}. Install the demo first: pip install ".[demo]"   (in the folder above examples)')
+
+TEXTS = {
+    "en": {
+        "welcome": "### Ask something\nChinese or English. The conversation stays in this tab.",
+        "ask": "Type a message; Enter sends it, Shift+Enter starts a new line",
+        "send": "Send",
+        "stop": "Stop",
+        "again": "Regenerate",
+        "clear": "Clear",
+        "settings": "### Settings",
+        "max_length": "Length",
+        "max_length_info": "Tokens, conversation included",
+        "top_p_info": "Share of likely tokens",
+        "temperature": "Temperature",
+        "temperature_info": "0: always the likeliest",
+    },
+    "zh-CN": {
+        "welcome": "### 开始对话\n可以用中文或英文提问。对话只保存在本页面中。",
+        "ask": "输入内容，回车发送，Shift+回车换行",
+        "send": "发送",
+        "stop": "停止",
+        "again": "重新生成",
+        "clear": "清空",
+        "settings": "### 设置",
+        "max_length": "最大长度",
+        "max_length_info": "词元数，包括对话历史",
+        "top_p_info": "候选词元的累计概率",
+        "temperature": "温度",
+        "temperature_info": "0：总是最可能的词元",
+    },
+}
+BUSY = "服务器繁忙，请稍后再试。The server is busy: try again in a moment."
+EXAMPLES = ["你好", "你能做什么？", "What can you do?", "How do I load the 6B model?"]
+CSS = """
+.gradio-container { width: 100% !important; max-width: 1180px !important; margin: 0 auto !important; }
+#title h1 { font-size: 1.5rem; margin: 0; }
+#title p { margin: 2px 0 0; opacity: 0.65; }
+#chat { height: calc(100vh - 240px) !important; min-height: 320px; }
+#chat .placeholder { text-align: center; }
+#chat .example { border: 1px solid var(--border-color-primary); border-radius: 10px; }
+#send { height: 62px; }
+footer { display: none !important; }
+"""
+
+Round = tuple[str, str]  # what was asked, and the answer
+
+
+def as_messages(rounds: list[Round]) -> list[dict]:
+    """A conversation as Gradio's chatbot shows it; without a message where there is no answer yet."""
+    messages = []
+    for query, response in rounds:
+        messages.append({"role": "user", "content": query})
+        if response:
+            messages.append({"role": "assistant", "content": response})
+    return messages
+
+
+class Chat:
+    """Conversations with one model; which answer is being given in which tab is all that is kept here."""
+
+    def __init__(self, scheduler: Scheduler):
+        self.scheduler = scheduler
+        self._answers: dict[str, Answer] = {}
+
+    def stop(self, request: gr.Request) -> None:
+        """End the answer of this tab where it is."""
+        answer = self._answers.pop(request.session_hash, None)
+        if answer is not None:
+            answer.cancel()
+
+    def clear(self, request: gr.Request):
+        self.stop(request)
+        return [], [], gr.Button(interactive=False)
+
+    async def send(
+        self, query: str, rounds: list[Round], max_length: int, top_p: float, temperature: float, request: gr.Request
+    ):
+        """Answer a query. Yields what the page shows: text box, messages, rounds and the stop button."""
+        if not query.strip():
+            yield gr.skip(), gr.skip(), gr.skip(), gr.skip()
+            return
+        text_box = ""  # once: then something new may be in it
+        async with contextlib.aclosing(self._answer(query, rounds, max_length, top_p, temperature, request)) as steps:
+            async for messages, longer, button in steps:
+                yield text_box, messages, longer, button
+                text_box = gr.skip()
+
+    async def again(self, rounds: list[Round], max_length: int, top_p: float, temperature: float, request: gr.Request):
+        """Answer the last query anew. Yields as `send` does, but for the text box."""
+        if not rounds:
+            yield gr.skip(), gr.skip(), gr.skip()
+            return
+        query = rounds[-1][0]
+        async with contextlib.aclosing(
+            self._answer(query, rounds[:-1], max_length, top_p, temperature, request)
+        ) as steps:
+            async for step in steps:
+                yield step
+
+    async def _answer(self, query: str, rounds: list[Round], max_length, top_p, temperature, request: gr.Request):
+        self.stop(request)
+        model, tokenizer = self.scheduler.model, self.scheduler.tokenizer
+        limit = min(int(max_length), self.scheduler.max_length)
+        running, idle = gr.Button(interactive=True), gr.Button(interactive=False)
+        longer = [*rounds, (query, "")]
+        yield as_messages(longer), longer, running
+        try:
+            inputs = await asyncio.to_thread(model._chat_inputs, tokenizer, query, rounds, limit, {})
+            prompt = inputs["input_ids"][0].tolist()
+            sampling = Sampling(limit - len(prompt), temperature=temperature, top_p=top_p)
+            (answer,) = self.scheduler.submit(prompt, [sampling])
+        except (ValueError, Failed) as error:
+            gr.Warning(str(error))
+            yield as_messages(longer), longer, idle
+            return
+        except Busy:
+            gr.Warning(BUSY)
+            yield as_messages(longer), longer, idle
+            return
+        tab = request.session_hash
+        self._answers[tab] = answer
+        text, response = AnswerText(tokenizer, model.process_response), ""
+        try:
+            async for token in answer:
+                if new := text.step(token.id):
+                    response += new
+                    longer = [*rounds, (query, response)]
+                    if self._answers.get(tab) is answer:
+                        yield as_messages(longer), longer, running
+        except (TimeLimit, Failed) as error:
+            gr.Warning(str(error))
+        finally:
+            answer.cancel()
+        longer = [*rounds, (query, response + text.finish())]
+        # Stopped, it shows what it has; after a clear, or a new query, there is nothing to show.
+        if self._answers.get(tab) is answer:
+            del self._answers[tab]
+            yield as_messages(longer), longer, idle
+
+
+def build(chat: Chat) -> gr.Blocks:
+    """The page."""
+    i18n = gr.I18n(**{name: texts for name, texts in TEXTS.items()})
+    limit = chat.scheduler.max_length
+    with gr.Blocks(title="ChatGLM", fill_width=True, analytics_enabled=False) as page:
+        rounds = gr.State([])
+        gr.Markdown("# ChatGLM\n开源双语对话模型 · An open bilingual dialogue model", elem_id="title")
+        with gr.Row():
+            with gr.Column(scale=4, min_width=420):
+                chatbot = gr.Chatbot(
+                    elem_id="chat",
+                    show_label=False,
+                    layout="bubble",
+                    buttons=["copy"],
+                    placeholder=i18n("welcome"),
+                    examples=[{"text": text} for text in EXAMPLES],
+                    feedback_options=None,
+                )
+                with gr.Row():
+                    query = gr.Textbox(
+                        placeholder=i18n("ask"), show_label=False, lines=1, max_lines=8, autofocus=True, scale=8
+                    )
+                    send = gr.Button(i18n("send"), variant="primary", scale=1, min_width=90, elem_id="send")
+                with gr.Row():
+                    stop = gr.Button(i18n("stop"), variant="stop", size="sm", interactive=False)
+                    again = gr.Button(i18n("again"), size="sm")
+                    clear = gr.Button(i18n("clear"), size="sm")
+            with gr.Column(scale=1, min_width=260):
+                gr.Markdown(i18n("settings"))
+                max_length = gr.Slider(16, limit, limit, step=1, label=i18n("max_length"), info=i18n("max_length_info"))
+                top_p = gr.Slider(0, 1, 0.7, step=0.01, label="Top P", info=i18n("top_p_info"))
+                temperature = gr.Slider(0, 2, 0.95, step=0.01, label=i18n("temperature"), info=i18n("temperature_info"))
+        settings = [max_length, top_p, temperature]
+        shown = [chatbot, rounds, stop]
+        options = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
+        gr.on([query.submit, send.click], chat.send, [query, rounds, *settings], [query, *shown], **options)
+
+        def example(chosen: gr.SelectData) -> str:
+            return chosen.value["text"]
+
+        chatbot.example_select(example, None, query, **options).then(
+            chat.send, [query, rounds, *settings], [query, *shown], **options
+        )
+        again.click(chat.again, [rounds, *settings], shown, **options)
+        stop.click(chat.stop, None, None, queue=False, **options)
+        gr.on([clear.click, chatbot.clear], chat.clear, None, shown, queue=False, **options)
+        page.unload(chat.stop)
+    page.i18n_texts = i18n
+    return page
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Chats with a ChatGLM model in the browser.")
+    parser.add_argument(
+        "--model", default=str(cli_demo.ROOT), metavar="FOLDER", help="checkpoint folder (default: %(default)s)"
+    )
+    parser.add_argument("--device", help="such as cpu, cuda or cuda:1 (default: cuda if there is one)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all networks (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=7860)
+    arguments = parser.parse_args()
+    try:
+        model, tokenizer = cli_demo.load(arguments.model, arguments.device, arguments.dtype)
+        scheduler = Scheduler(model, tokenizer)
+    except (OSError, ValueError) as error:
+        print(f"web_demo.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    fonts = ["system-ui", "Noto Sans CJK SC", "Microsoft YaHei", "PingFang SC", "sans-serif"]
+    page = build(Chat(scheduler))
+    page.queue(default_concurrency_limit=None)
+    page.launch(
+        server_name=arguments.host,
+        server_port=arguments.port,
+        theme=gr.themes.Soft(primary_hue="indigo", font=fonts, font_mono=["ui-monospace", "monospace"]),
+        css=CSS,
+        i18n=page.i18n_texts,
+        footer_links=[],
+        ssr_mode=False,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
