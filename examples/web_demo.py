@@ -9,7 +9,6 @@ in this checkout.
 
 import argparse
 import asyncio
-import contextlib
 import os
 import sys
 
@@ -78,92 +77,100 @@ def as_messages(rounds: list[Round]) -> list[dict]:
     return messages
 
 
+class Turn:
+    """An answer that a tab waits for, from before it is submitted."""
+
+    def __init__(self):
+        self.answer: Answer | None = None
+        self.stopped = False
+
+    def stop(self) -> None:
+        self.stopped = True
+        if self.answer is not None:
+            self.answer.cancel()
+
+
 class Chat:
-    """Conversations with one model; which answer is being given in which tab is all that is kept here."""
+    """Conversations with one model. The turn that each tab waits for is all that is kept here."""
 
     def __init__(self, scheduler: Scheduler):
         self.scheduler = scheduler
-        self._answers: dict[str, Answer] = {}
+        self._turns: dict[str, Turn] = {}
 
     def stop(self, request: gr.Request) -> None:
         """End the answer of this tab where it is."""
-        answer = self._answers.pop(request.session_hash, None)
-        if answer is not None:
-            answer.cancel()
+        if turn := self._turns.get(request.session_hash):
+            turn.stop()
+
+    def leave(self, request: gr.Request) -> None:
+        """End the answer of this tab, of which nothing is wanted any more."""
+        if turn := self._turns.pop(request.session_hash, None):
+            turn.stop()
 
     def clear(self, request: gr.Request):
-        self.stop(request)
-        return [], [], gr.Button(interactive=False)
+        self.leave(request)
+        return [], [], *_buttons(running=False)
 
     async def send(
         self, query: str, rounds: list[Round], max_length: int, top_p: float, temperature: float, request: gr.Request
     ):
-        """Answer a query. Yields what the page shows: text box, messages, rounds and the stop button."""
-        if not query.strip():
-            yield gr.skip(), gr.skip(), gr.skip(), gr.skip()
-            return
+        """Answer a query. Yields what the page shows: text box, messages, rounds and buttons."""
         text_box = ""  # once: then something new may be in it
-        async with contextlib.aclosing(self._answer(query, rounds, max_length, top_p, temperature, request)) as steps:
-            async for messages, longer, button in steps:
-                yield text_box, messages, longer, button
+        if query.strip():
+            async for step in self._answer(query, rounds, max_length, top_p, temperature, request):
+                yield text_box, *step
                 text_box = gr.skip()
 
     async def again(self, rounds: list[Round], max_length: int, top_p: float, temperature: float, request: gr.Request):
         """Answer the last query anew. Yields as `send` does, but for the text box."""
-        if not rounds:
-            yield gr.skip(), gr.skip(), gr.skip()
-            return
-        query = rounds[-1][0]
-        async with contextlib.aclosing(
-            self._answer(query, rounds[:-1], max_length, top_p, temperature, request)
-        ) as steps:
-            async for step in steps:
+        if rounds:
+            async for step in self._answer(rounds[-1][0], rounds[:-1], max_length, top_p, temperature, request):
                 yield step
 
     async def _answer(self, query: str, rounds: list[Round], max_length, top_p, temperature, request: gr.Request):
-        self.stop(request)
+        tab = request.session_hash
+        if tab in self._turns:
+            return  # one at a time
+        turn = self._turns[tab] = Turn()
         model, tokenizer = self.scheduler.model, self.scheduler.tokenizer
+        text, response = AnswerText(tokenizer, model.process_response), ""
         limit = min(int(max_length), self.scheduler.max_length)
-        running, idle = gr.Button(interactive=True), gr.Button(interactive=False)
-        longer = [*rounds, (query, "")]
-        yield as_messages(longer), longer, running
         try:
+            yield as_messages([*rounds, (query, "")]), [*rounds, (query, "")], *_buttons(running=True)
             inputs = await asyncio.to_thread(model._chat_inputs, tokenizer, query, rounds, limit, {})
             prompt = inputs["input_ids"][0].tolist()
             sampling = Sampling(limit - len(prompt), temperature=temperature, top_p=top_p)
-            (answer,) = self.scheduler.submit(prompt, [sampling])
-        except (ValueError, Failed) as error:
-            gr.Warning(str(error))
-            yield as_messages(longer), longer, idle
-            return
-        except Busy:
-            gr.Warning(BUSY)
-            yield as_messages(longer), longer, idle
-            return
-        tab = request.session_hash
-        self._answers[tab] = answer
-        text, response = AnswerText(tokenizer, model.process_response), ""
-        try:
-            async for token in answer:
+            (turn.answer,) = self.scheduler.submit(prompt, [sampling])
+            if turn.stopped:
+                turn.answer.cancel()
+            async for token in turn.answer:
                 if new := text.step(token.id):
                     response += new
                     longer = [*rounds, (query, response)]
-                    if self._answers.get(tab) is answer:
-                        yield as_messages(longer), longer, running
-        except (TimeLimit, Failed) as error:
+                    if self._turns.get(tab) is turn:
+                        yield as_messages(longer), longer, *_buttons(running=True)
+        except Busy:
+            gr.Warning(BUSY)
+        except (ValueError, TimeLimit, Failed) as error:
             gr.Warning(str(error))
         finally:
-            answer.cancel()
-        longer = [*rounds, (query, response + text.finish())]
-        # Stopped, it shows what it has; after a clear, or a new query, there is nothing to show.
-        if self._answers.get(tab) is answer:
-            del self._answers[tab]
-            yield as_messages(longer), longer, idle
+            turn.stop()
+            shown = self._turns.get(tab) is turn  # else the conversation was cleared meanwhile
+            if shown:
+                del self._turns[tab]
+        if shown:
+            longer = [*rounds, (query, response + text.finish())]
+            yield as_messages(longer), longer, *_buttons(running=False)
+
+
+def _buttons(running: bool) -> tuple[gr.Button, gr.Button, gr.Button]:
+    """Send, stop and regenerate."""
+    return gr.Button(interactive=not running), gr.Button(interactive=running), gr.Button(interactive=not running)
 
 
 def build(chat: Chat) -> gr.Blocks:
     """The page."""
-    i18n = gr.I18n(**{name: texts for name, texts in TEXTS.items()})
+    i18n = gr.I18n(**TEXTS)
     limit = chat.scheduler.max_length
     with gr.Blocks(title="ChatGLM", fill_width=True, analytics_enabled=False) as page:
         rounds = gr.State([])
@@ -185,31 +192,46 @@ def build(chat: Chat) -> gr.Blocks:
                     )
                     send = gr.Button(i18n("send"), variant="primary", scale=1, min_width=90, elem_id="send")
                 with gr.Row():
-                    stop = gr.Button(i18n("stop"), variant="stop", size="sm", interactive=False)
-                    again = gr.Button(i18n("again"), size="sm")
-                    clear = gr.Button(i18n("clear"), size="sm")
+                    stop = gr.Button(i18n("stop"), variant="stop", size="sm", interactive=False, elem_id="stop")
+                    again = gr.Button(i18n("again"), size="sm", elem_id="again")
+                    clear = gr.Button(i18n("clear"), size="sm", elem_id="clear")
             with gr.Column(scale=1, min_width=260):
                 gr.Markdown(i18n("settings"))
                 max_length = gr.Slider(16, limit, limit, step=1, label=i18n("max_length"), info=i18n("max_length_info"))
                 top_p = gr.Slider(0, 1, 0.7, step=0.01, label="Top P", info=i18n("top_p_info"))
                 temperature = gr.Slider(0, 2, 0.95, step=0.01, label=i18n("temperature"), info=i18n("temperature_info"))
         settings = [max_length, top_p, temperature]
-        shown = [chatbot, rounds, stop]
+        shown = [chatbot, rounds, send, stop, again]
         options = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
-        gr.on([query.submit, send.click], chat.send, [query, rounds, *settings], [query, *shown], **options)
+        asked = gr.on([query.submit, send.click], chat.send, [query, rounds, *settings], [query, *shown], **options)
 
         def example(chosen: gr.SelectData) -> str:
             return chosen.value["text"]
 
-        chatbot.example_select(example, None, query, **options).then(
+        chosen = chatbot.example_select(example, None, query, **options).then(
             chat.send, [query, rounds, *settings], [query, *shown], **options
         )
-        again.click(chat.again, [rounds, *settings], shown, **options)
+        repeated = again.click(chat.again, [rounds, *settings], shown, **options)
         stop.click(chat.stop, None, None, queue=False, **options)
-        gr.on([clear.click, chatbot.clear], chat.clear, None, shown, queue=False, **options)
-        page.unload(chat.stop)
-    page.i18n_texts = i18n
+        # The page, too, has to stop listening: what is on its way would come back.
+        answers = [asked, chosen, repeated]
+        gr.on([clear.click, chatbot.clear], chat.clear, None, shown, queue=False, cancels=answers, **options)
+        page.unload(chat.leave)
+    page.queue(default_concurrency_limit=None)
     return page
+
+
+def launch(chat: Chat, **options):
+    """Serve the page; options of Gradio's `launch`, which returns what it does."""
+    fonts = ["system-ui", "Noto Sans CJK SC", "Microsoft YaHei", "PingFang SC", "sans-serif"]
+    return build(chat).launch(
+        theme=gr.themes.Soft(primary_hue="indigo", font=fonts, font_mono=["ui-monospace", "monospace"]),
+        css=CSS,
+        i18n=gr.I18n(**TEXTS),
+        footer_links=[],
+        ssr_mode=False,
+        **options,
+    )
 
 
 def main() -> int:
@@ -228,18 +250,7 @@ def main() -> int:
     except (OSError, ValueError) as error:
         print(f"web_demo.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    fonts = ["system-ui", "Noto Sans CJK SC", "Microsoft YaHei", "PingFang SC", "sans-serif"]
-    page = build(Chat(scheduler))
-    page.queue(default_concurrency_limit=None)
-    page.launch(
-        server_name=arguments.host,
-        server_port=arguments.port,
-        theme=gr.themes.Soft(primary_hue="indigo", font=fonts, font_mono=["ui-monospace", "monospace"]),
-        css=CSS,
-        i18n=page.i18n_texts,
-        footer_links=[],
-        ssr_mode=False,
-    )
+    launch(Chat(scheduler), server_name=arguments.host, server_port=arguments.port)
     return 0
 
 
