@@ -31,10 +31,10 @@ TEXTS = {
         "clear": "Clear",
         "settings": "### Settings",
         "max_length": "Length",
-        "max_length_info": "Tokens, conversation included",
-        "top_p_info": "Share of likely tokens",
+        "max_length_info": "Tokens in all",
+        "top_p_info": "Of likely tokens",
         "temperature": "Temperature",
-        "temperature_info": "0: always the likeliest",
+        "temperature_info": "0: greedy",
     },
     "zh-CN": {
         "welcome": "### 开始对话\n可以用中文或英文提问。对话只保存在本页面中。",
@@ -106,10 +106,6 @@ class Chat:
         """End the answer of this tab, of which nothing is wanted any more."""
         if turn := self._turns.pop(request.session_hash, None):
             turn.stop()
-
-    def clear(self, request: gr.Request):
-        self.leave(request)
-        return [], [], *_buttons(running=False)
 
     async def send(
         self, query: str, rounds: list[Round], max_length: int, top_p: float, temperature: float, request: gr.Request
@@ -215,7 +211,8 @@ def build(chat: Chat) -> gr.Blocks:
         stop.click(chat.stop, None, None, queue=False, **options)
         # The page, too, has to stop listening: what is on its way would come back.
         answers = [asked, chosen, repeated]
-        gr.on([clear.click, chatbot.clear], chat.clear, None, shown, queue=False, cancels=answers, **options)
+        left = gr.on([clear.click, chatbot.clear], chat.leave, None, None, queue=False, cancels=answers, **options)
+        left.then(lambda: ([], [], *_buttons(running=False)), None, shown, **options)
         page.unload(chat.leave)
     page.queue(default_concurrency_limit=None)
     return page
