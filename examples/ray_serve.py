@@ -87,14 +87,14 @@ def main() -> int:
     device = settings.device or ("cuda" if arguments.gpus else "cpu")
     settings = dataclasses.replace(settings, model=os.path.abspath(settings.model), device=device)
 
-    ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
     # The modules beside this file travel to the other machines.
     ray.init(runtime_env={"working_dir": str(Path(__file__).resolve().parent)}, logging_level=logging.WARNING)
     serve.start(http_options={"host": arguments.host, "port": arguments.port})
     scaling = (arguments.min_replicas, arguments.max_replicas, arguments.target)
     serve.run(application(settings, *scaling, arguments.cpus, arguments.gpus), name="chatglm")
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which sets handlers of its own
+        signal.signal(number, lambda *_: ended.set())
     print(f"Serving on http://{arguments.host}:{arguments.port}", flush=True)
     ended.wait()
     serve.shutdown()

@@ -76,7 +76,7 @@ def cluster(tmp_path_factory):
     finally:
         running.process.send_signal(signal.SIGTERM)
         try:
-            running.process.wait(timeout=120)
+            assert running.process.wait(timeout=120) == 0
         finally:
             running.process.kill()
 
