@@ -362,13 +362,13 @@ async def pieces(answers: list[Answer], texts: list[AnswerText]) -> AsyncIterato
             unfinished -= piece.finish_reason is not None
             yield piece
     finally:
-        for task, answer in zip(tasks, answers, strict=True):
+        for task in tasks:
             task.cancel()
-            answer.cancel()
+        cancel(answers)
 
 
-async def unless_gone(request: Request, work: Awaitable) -> Any:
-    """What `work` returns; it is cancelled if the client hangs up first."""
+async def unless_gone(request: Request, work: Awaitable, answers: list[Answer]) -> Any:
+    """What `work` returns; it and the answers that it waits for are cancelled if the client hangs up first."""
 
     async def hung_up() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -383,6 +383,27 @@ async def unless_gone(request: Request, work: Awaitable) -> Any:
     finally:
         for task in tasks:
             task.cancel()
+        cancel(answers)
+
+
+class EventStream(StreamingResponse):
+    """A stream of events; it cancels its answers however it ends, even before it has begun."""
+
+    def __init__(self, events: AsyncIterator[bytes], answers: list[Answer]):
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, headers=headers, media_type="text/event-stream")
+        self._answers = answers
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            cancel(self._answers)
+
+
+def cancel(answers: list[Answer]) -> None:
+    for answer in answers:
+        answer.cancel()
 
 
 class Service:
@@ -459,13 +480,15 @@ class Service:
         """Answer all prompts, n times each, as a whole or as a stream."""
         is_chat = isinstance(form, ChatForm)
         answers: list[Answer] = []
+        places = self.scheduler.max_batch + self.scheduler.max_queue
+        if len(prompts) * form.n > places:
+            raise ApiError(400, f"{len(prompts)} prompts with n = {form.n} are more than {places} answers.", "prompt")
         wanted = [(prompt, self.samplings(form, prompt)) for prompt in prompts]
         try:
             for prompt, samplings in wanted:
                 answers += self.scheduler.submit(prompt, samplings)
         except Exception:
-            for answer in answers:
-                answer.cancel()
+            cancel(answers)
             raise
         process = self.scheduler.model.process_response if is_chat else None
         texts = [AnswerText(self._tokenizer, process, form.stop) for _ in answers]
@@ -479,9 +502,7 @@ class Service:
         if is_chat:
             frame["object"] = "chat.completion.chunk" if form.stream else "chat.completion"
         if form.stream:
-            events = self._events(form, frame, watched, prompts)
-            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-            return StreamingResponse(events, headers=headers, media_type="text/event-stream")
+            return EventStream(self._events(form, frame, watched, prompts), answers)
         whole = [Piece(index, "", []) for index in range(len(answers))]
 
         async def collect() -> None:
@@ -491,7 +512,7 @@ class Service:
                     whole[piece.index].tokens += piece.tokens
                     whole[piece.index].finish_reason = piece.finish_reason
 
-        await unless_gone(request, collect())
+        await unless_gone(request, collect(), answers)
         choices = []
         for piece in whole:
             content = {"message": {"role": "assistant", "content": piece.text}} if is_chat else {"text": piece.text}
@@ -595,19 +616,20 @@ class Metrics:
         self.whole.observe(time.monotonic() - start)
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """The server as an ASGI application; it loads the model when it starts up."""
+def load(settings: Settings) -> Scheduler:
+    """The model at work. Raises OSError or ValueError with what is wrong."""
+    model, tokenizer = cli_demo.load(settings.model, settings.device, settings.dtype)
+    return Scheduler(model, tokenizer, settings.max_batch, settings.max_queue, settings.max_length, settings.time_limit)
+
+
+def create_app(settings: Settings, scheduler: Scheduler | None = None) -> FastAPI:
+    """The server as an ASGI application; without a scheduler, it loads the model when it starts up."""
     metrics = Metrics()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        def start() -> Scheduler:
-            model, tokenizer = cli_demo.load(settings.model, settings.device, settings.dtype)
-            return Scheduler(
-                model, tokenizer, settings.max_batch, settings.max_queue, settings.max_length, settings.time_limit
-            )
-
-        scheduler = await asyncio.to_thread(start)
+        nonlocal scheduler
+        scheduler = scheduler or await asyncio.to_thread(load, settings)
         app.state.service = Service(settings, scheduler, metrics)
         metrics.running.set_function(lambda: scheduler.running)
         metrics.waiting.set_function(lambda: scheduler.waiting)
@@ -690,7 +712,7 @@ def create_app(settings: Settings) -> FastAPI:
             async with contextlib.aclosing(watched):
                 return "".join([piece.text async for piece in watched])
 
-        response = await unless_gone(request, collect())
+        response = await unless_gone(request, collect(), answers)
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         history = [*form.history, [form.prompt, response]]
         return json_response({"response": response, "history": history, "status": 200, "time": now})
@@ -740,7 +762,14 @@ def main() -> int:
     arguments = parser.parse_args()
     # uvicorn raises the signal again once it has finished everything: here, that is the end it should have.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    uvicorn.run(create_app(settings_of(arguments)), host=arguments.host, port=arguments.port, server_header=False)
+    settings = settings_of(arguments)
+    try:
+        scheduler = load(settings)
+    except (OSError, ValueError) as error:
+        print(f"api_server.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    app = create_app(settings, scheduler)
+    uvicorn.run(app, host=arguments.host, port=arguments.port, server_header=False)
     return 0
 
 

@@ -394,7 +394,7 @@ class Scheduler:
                 self._prefill(group)
         except Exception as error:
             logger.exception("Reading a prompt failed")
-            self._failures += 1
+            self._failures += not isinstance(error, torch.OutOfMemoryError)  # a shorter one may do
             group = [answer for answer in group if answer not in self._rows]
             self._fail(group, error)
 

@@ -243,11 +243,10 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         model, tokenizer = cli_demo.load(arguments.model, arguments.device, arguments.dtype)
-        scheduler = Scheduler(model, tokenizer)
+        launch(Chat(Scheduler(model, tokenizer)), server_name=arguments.host, server_port=arguments.port)
     except (OSError, ValueError) as error:
         print(f"web_demo.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    launch(Chat(scheduler), server_name=arguments.host, server_port=arguments.port)
     return 0
 
 

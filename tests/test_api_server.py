@@ -499,6 +499,8 @@ def test_openai_client_completions(client):
     assert len(scores.tokens) == len(scores.token_logprobs) == len(scores.top_logprobs)
     chunks = client.completions.create(model="chatglm", prompt="Hello", temperature=0, stream=True)
     assert "".join(chunk.choices[0].text for chunk in chunks) == texts[0]
+    with pytest.raises(openai.BadRequestError, match="more than 80 answers"):
+        client.completions.create(model="chatglm", prompt=["Hello"] * 11, n=8)
     # Text never becomes a special token.
     whole = client.completions.create(model="chatglm", prompt="<sop>", max_tokens=1).usage.prompt_tokens
     assert whole > 3
@@ -641,6 +643,11 @@ def test_hanging_up_frees_the_place(server):
                 time.sleep(0.01)
             if fields:
                 assert connection.recv(100)
+        server.wait_until_empty()
+        for _ in range(3):  # at once, before anything has begun
+            with socket.create_connection((host, int(port))) as connection:
+                connection.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(content) + content)
+        time.sleep(0.5)
         server.wait_until_empty()
 
 
@@ -836,7 +843,12 @@ def test_command_and_sigterm(tmp_path):
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
-def test_arguments_of_the_command(capsys, monkeypatch):
+def test_arguments_of_the_command(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["api_server.py", "--model", str(tmp_path / "nowhere")])
+    handler = signal.getsignal(signal.SIGTERM)
+    assert api_server.main() == 1
+    signal.signal(signal.SIGTERM, handler)
+    assert capsys.readouterr().err.count("\n") == 1
     for wrong in (["--max-batch", "0"], ["--time-limit", "-1"], ["--time-limit", "nan"], ["--dtype", "int8"]):
         monkeypatch.setattr(sys, "argv", ["api_server.py", *wrong])
         with pytest.raises(SystemExit) as ended:
