@@ -792,7 +792,7 @@ def test_schemathesis(small_server, examples):
         @settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
         def check(case):
             case.call_and_validate(
-                timeout=60,
+                timeout=300,
                 checks=[
                     schemathesis.checks.not_a_server_error,
                     schemathesis.checks.CHECKS.get_one("response_schema_conformance"),
