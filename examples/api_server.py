@@ -1,0 +1,777 @@
+"""Serves a ChatGLM model over HTTP, in the form of OpenAI's API and in that of ChatGLM-6B's public api.py.
+
+    python examples/api_server.py [--model FOLDER] [--device DEVICE] [--port 8000] [--api-key KEY]
+
+POST /v1/chat/completions, POST /v1/completions, GET /v1/models, GET /health, GET /metrics (Prometheus), and POST / with
+`{"prompt", "history", "max_length", "top_p", "temperature"}`. Requests are decoded together (see batching.py). SIGTERM
+lets running answers finish. The default model is the small one in this checkout.
+
+Arguments that are left out are those of `model.chat`: temperature 0.95, top_p 0.7, top_k 50. What the model has no use
+for (tools, images, response formats) is refused.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import hmac
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Annotated, Any, Literal
+
+try:
+    import anyio
+    import cli_demo
+    import prometheus_client as prometheus
+    import uvicorn
+    from batching import Answer, AnswerText, Busy, Failed, Sampling, Scheduler, TimeLimit, Token
+    from fastapi import FastAPI, Request
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import PlainTextResponse, Response, StreamingResponse
+    from pydantic import BaseModel, ConfigDict, Field, model_validator
+    from starlette.exceptions import HTTPException
+
+    from chatglm_int8.tokenization_chatglm import BYTES, WHITE_SPACE
+except ModuleNotFoundError as error:
+    sys.exit(f'{error}. Install the server first: pip install ".[serve]"   (in the folder above examples)')
+
+logger = logging.getLogger("chatglm")
+
+BODY_SECONDS = 30  # for a client to send its body
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a server is started with; the command line has the same names."""
+
+    model: str = str(cli_demo.ROOT)
+    device: str | None = None
+    dtype: str = "auto"
+    name: str = "chatglm"
+    api_key: str | None = None
+    max_batch: int = 16
+    max_queue: int = 64
+    max_length: int | None = None
+    max_body: int = 1 << 18
+    time_limit: float = 300.0
+
+
+# What clients send. Null stands for an argument that is left out.
+
+
+class Form(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+
+class TextPart(Form):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Form):
+    role: str = Field(description='"system" (at most once, first), then "user" and "assistant" in turn.')
+    content: str | list[TextPart]
+
+
+class StreamOptions(Form):
+    include_usage: bool = False
+
+
+class SamplingForm(Form):
+    model: str
+    temperature: float = Field(0.95, ge=0, le=2, description="0 takes the likeliest token each time.")
+    top_p: float = Field(0.7, ge=0, le=1)
+    top_k: int = Field(50, ge=0, description="0: none. Not in OpenAI's API; the default is that of model.chat.")
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64, description="Choice i of n has seed + i.")
+    n: int = Field(1, ge=1, le=8)
+    stop: str | list[str] = Field([], max_length=4, description="Up to 4 strings that end the answer.")
+    max_tokens: int | None = Field(None, ge=1)
+    min_tokens: int = Field(0, ge=0, description="The model does not end before. Not in OpenAI's API.")
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, description="Taken and not used.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stop_as_list(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("stop"), str):
+            data = {**data, "stop": [data["stop"]]}
+        return data
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def reported(self) -> int | None:
+        """How many likeliest tokens to report beside each token; None: nothing."""
+        return None
+
+
+class ChatForm(SamplingForm):
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def reported(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionForm(SamplingForm):
+    prompt: str | list[str] = Field(description="One text, or several; token ids are not taken.")
+    logprobs: int | None = Field(None, ge=0, le=5)
+
+    @property
+    def reported(self) -> int | None:
+        return self.logprobs
+
+
+class PublicForm(Form):
+    prompt: str
+    history: list[Annotated[list[str], Field(min_length=2, max_length=2)]] = []
+    max_length: int = Field(2048, ge=1)
+    top_p: float = Field(0.7, ge=0, le=1)
+    temperature: float = Field(0.95, ge=0)
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(BaseModel):
+    error: ErrorBody
+
+
+# Errors, in OpenAI's form whatever happens
+
+
+class ApiError(Exception):
+    """An answer that is an error. The message goes to the client."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status = status
+        self.headers = headers
+        kinds = {401: "authentication_error", 408: "timeout_error", 429: "rate_limit_error"}
+        kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    def response(self) -> Response:
+        return json_response(self.body, self.status, self.headers)
+
+
+def to_json(body: dict) -> bytes:
+    # A client can send half a surrogate pair as an escape; quoted in an error, it has no UTF-8.
+    return json.dumps(body, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
+
+
+def json_response(body: dict, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(to_json(body), status, headers, media_type="application/json")
+
+
+def event(body: dict) -> bytes:
+    """One event of a stream."""
+    return b"data: " + to_json(body) + b"\n\n"
+
+
+def as_api_error(error: Exception, request: Request | None = None) -> ApiError:
+    """What a client is told about any exception."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestValidationError):
+        mistake = error.errors()[0]
+        names = [str(part) for part in mistake["loc"] if part not in ("body", "path", "query")]
+        param = ".".join(names)[:200] or None
+        if mistake["type"] == "extra_forbidden":
+            return ApiError(400, f"This server has no argument {param}: leave it out.", param, "unknown_parameter")
+        if mistake["type"] == "json_invalid":
+            return ApiError(400, "The body is not valid JSON.")
+        return ApiError(400, f"{param or 'The body'}: {mistake['msg']}.", param)
+    if isinstance(error, Busy):
+        return ApiError(
+            429,
+            "The server is busy: its queue is full. Try again in a moment.",
+            code="busy",
+            headers={"Retry-After": "1"},
+        )
+    if isinstance(error, TimeLimit):
+        return ApiError(408, str(error), code="time_limit", headers={"x-should-retry": "false"})
+    if isinstance(error, Failed):
+        return ApiError(503, str(error))
+    if isinstance(error, HTTPException):
+        if error.status_code in (404, 405) and request is not None:
+            where = f"{request.method} {request.url.path[:200]}"
+            what = "There is no such path" if error.status_code == 404 else "The method does not fit the path"
+            return ApiError(error.status_code, f"{what}: {where}.", headers=error.headers)
+        return ApiError(error.status_code, str(error.detail), headers=error.headers)
+    return ApiError(500, "The server failed to answer this request.")
+
+
+class Gate:
+    """ASGI middleware around everything: the key, the size of bodies, and the count of requests."""
+
+    def __init__(self, app, settings: Settings, requests: prometheus.Counter):
+        self.app = app
+        self.requests = requests
+        self.limit = settings.max_body
+        self.key = None if settings.api_key is None else settings.api_key.encode()
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        status = 499  # hung up
+
+        async def counting(message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._pass(scope, receive, counting)
+        except Exception as error:  # past here, the connection would be closed too
+            logger.exception("A request failed")
+            if status != 499:
+                raise
+            await as_api_error(error).response()(scope, receive, counting)
+        finally:
+            path = getattr(scope.get("route"), "path", "other")
+            self.requests.labels(path, str(status)).inc()
+
+    async def _pass(self, scope, receive, send) -> None:
+        headers = dict(scope["headers"])
+        if self.key is not None and scope["path"] != "/health":
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            if not hmac.compare_digest(given, self.key) or scheme.lower() != b"bearer":
+                error = ApiError(
+                    401,
+                    "Incorrect API key: send it as Authorization: Bearer KEY.",
+                    code="invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+                await error.response()(scope, receive, send)
+                return
+        try:
+            body = await asyncio.wait_for(self._read(receive), BODY_SECONDS)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        except asyncio.TimeoutError:
+            error = ApiError(408, f"The body did not arrive within {BODY_SECONDS} seconds.")
+            await error.response()(scope, receive, send)
+            return
+        if body is None:
+            return
+        first = {"type": "http.request", "body": body, "more_body": False}
+
+        async def replay():
+            nonlocal first
+            message, first = first, None
+            return message if message is not None else await receive()
+
+        await self.app(scope, replay, send)
+
+    async def _read(self, receive) -> bytes | None:
+        """The whole body, None if the client hung up."""
+        body, size, more = bytearray(), 0, True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            size += len(message.get("body", b""))
+            if size <= self.limit:
+                body += message.get("body", b"")
+            elif size > 16 * self.limit:
+                break  # else the rest is read and dropped: a client that is still sending misses the reply
+            more = message.get("more_body", False)
+        if size > self.limit:
+            raise ApiError(413, f"The body is larger than {self.limit} bytes.", code="body_too_large")
+        return bytes(body)
+
+
+# Answers
+
+
+@dataclasses.dataclass
+class Piece:
+    """A part of choice `index`: text, and the tokens that it is made of. The last one has a finish_reason."""
+
+    index: int
+    text: str
+    tokens: list[Token]
+    finish_reason: str | None = None
+
+
+async def pieces(answers: list[Answer], texts: list[AnswerText]) -> AsyncIterator[Piece]:
+    """The parts of all answers as they come. Leaving the iteration cancels them."""
+    queue: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+
+    async def follow(index: int) -> None:
+        answer, text = answers[index], texts[index]
+        tokens = []
+        try:
+            async for token in answer:
+                tokens.append(token)
+                if new := text.step(token.id):
+                    queue.put_nowait(Piece(index, new, tokens))
+                    tokens = []
+                if text.stopped:
+                    answer.cancel()
+                    break
+            queue.put_nowait(Piece(index, text.finish(), tokens, "stop" if text.stopped else answer.finish_reason))
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.ensure_future(follow(index)) for index in range(len(answers))]
+    try:
+        unfinished = len(answers)
+        while unfinished:
+            piece = await queue.get()
+            if isinstance(piece, Exception):
+                raise piece
+            unfinished -= piece.finish_reason is not None
+            yield piece
+    finally:
+        for task in tasks:
+            task.cancel()
+        cancel(answers)
+
+
+async def unless_gone(request: Request, work: Awaitable, answers: list[Answer]) -> Any:
+    """What `work` returns; it and the answers that it waits for are cancelled if the client hangs up first."""
+
+    async def hung_up() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(hung_up())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise ApiError(499, "The client hung up.")
+        return tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        cancel(answers)
+
+
+class EventStream(StreamingResponse):
+    """A stream of events; it cancels its answers however it ends, even before it has begun."""
+
+    def __init__(self, events: AsyncIterator[bytes], answers: list[Answer]):
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, headers=headers, media_type="text/event-stream")
+        self._answers = answers
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            cancel(self._answers)
+
+
+def cancel(answers: list[Answer]) -> None:
+    for answer in answers:
+        answer.cancel()
+
+
+class Service:
+    """A model behind the API: encodes what comes in, and puts answers into OpenAI's form."""
+
+    def __init__(self, settings: Settings, scheduler: Scheduler, metrics: "Metrics"):
+        self.settings = settings
+        self.scheduler = scheduler
+        self.metrics = metrics
+        self._tokenizer = scheduler.tokenizer
+        self._one_encoder = anyio.CapacityLimiter(1)
+
+    async def encode(self, make: Callable[[], Any]) -> Any:
+        """Runs an encoding of text, which may be long, beside the event loop; its ValueErrors are the client's."""
+        try:
+            return await anyio.to_thread.run_sync(make, limiter=self._one_encoder)
+        except ValueError as error:
+            raise ApiError(400, str(error)) from None
+
+    def chat_prompt(self, form: ChatForm) -> list[int]:
+        messages = [message.model_dump() for message in form.messages]
+        return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+    def text_prompt(self, text: str) -> list[int]:
+        # As a text of its own, not as a query: what looks like a special token is none here either.
+        return self._tokenizer(text, split_special_tokens=True)["input_ids"]
+
+    def samplings(self, form: SamplingForm, prompt: list[int]) -> list[Sampling]:
+        """The settings of each choice; checked, as far as one argument depends on others."""
+        if form.model != self.settings.name:
+            raise ApiError(
+                404,
+                f"The model {form.model[:200]!r} does not exist: this server has {self.settings.name!r}.",
+                "model",
+                "model_not_found",
+            )
+        if form.stream_options is not None and not form.stream:
+            raise ApiError(400, "stream_options is for stream: true alone.", "stream_options")
+        if isinstance(form, ChatForm):
+            if form.top_logprobs is not None and not form.logprobs:
+                raise ApiError(400, "top_logprobs needs logprobs: true.", "top_logprobs")
+            if None not in (form.max_tokens, form.max_completion_tokens) and form.max_tokens != form.limit:
+                raise ApiError(400, "max_tokens is the old name of max_completion_tokens: give one.", "max_tokens")
+        if "" in form.stop:
+            raise ApiError(400, "A stop string is empty.", "stop")
+        if form.min_tokens > (form.limit or self.scheduler.max_length):
+            raise ApiError(400, "min_tokens is more than the answer may have.", "min_tokens")
+        room = self.scheduler.room(prompt)
+        if room < (form.limit or 1):
+            wanted = f" and {form.limit} of the answer" if form.limit else ""
+            raise ApiError(
+                400,
+                f"This model's maximum context length is {self.scheduler.max_length} tokens, prompt and answer "
+                f"together. You asked for {len(prompt)} tokens of the prompt{wanted}.",
+                "messages" if isinstance(form, ChatForm) else "prompt",
+                "context_length_exceeded",
+            )
+        return [
+            Sampling(
+                max_new_tokens=form.limit or room,
+                min_new_tokens=form.min_tokens,
+                temperature=form.temperature,
+                top_p=form.top_p,
+                top_k=form.top_k,
+                seed=None if form.seed is None else (form.seed + index) % 2**64,
+                presence_penalty=form.presence_penalty,
+                frequency_penalty=form.frequency_penalty,
+                top_logprobs=form.reported,
+            )
+            for index in range(form.n)
+        ]
+
+    async def complete(self, request: Request, form: SamplingForm, prompts: list[list[int]]) -> Response:
+        """Answer all prompts, n times each, as a whole or as a stream."""
+        is_chat = isinstance(form, ChatForm)
+        answers: list[Answer] = []
+        places = self.scheduler.max_batch + self.scheduler.max_queue
+        if len(prompts) * form.n > places:
+            raise ApiError(400, f"{len(prompts)} prompts with n = {form.n} are more than {places} answers.", "prompt")
+        wanted = [(prompt, self.samplings(form, prompt)) for prompt in prompts]
+        try:
+            for prompt, samplings in wanted:
+                answers += self.scheduler.submit(prompt, samplings)
+        except Exception:
+            cancel(answers)
+            raise
+        process = self.scheduler.model.process_response if is_chat else None
+        texts = [AnswerText(self._tokenizer, process, form.stop) for _ in answers]
+        watched = self.metrics.watch(pieces(answers, texts), sum(len(prompt) for prompt in prompts))
+        frame = {
+            "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": self.settings.name,
+        }
+        if is_chat:
+            frame["object"] = "chat.completion.chunk" if form.stream else "chat.completion"
+        if form.stream:
+            return EventStream(self._events(form, frame, watched, prompts), answers)
+        whole = [Piece(index, "", []) for index in range(len(answers))]
+
+        async def collect() -> None:
+            async with contextlib.aclosing(watched):
+                async for piece in watched:
+                    whole[piece.index].text += piece.text
+                    whole[piece.index].tokens += piece.tokens
+                    whole[piece.index].finish_reason = piece.finish_reason
+
+        await unless_gone(request, collect(), answers)
+        choices = []
+        for piece in whole:
+            content = {"message": {"role": "assistant", "content": piece.text}} if is_chat else {"text": piece.text}
+            choices.append(self._choice(form, piece, content))
+        count = sum(len(piece.tokens) for piece in whole)
+        return json_response({**frame, "choices": choices, "usage": usage(prompts, count)})
+
+    async def _events(self, form: SamplingForm, frame: dict, watched, prompts: list) -> AsyncIterator[bytes]:
+        """The events of a stream."""
+        is_chat = isinstance(form, ChatForm)
+        with_usage = form.stream_options is not None and form.stream_options.include_usage
+        if with_usage:
+            frame = {**frame, "usage": None}
+        count = 0
+        try:
+            async with contextlib.aclosing(watched):
+                for index in range(form.n if is_chat else 0):
+                    delta = {"delta": {"role": "assistant", "content": ""}}
+                    yield event({**frame, "choices": [self._choice(form, Piece(index, "", []), delta)]})
+                async for piece in watched:
+                    count += len(piece.tokens)
+                    text = {"content": piece.text} if piece.text else {}
+                    content = {"delta": text} if is_chat else {"text": piece.text}
+                    yield event({**frame, "choices": [self._choice(form, piece, content)]})
+            if with_usage:
+                yield event({**frame, "choices": [], "usage": usage(prompts, count)})
+            yield b"data: [DONE]\n\n"
+        except Exception as error:
+            told = as_api_error(error)
+            if told.status == 500:
+                logger.exception("A stream failed")
+            yield event(told.body)
+
+    def _choice(self, form: SamplingForm, piece: Piece, content: dict) -> dict:
+        logprobs = None
+        if form.reported is not None and (piece.tokens or piece.finish_reason):
+            make = self._chat_logprobs if isinstance(form, ChatForm) else self._text_logprobs
+            logprobs = make(piece.tokens)
+        return {"index": piece.index, **content, "logprobs": logprobs, "finish_reason": piece.finish_reason}
+
+    def _token_name(self, token_id: int) -> tuple[str, list[int]]:
+        """Text and bytes of one token, in OpenAI's form: one that is no whole character reads bytes:\\xe4."""
+        name = self._tokenizer.convert_ids_to_tokens(token_id)
+        if name in BYTES:
+            return f"bytes:\\x{BYTES[name]:02x}", [BYTES[name]]
+        text = WHITE_SPACE.get(name, name.replace("▁", " "))
+        return text, list(text.encode())
+
+    def _chat_logprobs(self, tokens: list[Token]) -> dict:
+        def entry(token_id: int, logprob: float) -> dict:
+            name, data = self._token_name(token_id)
+            return {"token": name, "logprob": max(logprob, -9999.0), "bytes": data}
+
+        content = [
+            {**entry(token.id, token.logprob), "top_logprobs": [entry(*pair) for pair in token.top]} for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def _text_logprobs(self, tokens: list[Token]) -> dict:
+        names = [self._token_name(token.id)[0] for token in tokens]
+        tops = [{self._token_name(i)[0]: max(logprob, -9999.0) for i, logprob in token.top} for token in tokens]
+        own = [max(token.logprob, -9999.0) for token in tokens]
+        return {"tokens": names, "token_logprobs": own, "top_logprobs": tops}
+
+
+def usage(prompts: list[list[int]], count: int) -> dict:
+    read = sum(len(prompt) for prompt in prompts)
+    return {"prompt_tokens": read, "completion_tokens": count, "total_tokens": read + count}
+
+
+class Metrics:
+    """What GET /metrics shows."""
+
+    def __init__(self):
+        self.registry = prometheus.CollectorRegistry()
+
+        def make(kind, name: str, text: str, *arguments, **options):
+            return kind(f"chatglm_{name}", text, *arguments, registry=self.registry, **options)
+
+        self.requests = make(prometheus.Counter, "requests", "Requests by path and status", ["path", "status"])
+        self.prompt_tokens = make(prometheus.Counter, "prompt_tokens", "Tokens read")
+        self.tokens = make(prometheus.Counter, "tokens", "Tokens written")
+        self.running = make(prometheus.Gauge, "running", "Answers being decoded")
+        self.waiting = make(prometheus.Gauge, "waiting", "Answers in the queue")
+        buckets = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+        self.first = make(prometheus.Histogram, "first_text_seconds", "Until the first text", buckets=buckets)
+        self.whole = make(prometheus.Histogram, "answer_seconds", "Until the end of the answer", buckets=buckets)
+
+    async def watch(self, parts: AsyncIterator[Piece], prompt_tokens: int) -> AsyncIterator[Piece]:
+        """Passes pieces on, and counts them."""
+        start = time.monotonic()
+        self.prompt_tokens.inc(prompt_tokens)
+        first = True
+        async with contextlib.aclosing(parts):
+            async for piece in parts:
+                if first:
+                    self.first.observe(time.monotonic() - start)
+                    first = False
+                self.tokens.inc(len(piece.tokens))
+                yield piece
+        self.whole.observe(time.monotonic() - start)
+
+
+def load(settings: Settings) -> Scheduler:
+    """The model at work. Raises OSError or ValueError with what is wrong."""
+    model, tokenizer = cli_demo.load(settings.model, settings.device, settings.dtype)
+    return Scheduler(model, tokenizer, settings.max_batch, settings.max_queue, settings.max_length, settings.time_limit)
+
+
+def create_app(settings: Settings, scheduler: Scheduler | None = None) -> FastAPI:
+    """The server as an ASGI application; without a scheduler, it loads the model when it starts up."""
+    metrics = Metrics()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        nonlocal scheduler
+        scheduler = scheduler or await asyncio.to_thread(load, settings)
+        app.state.service = Service(settings, scheduler, metrics)
+        metrics.running.set_function(lambda: scheduler.running)
+        metrics.waiting.set_function(lambda: scheduler.waiting)
+        yield
+        await asyncio.to_thread(scheduler.close)
+
+    # The pages of FastAPI's documentation come from elsewhere on the internet; /openapi.json does not.
+    app = FastAPI(
+        title="ChatGLM",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        responses={"default": {"model": ErrorReply, "description": "An error"}},
+    )
+    app.add_middleware(Gate, settings=settings, requests=metrics.requests)
+
+    async def on_error(request: Request, error: Exception) -> Response:
+        return as_api_error(error, request).response()
+
+    for kind in (ApiError, HTTPException, RequestValidationError, Busy, TimeLimit, Failed):
+        app.add_exception_handler(kind, on_error)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(form: ChatForm, request: Request):
+        service: Service = app.state.service
+        prompt = await service.encode(lambda: service.chat_prompt(form))
+        return await service.complete(request, form, [prompt])
+
+    @app.post("/v1/completions")
+    async def completions(form: CompletionForm, request: Request):
+        service: Service = app.state.service
+        texts = [form.prompt] if isinstance(form.prompt, str) else form.prompt
+        if not texts or "" in texts:
+            raise ApiError(400, "There is no prompt, or an empty one.", "prompt")
+        prompts = await service.encode(lambda: [service.text_prompt(text) for text in texts])
+        return await service.complete(request, form, prompts)
+
+    def model_card() -> dict:
+        return {"id": settings.name, "object": "model", "created": 0, "owned_by": "chatglm-int8"}
+
+    @app.get("/v1/models")
+    async def models():
+        return {"object": "list", "data": [model_card()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str):
+        if name != settings.name:
+            raise ApiError(404, f"The model {name[:200]!r} does not exist.", "model", "model_not_found")
+        return model_card()
+
+    @app.get("/health")
+    async def health():
+        if not app.state.service.scheduler.healthy:
+            raise ApiError(503, "The model does not compute any more: restart the server.")
+        return {"status": "ok"}
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def show_metrics():
+        return PlainTextResponse(
+            prometheus.generate_latest(metrics.registry), media_type=prometheus.CONTENT_TYPE_LATEST
+        )
+
+    @app.post("/")
+    async def public(form: PublicForm, request: Request):
+        """The form of ChatGLM-6B's public api.py. The oldest rounds of a long history are left out."""
+        service: Service = app.state.service
+        scheduler = service.scheduler
+        limit = min(form.max_length, scheduler.max_length)
+        history = [tuple(pair) for pair in form.history]
+        model, tokenizer = scheduler.model, scheduler.tokenizer
+        inputs = await service.encode(lambda: model._chat_inputs(tokenizer, form.prompt, history, limit, {}))
+        prompt = inputs["input_ids"][0].tolist()
+        sampling = Sampling(limit - len(prompt), temperature=form.temperature, top_p=form.top_p)
+        answers = scheduler.submit(prompt, [sampling])
+        texts = [AnswerText(tokenizer, model.process_response)]
+        watched = metrics.watch(pieces(answers, texts), len(prompt))
+
+        async def collect() -> str:
+            async with contextlib.aclosing(watched):
+                return "".join([piece.text async for piece in watched])
+
+        response = await unless_gone(request, collect(), answers)
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        history = [*form.history, [form.prompt, response]]
+        return json_response({"response": response, "history": history, "status": 200, "time": now})
+
+    return app
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `Settings`."""
+    default = Settings()
+    parser.add_argument("--model", default=default.model, metavar="FOLDER", help="checkpoint (default: %(default)s)")
+    parser.add_argument("--device", help="such as cpu, cuda or cuda:1 (default: cuda if there is one)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default=default.dtype)
+    parser.add_argument("--name", default=default.name, help="the model's name in the API (default: %(default)s)")
+    parser.add_argument("--max-batch", type=positive(int), default=default.max_batch, help="answers decoded together")
+    parser.add_argument("--max-queue", type=positive(int), default=default.max_queue, help="answers that may wait")
+    parser.add_argument("--max-length", type=positive(int), help="tokens of prompt and answer (default: the model's)")
+    parser.add_argument("--max-body", type=positive(int), default=default.max_body, help="bytes of a request")
+    parser.add_argument("--time-limit", type=positive(float), default=default.time_limit, help="seconds of a request")
+    parser.add_argument(
+        "--api-key",
+        default=os.environ.get("CHATGLM_API_KEY") or None,
+        help="ask clients for this key (default: the environment's CHATGLM_API_KEY, which other users can't list)",
+    )
+
+
+def positive(kind: type) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not value > 0:
+            raise ValueError
+        return value
+
+    parse.__name__ = f"positive {kind.__name__}"  # argparse shows it
+    return parse
+
+
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    return Settings(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Settings)})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Serves a ChatGLM model over HTTP.")
+    add_arguments(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all networks (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000)
+    arguments = parser.parse_args()
+    # uvicorn raises the signal again once it has finished everything: here, that is the end it should have.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    settings = settings_of(arguments)
+    try:
+        scheduler = load(settings)
+    except (OSError, ValueError) as error:
+        print(f"api_server.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    app = create_app(settings, scheduler)
+    uvicorn.run(app, host=arguments.host, port=arguments.port, server_header=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,605 @@
+"""Continuous batching: one ChatGLM model decodes many answers together, each with settings of its own.
+
+Between two steps, answers that ended leave the batch and prompts that wait enter it. A prompt sees itself both ways, so
+it is read in one piece; prompts that wait together are read together if they are of similar length.
+
+The same seed gives the same answer as `torch.manual_seed(seed)` and `model.chat`: scores go through transformers' own
+processors in the order of `generate`, and each row draws its random numbers from a generator of its own, as
+`torch.multinomial` would. What remains is rounding: a matrix product of many rows may differ from that of one in the
+last bits (1e-6 of the scores in fp32), which changes an answer only where two choices are as close as that.
+
+Letters: B rows of the batch, H heads, T columns in use, C columns of the cache, D head width, V vocabulary.
+"""
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import logging
+import math
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+
+import numpy as np
+import torch
+from cli_demo import settled
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from chatglm_int8.modeling_chatglm import FiniteScores
+
+logger = logging.getLogger("chatglm")
+
+GREEDY_BELOW = 1e-5  # a temperature; dividing scores by much less overflows
+FIRST_COLUMNS = 128  # of a cache that grows
+PREFILL_TOKENS = 2048  # prompts read together have this many tokens at most, padding counted
+PREFILL_WASTE = 1.5  # and this many times the tokens that they have without padding
+
+
+class Busy(Exception):
+    """The queue is full: nothing was submitted."""
+
+
+class TimeLimit(Exception):
+    """The answer was not ready within the time limit."""
+
+
+class Failed(Exception):
+    """The answer can't be continued, through no fault of the request. The message is fit for clients."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the tokens of one answer are chosen; the defaults are those of `model.chat`.
+
+    Attributes:
+        max_new_tokens: at least 1; the longest sequence of the scheduler is a limit too.
+        min_new_tokens: the answer does not end before.
+        temperature: 0 takes the likeliest token each time.
+        top_p, top_k: as in `generate`; top_k 0 is none.
+        seed: of this answer's random numbers; None takes another one every time.
+        presence_penalty, frequency_penalty: subtracted from the score of each token that the answer has already, once
+            and once for each time.
+        top_logprobs: None, or report the log-probability of each token and of this many likeliest ones.
+    """
+
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    temperature: float = 0.95
+    top_p: float = 0.7
+    top_k: int = 50
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    top_logprobs: int | None = None
+
+    @property
+    def warpers(self) -> tuple[float, int, float] | None:
+        """What rows must have in common to be sampled together; None for greedy ones."""
+        return (self.temperature, self.top_k, self.top_p) if self.temperature >= GREEDY_BELOW else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """One token of an answer. `logprob` and `top`, pairs of id and log-probability, if they were asked for."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Answer:
+    """One answer in the making: iterate over it, in the event loop that submitted it, to get its `Token`s.
+
+    `<eop>` is not among them. The iteration raises TimeLimit or Failed; after it, `finish_reason` is "stop" (the model
+    ended), "length" or "cancelled". Call `cancel` when nobody wants the rest: the answer leaves before the next step.
+    """
+
+    def __init__(self, prompt: list[int], sampling: Sampling, deadline: float):
+        self.prompt = prompt
+        self.sampling = sampling
+        self.finish_reason: str | None = None
+        self._deadline = deadline
+        self._cancelled = False
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Token | Exception | str] = asyncio.Queue()
+        # The scheduler's own:
+        self._last = -1  # token to read next
+        self._count = 0  # of tokens so far
+        self._positions: list[int] = []  # of the last token read, one for each row of positions
+        self._generator: torch.Generator | None = None
+        self._seen: torch.Tensor | None = None  # how often each id stands in the answer, [V], if there are penalties
+
+    def cancel(self) -> None:
+        """Give up the rest; harmless at any time and from any thread."""
+        self._cancelled = True
+
+    async def __aiter__(self) -> AsyncIterator[Token]:
+        while True:
+            event = await self._events.get()
+            if isinstance(event, Exception):
+                raise event
+            if isinstance(event, str):
+                self.finish_reason = event
+                return
+            yield event
+
+
+class RowCache:
+    """Keys and values of up to B answers, each in a row filled from column 0 to a length of its own.
+
+    Keys carry their positions, so it does not matter in which column one stands: rows of all lengths are decoded
+    together, a row enters by being copied in and leaves by the last one taking its place, and nothing else moves.
+    `ChatGLMModel.forward` takes it as `past_key_values` for steps of one token, with the mask of `mask`.
+    """
+
+    is_compileable = False
+
+    def __init__(self, model, rows: int, columns: int):
+        config = model.config
+        self.prefix = config.pre_seq_len or 0
+        self.lengths: list[int] = []
+        self._limit = columns + self.prefix
+        self._dtype = model.get_input_embeddings().weight.dtype
+        devices = [block.attention.dense.weight.device for block in model.transformer.layers]
+        head_dim = config.hidden_size // config.num_attention_heads
+        on_cpu = all(device.type == "cpu" for device in devices)
+        # Taken at once, a GPU's memory can't run out later. On a CPU it grows, as few answers are long.
+        self.columns = min(self._limit, FIRST_COLUMNS) if on_cpu else self._limit
+        shape = (2, rows, config.num_attention_heads, self.columns, head_dim)
+        self._stores = [_zeros(shape, self._dtype, device) for device in devices]
+        self._places: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def append(self, prefilled, index: int, length: int) -> None:
+        """Copy in sequence `index` of a `DynamicCache`, of which the last `length` columns are no padding."""
+        row, end = len(self.lengths), self.prefix + length
+        self._reserve(end)
+        for store, layer in zip(self._stores, prefilled.layers, strict=True):
+            for kind, states in enumerate((layer.keys[index], layer.values[index])):
+                store[kind, row, :, : self.prefix] = states[:, : self.prefix]
+                store[kind, row, :, self.prefix : end] = states[:, states.shape[1] - length :]
+        self.lengths.append(end)
+
+    def remove(self, row: int) -> None:
+        """Take a row out; the last one takes its place. What they leave is zeroed, since NaN would outlast a mask."""
+        last = len(self.lengths) - 1
+        old, new = self.lengths[row], self.lengths[last]
+        for store in self._stores:
+            if row != last:
+                store[:, row, :, :new] = store[:, last, :, :new]
+                store[:, row, :, new:old] = 0
+            store[:, last, :, :new] = 0
+        self.lengths[row] = new
+        self.lengths.pop()
+
+    def clear(self) -> None:
+        while self.lengths:
+            self.remove(len(self.lengths) - 1)
+
+    def make_room(self) -> None:
+        """One more column for every row: the next `update` fills it."""
+        self._reserve(max(self.lengths) + 1)
+        self._places = {}
+        for store in self._stores:
+            if store.device not in self._places:
+                rows = torch.arange(len(self.lengths), device=store.device)
+                self._places[store.device] = rows, torch.tensor(self.lengths, device=store.device)
+        self.lengths = [length + 1 for length in self.lengths]
+
+    def _reserve(self, columns: int) -> None:
+        if columns <= self.columns:
+            return
+        self.columns = min(self._limit, max(columns, 2 * self.columns))
+        for index, old in enumerate(self._stores):
+            store = _zeros((*old.shape[:3], self.columns, old.shape[4]), old.dtype, old.device)
+            rows = len(self.lengths)
+            store[:, :rows, :, : old.shape[3]] = old[:, :rows]
+            self._stores[index] = store
+
+    def mask(self, device: torch.device) -> torch.Tensor:
+        """What is added to the scores, [B, 1, 1, T]: 0 for a row's own columns, else the dtype's lowest number."""
+        lengths = torch.tensor(self.lengths, device=device)
+        hidden = torch.arange(max(self.lengths), device=device) >= lengths[:, None]
+        mask = torch.zeros(hidden.shape, dtype=self._dtype, device=device)
+        return mask.masked_fill_(hidden, torch.finfo(self._dtype).min)[:, None, None]
+
+    # What the model calls
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return max(self.lengths, default=0)
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, cache_kwargs: dict | None = None):
+        """Put in keys and values [B, H, 1, D] of a step; returns all of them, [B, H, T, D]."""
+        store = self._stores[layer_idx]
+        rows, columns = self._places[store.device]
+        store[0][rows, :, columns] = key[:, :, 0]
+        store[1][rows, :, columns] = value[:, :, 0]
+        kept = store[:, : len(rows), :, : max(self.lengths)]
+        return kept[0], kept[1]
+
+
+class Scheduler:
+    """Decodes the answers of one model in a thread of its own.
+
+    Args:
+        model, tokenizer: as loaded; nothing else may run the model meanwhile.
+        max_batch: answers decoded together. Their keys and values need `max_batch` times `max_length` columns, 0.94 GB
+            for each answer of 2048 tokens of ChatGLM-6B in fp16: on a GPU at once, on a CPU as answers grow.
+        max_queue: answers that wait beside them.
+        max_length: tokens of prompt and answer together; by default and at most the model's longest sequence.
+        time_limit: seconds from being submitted to the last token.
+
+    Raises:
+        ValueError: the cache does not fit into memory.
+    """
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        max_batch: int = 16,
+        max_queue: int = 64,
+        max_length: int | None = None,
+        time_limit: float = 300.0,
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_batch = max_batch
+        self.max_queue = max_queue
+        self.max_length = min(max_length or model.config.max_sequence_length, model.config.max_sequence_length)
+        self.time_limit = time_limit
+        try:
+            self._cache = RowCache(model, max_batch, self.max_length)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise ValueError(
+                f"Keys and values of {max_batch} answers of {self.max_length} tokens do not fit into memory: "
+                "lower --max-batch or --max-length."
+            ) from error
+        self._finite = FiniteScores()
+        self._rows: list[Answer] = []
+        self._waiting: collections.deque[Answer] = collections.deque()
+        self._outbox: dict[asyncio.AbstractEventLoop, list] = {}
+        self._changed = threading.Condition()
+        self._closing = False
+        self._failures = 0  # in a row
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self._thread.start()
+
+    # For the event loops
+
+    @property
+    def running(self) -> int:
+        """Answers in the batch."""
+        return len(self._rows)
+
+    @property
+    def waiting(self) -> int:
+        """Answers in the queue."""
+        return len(self._waiting)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether steps work; a GPU that is lost fails every one."""
+        return self._thread.is_alive() and self._failures < 3
+
+    def room(self, prompt: list[int]) -> int:
+        """How many tokens an answer to this prompt may have; less than 1 if the prompt is too long."""
+        return self.max_length - len(prompt)
+
+    def submit(self, prompt: list[int], samplings: list[Sampling]) -> list[Answer]:
+        """Queue an answer to the prompt for each of `samplings`, or none; call it in a running event loop.
+
+        Raises:
+            Busy: not all of them have room in the queue.
+            Failed: the scheduler was closed.
+            ValueError: a prompt without room for an answer.
+        """
+        if self.room(prompt) < 1:
+            raise ValueError(f"The prompt has {len(prompt)} tokens, with a limit of {self.max_length} with the answer.")
+        deadline = time.monotonic() + self.time_limit
+        answers = [Answer(prompt, sampling, deadline) for sampling in samplings]
+        with self._changed:
+            if self._closing:
+                raise Failed("The server is shutting down.")
+            places = self.max_queue + self.max_batch - len(self._rows)
+            if len(self._waiting) + len(answers) > places:
+                raise Busy
+            self._waiting.extend(answers)
+            self._changed.notify()
+        return answers
+
+    def close(self) -> None:
+        """End the thread; answers that are not ready fail."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+
+    # In the thread
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._waiting or self._rows or self._closing):
+                    self._changed.wait()
+            if self._closing:
+                break
+            try:
+                self._drop()
+                self._admit()
+                if self._rows:
+                    self._step()
+                    self._failures = 0
+            except Exception as error:
+                logger.exception("A decoding step failed")
+                self._failures += 1
+                self._fail(self._rows, error)
+                self._rows = []
+                with contextlib.suppress(Exception):  # a lost GPU; the next steps will tell
+                    self._cache.clear()
+            self._flush()
+        self._fail([*self._rows, *self._waiting], Failed("The server is shutting down."))
+        self._flush()
+
+    def _send(self, answer: Answer, event: Token | Exception | str) -> None:
+        self._outbox.setdefault(answer._loop, []).append((answer._events, event))
+
+    def _flush(self) -> None:
+        """Hand all events to the event loops, waking each up once."""
+        outbox, self._outbox = self._outbox, {}
+        for loop, events in outbox.items():
+            with contextlib.suppress(RuntimeError):  # closed meanwhile
+                loop.call_soon_threadsafe(_deliver, events)
+
+    def _fail(self, answers: list[Answer], error: Exception) -> None:
+        if not isinstance(error, (TimeLimit, Failed)):
+            short = isinstance(error, torch.OutOfMemoryError)
+            error = Failed("The server ran out of memory." if short else "The server failed to compute an answer.")
+        for answer in answers:
+            self._send(answer, error)
+
+    def _drop(self) -> None:
+        """Let go of answers that nobody waits for any more, or that took too long."""
+        now = time.monotonic()
+
+        def drops(answer: Answer) -> bool:
+            if answer._cancelled:
+                self._send(answer, "cancelled")
+            elif now > answer._deadline:
+                self._fail([answer], TimeLimit(f"The answer was not ready within {self.time_limit:g} seconds."))
+            return answer._cancelled or now > answer._deadline
+
+        for row in reversed(range(len(self._rows))):
+            if drops(self._rows[row]):
+                self._leave(row)
+        with self._changed:
+            for answer in [answer for answer in self._waiting if drops(answer)]:
+                self._waiting.remove(answer)
+
+    def _leave(self, row: int) -> None:
+        self._cache.remove(row)
+        self._rows[row] = self._rows[-1]
+        self._rows.pop()
+
+    def _admit(self) -> None:
+        """Read the prompt that has waited longest, with those that go with it, and choose their first tokens."""
+        with self._changed:
+            group = _prefill_group(self._waiting, self.max_batch - len(self._rows))
+            for answer in group:
+                self._waiting.remove(answer)
+        if not group:
+            return
+        try:
+            with torch.no_grad():
+                self._prefill(group)
+        except Exception as error:
+            logger.exception("Reading a prompt failed")
+            self._failures += not isinstance(error, torch.OutOfMemoryError)  # a shorter one may do
+            group = [answer for answer in group if answer not in self._rows]
+            self._fail(group, error)
+
+    def _prefill(self, group: list[Answer]) -> None:
+        device = self.model.get_input_embeddings().weight.device
+        longest = max(len(answer.prompt) for answer in group)
+        pad = self.model.config.pad_token_id or 0
+        ids = torch.tensor([[pad] * (longest - len(a.prompt)) + a.prompt for a in group], device=device)
+        real = torch.tensor([[0] * (longest - len(a.prompt)) + [1] * len(a.prompt) for a in group], device=device)
+        positions = self.model.get_position_ids(ids, attention_mask=real)
+        output = self.model(ids, positions, real, use_cache=True, logits_to_keep=1)
+        last = positions.view(len(group), -1, longest)[..., -1].tolist()
+        for answer, position in zip(group, last, strict=True):
+            sampling = answer.sampling
+            answer._positions = position
+            answer._generator = torch.Generator(output.logits.device)
+            answer._generator.seed() if sampling.seed is None else answer._generator.manual_seed(sampling.seed)
+            if sampling.presence_penalty or sampling.frequency_penalty:
+                answer._seen = torch.zeros(output.logits.shape[-1], device=output.logits.device)
+        ended = self._choose(group, output.logits[:, -1])
+        for index, answer in enumerate(group):
+            if not ended[index]:
+                self._cache.append(output.past_key_values, index, len(answer.prompt))
+                self._rows.append(answer)
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        """Read the last token of every row and choose the next."""
+        device = self.model.get_input_embeddings().weight.device
+        for answer in self._rows:
+            answer._positions[-1] += 1
+        positions = torch.tensor([answer._positions for answer in self._rows], device=device)
+        ids = torch.tensor([[answer._last] for answer in self._rows], device=device)
+        self._cache.make_room()
+        output = self.model(
+            ids,
+            positions[..., None] if self.model.config.position_encoding_2d else positions,
+            self._cache.mask(device),
+            self._cache,
+            use_cache=True,
+        )
+        ended = self._choose(self._rows, output.logits[:, -1])
+        for row in reversed(range(len(self._rows))):
+            if ended[row]:
+                self._leave(row)
+
+    def _choose(self, answers: list[Answer], logits: torch.Tensor) -> list[bool]:
+        """Choose and send a token for each answer from its scores [B, V]; returns which have ended with it."""
+        scores = logits.float()
+        scores = self._finite(None, scores)
+        raw = scores
+        eos = self.model.config.eos_token_id
+        short = [row for row, answer in enumerate(answers) if answer._count < answer.sampling.min_new_tokens]
+        penalised = [row for row, answer in enumerate(answers) if answer._seen is not None]
+        if short or penalised:
+            scores = scores.clone()
+        for row in penalised:
+            scores[row] -= answers[row].sampling.frequency_penalty * answers[row]._seen
+            scores[row] -= answers[row].sampling.presence_penalty * (answers[row]._seen > 0)
+        if short:
+            scores[short, eos] = -torch.inf
+        tokens = scores.argmax(dim=-1)
+        groups: dict[tuple, list[int]] = {}
+        for row, answer in enumerate(answers):
+            if answer.sampling.warpers is not None:
+                groups.setdefault(answer.sampling.warpers, []).append(row)
+        for warpers, rows in groups.items():
+            probs = _warp(scores[rows], *warpers).softmax(dim=-1)
+            # torch.multinomial draws one number for each probability and takes the largest ratio: so done, rows with
+            # generators of their own still make one kernel.
+            noise = torch.empty_like(probs)
+            for place, row in enumerate(rows):
+                noise[place].exponential_(generator=answers[row]._generator)
+            tokens[rows] = (probs / noise).argmax(dim=-1)
+
+        reports = self._logprobs(answers, raw, tokens)
+        ended = []
+        for row, token in enumerate(tokens.tolist()):
+            answer = answers[row]
+            if token == eos:
+                self._send(answer, "stop")
+                ended.append(True)
+                continue
+            self._send(answer, reports.get(row) or Token(token))
+            answer._last = token
+            answer._count += 1
+            if answer._seen is not None:
+                answer._seen[token] += 1
+            full = answer._count >= min(answer.sampling.max_new_tokens, self.room(answer.prompt))
+            if full:
+                self._send(answer, "length")
+            ended.append(full)
+        return ended
+
+    def _logprobs(self, answers: list[Answer], scores: torch.Tensor, tokens: torch.Tensor) -> dict[int, Token]:
+        """The chosen tokens of the rows that want log-probabilities: those of the scores as the model gives them."""
+        rows = [row for row, answer in enumerate(answers) if answer.sampling.top_logprobs is not None]
+        if not rows:
+            return {}
+        logprobs = scores[rows].log_softmax(dim=-1)
+        chosen = tokens[rows]
+        own = logprobs.gather(1, chosen[:, None]).flatten().tolist()
+        count = min(max(answers[row].sampling.top_logprobs for row in rows), logprobs.shape[-1])
+        values, ids = logprobs.topk(count, dim=-1)
+        pairs = [tuple(zip(*both, strict=True)) for both in zip(ids.tolist(), values.tolist(), strict=True)]
+        return {
+            row: Token(token, logprob, top[: answers[row].sampling.top_logprobs])
+            for row, token, logprob, top in zip(rows, chosen.tolist(), own, pairs, strict=True)
+        }
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros, which a mask can hide; what happens to be in memory may be NaN, which it can't."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy's take memory when they are written to, and rows that are not used never are.
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+
+
+def _deliver(events: list) -> None:
+    for queue, event in events:
+        queue.put_nowait(event)
+
+
+def _prefill_group(waiting: collections.deque[Answer], rows: int) -> list[Answer]:
+    """The first that waits, and up to `rows` - 1 others that can be padded to the same length at little cost."""
+    group: list[Answer] = []
+    longest = real = 0
+    for answer in waiting:
+        if len(group) >= rows:
+            break
+        length = max(longest, len(answer.prompt))
+        padded = length * (len(group) + 1)
+        if group and padded > min(PREFILL_TOKENS, PREFILL_WASTE * (real + len(answer.prompt))):
+            continue
+        group.append(answer)
+        longest, real = length, real + len(answer.prompt)
+    return group
+
+
+def _warp(scores: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
+    """Scores [B, V] as `generate` would warp them, in its order."""
+    if temperature != 1:
+        scores = TemperatureLogitsWarper(temperature)(None, scores)
+    if top_k:
+        scores = TopKLogitsWarper(top_k)(None, scores)
+    if top_p < 1:
+        scores = TopPLogitsWarper(top_p)(None, scores)
+    return scores
+
+
+class AnswerText:
+    """Text of an answer, piece by piece, up to the stop string that is complete first.
+
+    The pieces of all steps and of `finish`, joined, are what the whole answer would have given: text that a later token
+    may change, or that may be the beginning of a stop string, appears once that is decided.
+
+    Args:
+        tokenizer: whose ids they are.
+        process: `model.process_response` for an answer in a chat, or None for text as it is.
+        stop: strings that end the text and are not part of it.
+    """
+
+    def __init__(self, tokenizer, process: Callable[[str], str] | None = None, stop: list[str] | None = None):
+        self.stopped = False
+        self._decoder = tokenizer.decode_stream()
+        self._process = process
+        self._stop = stop or []
+        self._raw = ""
+        self._shown = 0
+
+    def step(self, token_id: int) -> str:
+        """Takes the next id and returns the text that is certain now. Once `stopped`, there is no more."""
+        self._raw += self._decoder.step(token_id)
+        return self._advance(last=False)
+
+    def finish(self) -> str:
+        """Returns what was kept back, at the end of the answer."""
+        self._raw += self._decoder.flush()
+        return self._advance(last=True)
+
+    def _advance(self, last: bool) -> str:
+        if self.stopped:
+            return ""
+        text = self._raw
+        if self._process is not None:
+            space = text[len(text.rstrip()) :]
+            text = self._process(text)
+            text = text and text + space  # stripped by process_response, but a stop string may be in it
+            if not last:
+                text = settled(text)
+        found = [(text.find(stop, self._shown), len(stop)) for stop in self._stop]
+        # The one that is complete first, however the text is cut into tokens.
+        stops = [(place + length, place) for place, length in found if place >= 0]
+        self.stopped = bool(stops)
+        end = min(stops)[1] if stops else len(text)
+        if not last and not stops:
+            end -= max((_overlap(text[self._shown :], stop) for stop in self._stop), default=0)
+        if self._process is not None:
+            end = len(text[:end].rstrip())
+        piece = text[self._shown : end]
+        self._shown = max(self._shown, end)
+        return piece
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest proper beginning of `stop` that `text` ends with."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

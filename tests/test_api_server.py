@@ -1,0 +1,857 @@
+"""The server: batched decoding, OpenAI's API in front of it, and what clients can do wrong."""
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+for needed in ("fastapi", "uvicorn", "prometheus_client", "httpx", "openai", "schemathesis"):
+    pytest.importorskip(needed, reason=f'needs {needed}: pip install -e ".[test]"')
+
+import api_server  # noqa: E402
+import batching  # noqa: E402
+import cli_demo  # noqa: E402
+import httpx  # noqa: E402
+import openai  # noqa: E402
+import schemathesis  # noqa: E402
+import uvicorn  # noqa: E402
+from batching import AnswerText, Busy, Failed, RowCache, Sampling, Scheduler, TimeLimit  # noqa: E402
+
+CHAT = "/v1/chat/completions"
+QUERIES = ["你好", "Hello", "What can you do?", "中国的首都是哪里？", "Tell me a joke", "你是谁", "Thank you", "谢谢"]
+LONG = {"min_tokens": 30, "max_tokens": 30, "temperature": 0}
+
+
+# batching.py
+
+
+def prompts_for(model, count: int, seed: int = 0) -> list[list[int]]:
+    """Prompts of 3 to 20 ids."""
+    generator = random.Random(seed)
+    low = max(model.config.bos_token_id, model.config.eos_token_id, model.config.gmask_token_id) + 1
+    ids = range(6, model.config.mask_token_id) if low >= model.config.vocab_size else range(6, 60)
+    end = [model.config.gmask_token_id, model.config.bos_token_id]
+    return [[*generator.choices(ids, k=generator.randint(1, 18)), *end] for _ in range(count)]
+
+
+def generated(model, prompt: list[int], sampling: Sampling) -> list[int]:
+    """What `generate` answers."""
+    if sampling.seed is not None:
+        torch.manual_seed(sampling.seed)
+    settings = {"max_new_tokens": sampling.max_new_tokens, "do_sample": sampling.temperature > 0}
+    settings["min_new_tokens"] = sampling.min_new_tokens or None
+    if settings["do_sample"]:
+        settings.update(temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
+    ids = model.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist()
+    return ids[: ids.index(model.config.eos_token_id)] if model.config.eos_token_id in ids else ids
+
+
+@contextlib.contextmanager
+def scheduling(model, tokenizer=None, **options):
+    scheduler = Scheduler(model, tokenizer, **options)
+    try:
+        yield scheduler
+    finally:
+        scheduler.close()
+
+
+def answers_of(scheduler: Scheduler, jobs: list[tuple[list[int], Sampling]]) -> list[list[batching.Token]]:
+    """The tokens of all jobs, submitted at once."""
+
+    async def one(prompt, sampling):
+        (answer,) = scheduler.submit(prompt, [sampling])
+        return [token async for token in answer]
+
+    async def all_of_them():
+        return await asyncio.gather(*(one(*job) for job in jobs))
+
+    return asyncio.run(all_of_them())
+
+
+def ids_of(answers: list[list[batching.Token]]) -> list[list[int]]:
+    return [[token.id for token in answer] for answer in answers]
+
+
+@pytest.mark.parametrize("name", ["base", "pos1d", "prefix", "int8", "int4"])
+def test_batched_answers_are_those_of_generate(name, golden_model, monkeypatch):
+    """Greedy and sampled, each with its own seed and settings, in more answers than rows, in a cache that grows."""
+    monkeypatch.setattr(batching, "FIRST_COLUMNS", 8)
+    model = golden_model(name, attention="sdpa")
+    generator = random.Random(1)
+    jobs = []
+    for index, prompt in enumerate(prompts_for(model, 12)):
+        limit, least = generator.randint(1, 24), generator.choice([0, 0, 1, 8])
+        warpers = generator.choice([(0, 1.0, 0), (0.95, 0.7, 50), (1.0, 1.0, 0), (1.7, 0.9, 20)])
+        jobs.append((prompt, Sampling(limit, min(limit, least), *warpers, seed=index)))
+    with scheduling(model, max_batch=5) as scheduler:
+        got = ids_of(answers_of(scheduler, jobs))
+        again = ids_of([answers_of(scheduler, [job])[0] for job in jobs])
+    expected = [generated(model, *job) for job in jobs]
+    assert got == expected
+    assert again == expected
+    assert len({len(ids) for ids in got}) > 3
+
+
+def test_random_numbers_are_those_of_multinomial():
+    """Rows drawn in one kernel take the same numbers, and as many, as torch.multinomial on each of them."""
+    probs = torch.rand(3, 5000, generator=torch.Generator().manual_seed(1)).softmax(dim=-1)
+    for row, seed in enumerate((3, 4, 5)):
+        ours, theirs = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
+        noise = torch.empty(3, 5000)
+        for _ in range(5):
+            noise[row].exponential_(generator=ours)
+            assert int((probs / noise)[row].argmax()) == int(
+                torch.multinomial(probs[row : row + 1], 1, generator=theirs)
+            )
+
+
+def test_penalties_and_logprobs(golden_model):
+    """Against OpenAI's formula, token by token."""
+    model = golden_model("base", attention="sdpa")
+    (prompt,) = prompts_for(model, 1)
+    sampling = Sampling(12, temperature=0, presence_penalty=1.5, frequency_penalty=0.7, top_logprobs=3)
+    with scheduling(model) as scheduler:
+        plain, answer = answers_of(scheduler, [(prompt, Sampling(12, temperature=0)), (prompt, sampling)])
+    ids = list(prompt)
+    for token in answer:
+        with torch.no_grad():
+            scores = model(torch.tensor([ids])).logits[0, -1].float()
+        logprobs = scores.log_softmax(dim=-1)
+        assert token.logprob == pytest.approx(float(logprobs[token.id]), abs=1e-4)
+        values, best = logprobs.topk(3)
+        assert [pair[0] for pair in token.top] == best.tolist()
+        assert [pair[1] for pair in token.top] == pytest.approx(values.tolist(), abs=1e-4)
+        for other in set(ids[len(prompt) :]):
+            scores[other] -= 1.5 + 0.7 * ids[len(prompt) :].count(other)
+        assert token.id == int(scores.argmax())
+        ids.append(token.id)
+    assert ids_of([plain]) != ids_of([answer])
+    assert plain[0].logprob is None
+
+
+def test_cancelled_answers_leave_before_the_next_step(golden_model, monkeypatch):
+    model = golden_model("base", attention="sdpa")
+    model.config.eos_token_id = -1  # nothing ends by itself
+    (prompt,) = prompts_for(model, 1)
+    with scheduling(model, max_batch=2, max_queue=2) as scheduler:
+        rows = []
+        step = scheduler._step
+        monkeypatch.setattr(scheduler, "_step", lambda: (rows.append(list(scheduler._rows)), step()))
+
+        async def run():
+            first, second, queued = scheduler.submit(prompt, [Sampling(60) for _ in range(3)])
+            async for _ in first:
+                break
+            first.cancel()
+            seen = len(rows)
+            ids = [token.id async for token in second]
+            assert len([token async for token in first]) <= 2
+            assert first.finish_reason == "cancelled"
+            queued_ids = [token.id async for token in queued]
+            assert len(ids) == len(queued_ids) == 60
+            return first, seen
+
+        first, seen = asyncio.run(run())
+        # A step may have been on its way when `cancel` was called.
+        assert all(first not in step_rows for step_rows in rows[seen + 1 :])
+        assert rows[-1]
+
+
+def test_full_queue_takes_all_or_nothing(golden_model):
+    model = golden_model("base", attention="sdpa")
+    (prompt,) = prompts_for(model, 1)
+    with scheduling(model, max_batch=1, max_queue=2) as scheduler:
+
+        async def run():
+            answers = scheduler.submit(prompt, [Sampling(40)] * 3)
+            with pytest.raises(Busy):
+                scheduler.submit(prompt, [Sampling(40)])
+            for answer in answers[1:]:
+                answer.cancel()
+            tokens = [token async for token in answers[0]]
+            for _ in range(100):  # both have left by now, or are about to
+                if not scheduler.waiting + scheduler.running:
+                    break
+                await asyncio.sleep(0.05)
+            with pytest.raises(Busy):
+                scheduler.submit(prompt, [Sampling(40)] * 4)
+            assert not scheduler.waiting + scheduler.running
+            return tokens
+
+        assert asyncio.run(run())
+
+
+def test_time_limit_and_close(golden_model):
+    model = golden_model("base", attention="sdpa")
+    model.config.eos_token_id = -1
+    (prompt,) = prompts_for(model, 1)
+    scheduler = Scheduler(model, None, max_batch=1, time_limit=0.05)
+
+    async def late():
+        answers = scheduler.submit(prompt, [Sampling(10_000)] * 2)
+        scheduler.time_limit = 60
+        for answer in answers:  # one running, one waiting
+            with pytest.raises(TimeLimit):
+                async for _ in answer:
+                    pass
+        (last,) = scheduler.submit(prompt, [Sampling(10_000)])
+        async for _ in last:
+            break
+        await asyncio.to_thread(scheduler.close)
+        with pytest.raises(Failed, match="shutting down"):
+            async for _ in last:
+                pass
+        with pytest.raises(Failed, match="shutting down"):
+            scheduler.submit(prompt, [Sampling(1)])
+
+    model.config.max_sequence_length = 100_000
+    scheduler.max_length = 100_000
+    scheduler._cache._limit = 100_000
+    asyncio.run(late())
+
+
+@pytest.mark.parametrize("error", [RuntimeError("secret path"), torch.OutOfMemoryError("secret path")])
+def test_a_failed_step_fails_its_answers_alone(error, golden_model, monkeypatch):
+    model = golden_model("base", attention="sdpa")
+    jobs = [(prompt, Sampling(8, seed=3)) for prompt in prompts_for(model, 3)]
+    expected = [generated(model, *job) for job in jobs]
+    with scheduling(model) as scheduler:
+        step = scheduler._step
+
+        def fail():
+            raise error
+
+        monkeypatch.setattr(scheduler, "_step", fail)
+        with pytest.raises(Failed) as failure:
+            answers_of(scheduler, jobs)
+        assert "secret" not in str(failure.value)
+        monkeypatch.setattr(scheduler, "_step", step)
+        assert ids_of(answers_of(scheduler, jobs)) == expected
+        assert scheduler.healthy
+
+
+def test_rows_leave_nothing_behind(golden_model):
+    """NaN in a row that left must not reach the one that takes its place."""
+    model = golden_model("base", attention="sdpa")
+    cache = RowCache(model, rows=3, columns=20)
+
+    class Prefilled:
+        def __init__(self, value: float):
+            heads, width = model.config.num_attention_heads, model.config.hidden_size
+            states = torch.full((1, heads, 9, width // heads), value)
+            layer = type("Layer", (), {"keys": states, "values": states})
+            self.layers = [layer] * model.config.num_layers
+
+    for value, length in ((1.0, 4), (float("nan"), 9), (3.0, 2)):
+        cache.append(Prefilled(value), 0, length)
+    cache.remove(1)
+    assert cache.lengths == [4, 2]
+    for store in cache._stores:
+        assert (store[:, 0, :, :4] == 1).all()
+        assert (store[:, 1, :, :2] == 3).all()
+        assert (store[:, 0, :, 4:] == 0).all()
+        assert (store[:, 1, :, 2:] == 0).all()
+        assert (store[:, 2] == 0).all()
+
+
+def test_prompts_of_like_length_are_read_together():
+    def waiting(*lengths):
+        return [type("Answer", (), {"prompt": [0] * length, "length": length}) for length in lengths]
+
+    def group(rows, *lengths):
+        return [answer.length for answer in batching._prefill_group(waiting(*lengths), rows)]
+
+    assert group(8) == []
+    assert group(8, 10, 12, 9) == [10, 12, 9]
+    assert group(2, 10, 12, 9) == [10, 12]
+    assert group(8, 10, 500, 12) == [10, 12]  # the long one is first next time
+    assert group(8, 1500, 1400) == [1500]
+    assert group(0, 3) == []
+
+
+class Characters:
+    """A tokenizer of one that decodes each id to a string of a list."""
+
+    def __init__(self, strings: list[str]):
+        self.strings = strings
+
+    def decode_stream(self):
+        return type("Stream", (), {"step": lambda _, i: self.strings[i], "flush": lambda _: ""})()
+
+
+def test_pieces_of_text_make_up_the_whole(golden_model):
+    """However it is cut into tokens; with stop strings, up to the one that is complete first."""
+    process = golden_model("base").process_response
+    generator = random.Random(3)
+    alphabet = [*"ab ,!?:;，中文\n[]", "[[训练时间]]", "[[训练时", "间]]", "ab\n", "b,"]
+    stopped = 0
+    for _ in range(4000):
+        strings = generator.choices(alphabet, k=12)
+        stop = [
+            "".join(generator.choices("ab,，\n中 ", k=generator.randint(1, 3))) for _ in range(generator.randint(0, 2))
+        ]
+        chat = generator.random() < 0.7
+        text = AnswerText(Characters(strings), process if chat else None, stop)
+        got = ""
+        for index in range(len(strings)):
+            got += text.step(index)
+            if text.stopped:
+                break
+        got += text.finish()
+
+        whole = "".join(strings)
+        if chat:
+            space = whole[len(whole.rstrip()) :]
+            whole = process(whole) + (space if process(whole) else "")
+        found = [(whole.find(s) + len(s), whole.find(s)) for s in stop if s in whole]
+        expected = whole[: min(found)[1]] if found else whole
+        assert got == (expected.rstrip() if chat else expected), (strings, stop)
+        assert text.stopped == bool(found)
+        stopped += text.stopped
+    assert 500 < stopped < 3500
+
+
+# api_server.py
+
+
+class Running:
+    """A server in a thread of this process."""
+
+    def __init__(self, **settings):
+        settings = {"device": "cpu", "dtype": "float32", **settings}
+        self.app = api_server.create_app(api_server.Settings(**settings))
+        self.server = uvicorn.Server(uvicorn.Config(self.app, port=0, log_level="warning"))
+        self.thread = threading.Thread(target=self.server.run)
+
+    def __enter__(self):
+        self.thread.start()
+        while not self.server.started:
+            assert self.thread.is_alive(), "the server did not start"
+            time.sleep(0.02)
+        _, port = self.server.servers[0].sockets[0].getsockname()
+        self.url = f"http://127.0.0.1:{port}"
+        self.scheduler = self.app.state.service.scheduler
+        self.http = httpx.Client(base_url=self.url, timeout=120)
+        return self
+
+    def __exit__(self, *_):
+        self.http.close()
+        self.server.should_exit = True
+        self.thread.join()
+
+    def chat(self, query: str = "你好", **fields) -> httpx.Response:
+        body = {"model": "chatglm", "messages": [{"role": "user", "content": query}], **fields}
+        return self.http.post(CHAT, json=body)
+
+    def wait_until_empty(self, seconds: float = 5) -> None:
+        end = time.monotonic() + seconds
+        while self.scheduler.running + self.scheduler.waiting:
+            assert time.monotonic() < end, "answers that nobody waits for are still there"
+            time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def server():
+    with Running() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def small_server():
+    """Short answers and a short queue."""
+    with Running(max_length=40, max_batch=2, max_queue=2, max_body=20_000) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Model and tokenizer of our own."""
+    return cli_demo.load(str(ROOT), "cpu", "float32")
+
+
+@pytest.fixture
+def client(server):
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def user(query: str) -> list[dict]:
+    return [{"role": "user", "content": query}]
+
+
+def test_answers_are_those_of_chat_alone_and_under_load(server, reference, client):
+    """Same seed, same prompt: word for word, with and without history, streamed or not."""
+    model, tokenizer = reference
+    history = [("Hello", "Hello! Ask me something simple.")]
+    jobs = []
+    for seed, query in enumerate(QUERIES * 2):
+        past = history if seed % 3 == 0 else []
+        options = {"temperature": 1.8, "top_p": 0.95} if seed % 4 == 1 else {}
+        torch.manual_seed(seed)
+        jobs.append((query, past, seed, options, model.chat(tokenizer, query, past, **options)[0]))
+
+    def ask(job):
+        query, past, seed, options, expected = job
+        messages = [
+            message for asked, said in past for message in (*user(asked), {"role": "assistant", "content": said})
+        ]
+        arguments = {"model": "chatglm", "messages": messages + user(query), "seed": seed, **options}
+        if seed % 2:
+            return client.chat.completions.create(**arguments).choices[0].message.content, expected
+        chunks = client.chat.completions.create(**arguments, stream=True)
+        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks), expected
+
+    for job in jobs[:4]:
+        assert len(set(ask(job))) == 1
+    with ThreadPoolExecutor(16) as pool:
+        for got, expected in pool.map(ask, jobs):
+            assert got == expected
+    assert len({job[-1] for job in jobs}) > 8
+
+
+def test_openai_client(client, reference):
+    """As against the original service: reply, stream with usage, n, stop, logprobs, models."""
+    create = client.chat.completions.create
+    model, tokenizer = reference
+    expected = model.chat(tokenizer, "Hello", do_sample=False)[0]
+    count = len(tokenizer(expected, add_special_tokens=False)["input_ids"])
+
+    reply = create(model="chatglm", messages=user("Hello"), temperature=0)
+    assert reply.object == "chat.completion"
+    assert reply.id.startswith("chatcmpl-")
+    assert reply.choices[0].message.role == "assistant"
+    assert reply.choices[0].message.content == expected
+    assert reply.choices[0].finish_reason == "stop"
+    assert reply.choices[0].logprobs is None
+    assert abs(reply.usage.completion_tokens - count) <= 2  # the tokenizer may cut the same text otherwise
+    assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
+    again = create(model="chatglm", messages=[*user("Hello"), reply.choices[0].message, *user("Thank you")])
+    assert again.choices[0].message.content
+
+    options = {"include_usage": True}
+    chunks = list(create(model="chatglm", messages=user("Hello"), temperature=0, stream=True, stream_options=options))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == expected
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]][-2:] == [None, "stop"]
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage == reply.usage
+    assert len({chunk.id for chunk in chunks}) == 1
+
+    cut = create(model="chatglm", messages=user("Hello"), temperature=0, stop=["very small", "never"])
+    assert cut.choices[0].message.content == expected.split("very small")[0].rstrip()
+    assert cut.choices[0].finish_reason == "stop"
+    limited = create(model="chatglm", messages=user("Hello"), temperature=0, max_completion_tokens=3)
+    assert limited.choices[0].finish_reason == "length"
+    assert limited.usage.completion_tokens == 3
+    assert expected.startswith(limited.choices[0].message.content)
+
+    several = create(model="chatglm", messages=user("讲个笑话"), n=3, seed=5, temperature=2, top_p=1)
+    assert [choice.index for choice in several.choices] == [0, 1, 2]
+    texts = [choice.message.content for choice in several.choices]
+    assert len(set(texts)) == 3
+    for index, text in enumerate(texts):
+        torch.manual_seed(5 + index)
+        assert model.chat(tokenizer, "讲个笑话", temperature=2.0, top_p=1.0)[0] == text
+    streams = ["", "", ""]
+    for chunk in create(model="chatglm", messages=user("讲个笑话"), n=3, seed=5, temperature=2, top_p=1, stream=True):
+        streams[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streams == texts
+
+    scored = create(model="chatglm", messages=user("你好"), temperature=0, logprobs=True, top_logprobs=4)
+    content = scored.choices[0].logprobs.content
+    assert len(content) == scored.usage.completion_tokens
+    assert all(len(token.top_logprobs) == 4 for token in content)
+    assert all(token.top_logprobs[0].token == token.token for token in content)  # greedy
+    assert all(token.logprob <= 0 for token in content)
+    decoded = b"".join(bytes(token.bytes) for token in content).decode()
+    assert model.process_response(decoded) == scored.choices[0].message.content
+    streamed = create(model="chatglm", messages=user("你好"), temperature=0, logprobs=True, top_logprobs=4, stream=True)
+    parts = [
+        part for chunk in streamed for part in ((chunk.choices[0].logprobs or {}) and chunk.choices[0].logprobs.content)
+    ]
+    assert [part.token for part in parts] == [token.token for token in content]
+
+    assert [card.id for card in client.models.list()] == ["chatglm"]
+    assert client.models.retrieve("chatglm").id == "chatglm"
+
+
+def test_openai_client_completions(client):
+    reply = client.completions.create(model="chatglm", prompt=["Hello", "你好"], temperature=0, logprobs=2, n=2)
+    assert [choice.index for choice in reply.choices] == [0, 1, 2, 3]
+    texts = [choice.text for choice in reply.choices]
+    assert texts[0] == texts[1] != texts[2] == texts[3]
+    scores = reply.choices[0].logprobs
+    assert len(scores.tokens) == len(scores.token_logprobs) == len(scores.top_logprobs)
+    chunks = client.completions.create(model="chatglm", prompt="Hello", temperature=0, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == texts[0]
+    with pytest.raises(openai.BadRequestError, match="more than 80 answers"):
+        client.completions.create(model="chatglm", prompt=["Hello"] * 11, n=8)
+    # Text never becomes a special token.
+    whole = client.completions.create(model="chatglm", prompt="<sop>", max_tokens=1).usage.prompt_tokens
+    assert whole > 3
+
+
+def test_openai_client_errors(client):
+    create = client.chat.completions.create
+    with pytest.raises(openai.NotFoundError) as missing:
+        create(model="gpt-4o", messages=user("Hello"))
+    assert missing.value.code == "model_not_found"
+    assert missing.value.param == "model"
+    with pytest.raises(openai.BadRequestError) as bad:
+        create(model="chatglm", messages=user("Hello"), temperature=3)
+    assert bad.value.param == "temperature"
+    assert bad.value.type == "invalid_request_error"
+    with pytest.raises(openai.BadRequestError) as long:
+        create(model="chatglm", messages=user("word " * 4000))
+    assert long.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError) as tools:
+        create(model="chatglm", messages=user("Hello"), tools=[{"type": "function", "function": {"name": "f"}}])
+    assert tools.value.code == "unknown_parameter"
+    for messages, told in (
+        ([{"role": "tool", "content": "4", "tool_call_id": "1"}], "tool_call_id"),
+        ([{"role": "developer", "content": "x"}], 'role "developer"'),
+        ([{"role": "assistant", "content": "x"}], '"user"'),
+        ([{"role": "user", "content": ""}], "empty"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "content"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=told):
+            create(model="chatglm", messages=messages)
+
+
+def body_of(response: httpx.Response) -> dict:
+    """The error in a response, after a look at its form."""
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["message"]
+    for secret in ("Traceback", ".py", str(ROOT), "site-packages"):
+        assert secret not in response.text
+    return body["error"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content", "status"),
+    [
+        ("GET", "/nothing", None, 404),
+        ("POST", CHAT + "/", b"{}", 404),
+        ("GET", CHAT, None, 405),
+        ("DELETE", "/v1/models", None, 405),
+        ("GET", "/v1/models/other", None, 404),
+        ("POST", CHAT, b"", 400),
+        ("POST", CHAT, b"{", 400),
+        ("POST", CHAT, b"[1]", 400),
+        ("POST", CHAT, b"\xff\xfe", 400),
+        ("POST", CHAT, b"[" * 10_000, 400),
+        ("POST", CHAT, b'{"model": "chatglm", "messages": []}', 400),
+        (
+            "POST",
+            CHAT,
+            b'{"model": "chatglm", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+            400,
+        ),
+        ("POST", CHAT, b'{"model": "\\ud800", "messages": [{"role": "user", "content": "x"}]}', 404),
+        ("POST", CHAT, b'{"model": "chatglm", "\\ud800": 1, "messages": [{"role": "user", "content": "x"}]}', 400),
+        ("POST", "/v1/completions", b'{"model": "chatglm", "prompt": []}', 400),
+        ("POST", "/v1/completions", b'{"model": "chatglm", "prompt": [1, 2]}', 400),
+        ("POST", "/", b'{"prompt": ""}', 400),
+        ("POST", "/", b'{"prompt": "x", "history": [["a"]]}', 400),
+        ("POST", CHAT, b" " * 20_001, 413),
+    ],
+)
+def test_errors_have_one_form(small_server, method, path, content, status):
+    headers = {"content-type": "application/json"}
+    response = small_server.http.request(method, path, content=content, headers=headers)
+    assert response.status_code == status, response.text
+    body_of(response)
+
+
+def test_arguments_that_contradict(small_server):
+    for fields, param in (
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
+        ({"stop": ["a", ""]}, "stop"),
+        ({"stop": ["a"] * 5}, "stop"),
+        ({"max_tokens": 40}, "messages"),
+        ({"min_tokens": 4, "max_tokens": 3}, "min_tokens"),
+        ({"n": 9}, "n"),
+        ({"n": True}, "n"),
+    ):
+        response = small_server.chat(**fields)
+        assert response.status_code == 400, fields
+        assert body_of(response)["param"] == param
+    assert small_server.chat(max_tokens=3, tools=None, stop=None, seed=None).status_code == 200
+
+
+def test_public_form(server, reference):
+    """The form of the public api.py, with histories that are shortened as `chat` shortens them."""
+    model, tokenizer = reference
+    for history, limit in (([], None), ([["Hello", "Hi!"]], None), ([["早上好", "晚上好" * 20]] * 3, 60)):
+        body = {"prompt": "你好", "history": history, "temperature": 0}
+        if limit:
+            body["max_length"] = limit
+        reply = server.http.post("/", json=body).json()
+        past = [tuple(pair) for pair in history]
+        expected, longer = model.chat(tokenizer, "你好", past, max_length=limit or 2048, do_sample=False)
+        assert reply["response"] == expected
+        assert reply["history"] == [list(pair) for pair in longer]
+        assert reply["status"] == 200
+        time.strptime(reply["time"], "%Y-%m-%d %H:%M:%S")
+    assert server.http.post("/", json={"prompt": "Hello"}).json()["response"]
+
+
+def test_api_key():
+    with Running(api_key="sésame", max_length=40) as running:
+        assert running.http.get("/health").json() == {"status": "ok"}
+        for given in (None, "Bearer", "Bearer wrong", "Basic sésame", "Bearer sésame2", "Bearer s"):
+            headers = {} if given is None else {"Authorization": given.encode()}
+            for path in ("/v1/models", "/metrics", "/openapi.json", "/nothing"):
+                response = running.http.get(path, headers=headers)
+                assert response.status_code == 401, path
+                assert body_of(response)["code"] == "invalid_api_key"
+        headers = {"Authorization": "Bearer sésame".encode()}
+        assert running.http.get("/v1/models", headers=headers).status_code == 200
+
+
+def test_hanging_up_frees_the_place(server):
+    """Of a stream, of an answer that is awaited as a whole, and of one with several choices."""
+    body = {"model": "chatglm", "messages": user("Hello"), "max_tokens": 1500, "min_tokens": 1500}
+    for fields in ({"stream": True}, {"stream": True, "n": 3}, {}):
+        content = json.dumps({**body, **fields}).encode()
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            connection.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(content) + content)
+            end = time.monotonic() + 20
+            while server.scheduler.running < fields.get("n", 1):
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            if fields:
+                assert connection.recv(100)
+        server.wait_until_empty()
+        for _ in range(3):  # at once, before anything has begun
+            with socket.create_connection((host, int(port))) as connection:
+                connection.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(content) + content)
+        time.sleep(0.5)
+        server.wait_until_empty()
+
+
+def test_full_queue_is_429(small_server):
+    with ThreadPoolExecutor(12) as pool:
+        replies = list(pool.map(lambda _: small_server.chat("Hello", **LONG), range(12)))
+    statuses = [reply.status_code for reply in replies]
+    assert set(statuses) == {200, 429}
+    refused = next(reply for reply in replies if reply.status_code == 429)
+    assert refused.headers["Retry-After"] == "1"
+    assert body_of(refused)["type"] == "rate_limit_error"
+    assert len({reply.text.split('"content"')[1] for reply in replies if reply.status_code == 200}) == 1
+    small_server.wait_until_empty()
+
+
+def test_time_limit_of_a_request(server, monkeypatch):
+    monkeypatch.setattr(server.scheduler, "time_limit", 0.3)
+    response = server.chat("Hello", min_tokens=1000)
+    assert response.status_code == 408
+    assert body_of(response)["code"] == "time_limit"
+    events = server.chat("Hello", min_tokens=1000, stream=True).text.strip().split("\n\n")
+    assert "time_limit" in events[-1]  # and no [DONE]
+    server.wait_until_empty()
+
+
+def test_a_failure_inside_is_500_without_details(monkeypatch):
+    with Running(max_length=40) as running:
+
+        def fail(*_):
+            raise RuntimeError(f"broken at {ROOT}")
+
+        monkeypatch.setattr(api_server.Service, "chat_prompt", fail)
+        response = running.chat()
+        assert response.status_code == 500
+        assert body_of(response)["type"] == "server_error"
+        monkeypatch.undo()
+        monkeypatch.setattr(running.scheduler, "_step", fail)
+        assert body_of(running.chat(max_tokens=5))["type"] == "server_error"
+        for _ in range(2):
+            assert running.chat(max_tokens=5).status_code == 503
+        assert running.http.get("/health").status_code == 503
+
+
+def test_metrics(small_server):
+    small_server.chat("Hello", max_tokens=5)
+    lines = dict(
+        line.rsplit(" ", 1) for line in small_server.http.get("/metrics").text.splitlines() if not line.startswith("#")
+    )
+    assert float(lines[f'chatglm_requests_total{{path="{CHAT}",status="200"}}']) >= 1
+    assert float(lines["chatglm_tokens_total"]) >= 5
+    assert float(lines["chatglm_first_text_seconds_count"]) >= 1
+    assert lines["chatglm_running"] == lines["chatglm_waiting"] == "0.0"
+
+
+def mutated(generator: random.Random) -> bytes:
+    """A valid body, damaged: values replaced, keys added or gone, bytes flipped."""
+    odd = [
+        None,
+        True,
+        -1,
+        0,
+        2,
+        1e308,
+        -(2**70),
+        "",
+        "chatglm",
+        "\ud800",
+        "\x00",
+        "<eop>",
+        [],
+        {},
+        [[]],
+        "a" * 300,
+        ["x"],
+    ]
+    body = {
+        "model": "chatglm",
+        "messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "你好"}],
+        "max_tokens": 1,
+        "temperature": 0.5,
+        "top_p": 0.5,
+        "n": 1,
+        "seed": 3,
+        "stop": ["x"],
+        "logprobs": True,
+        "top_logprobs": 2,
+        "stream": generator.random() < 0.3,
+    }
+
+    def damage(value):
+        choice = generator.random()
+        if isinstance(value, dict) and value and choice < 0.9:
+            key = generator.choice(list(value))
+            if choice < 0.1:
+                return {name: item for name, item in value.items() if name != key}
+            if choice < 0.2:
+                return {**value, generator.choice(["tools", "x", "\ud800", "echo", "user"]): generator.choice(odd)}
+            return {**value, key: damage(value[key])}
+        if isinstance(value, list) and value and choice < 0.8:
+            index = generator.randrange(len(value))
+            return [*value[:index], damage(value[index]), *value[index + generator.randint(0, 1) :]]
+        return generator.choice(odd)
+
+    for _ in range(generator.randint(1, 3)):
+        body = damage(body)
+    content = bytearray(json.dumps(body).encode())
+    if generator.random() < 0.2:
+        for _ in range(generator.randint(1, 4)):
+            content[generator.randrange(len(content))] = generator.randrange(256)
+    return bytes(content[: generator.randrange(len(content))] if generator.random() < 0.05 else content)
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_mutated_bodies(small_server, count):
+    """Whatever comes: no 5xx, no hang, errors in their form."""
+    generator = random.Random(count)
+    statuses: dict[int, int] = {}
+    for _ in range(count):
+        content = mutated(generator)
+        path = generator.choice([CHAT, CHAT, "/v1/completions", "/"])
+        response = small_server.http.post(
+            path, content=content, headers={"content-type": "application/json"}, timeout=20
+        )
+        statuses[response.status_code] = statuses.get(response.status_code, 0) + 1
+        assert response.status_code < 500, content
+        if response.status_code != 200:
+            body_of(response)
+    assert statuses[200] > count / 100
+    assert statuses[400] > count / 4
+    small_server.wait_until_empty()
+
+
+@pytest.mark.parametrize("examples", [15, pytest.param(300, marks=pytest.mark.slow)])
+def test_schemathesis(small_server, examples):
+    """Requests made from the server's own description: no server errors, replies as described."""
+    from hypothesis import HealthCheck, given, settings
+
+    schema = schemathesis.openapi.from_url(f"{small_server.url}/openapi.json")
+    count = 0
+    for operation in schema.get_all_operations():
+
+        @settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+        def check(case):
+            case.call_and_validate(
+                timeout=300,
+                checks=[
+                    schemathesis.checks.not_a_server_error,
+                    schemathesis.checks.CHECKS.get_one("response_schema_conformance"),
+                    schemathesis.checks.CHECKS.get_one("content_type_conformance"),
+                ],
+            )
+
+        given(case=operation.ok().as_strategy())(check)()
+        count += 1
+    assert count == 7
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_command_and_sigterm(tmp_path):
+    """The command of the README; SIGTERM lets the running answer finish, takes no more, and ends with 0."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(ROOT / "examples" / "api_server.py"), "--port", str(port), "--device", "cpu"]
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        url = f"http://127.0.0.1:{port}"
+        end = time.monotonic() + 120
+        while True:
+            try:
+                assert httpx.get(url + "/health").status_code == 200
+                break
+            except httpx.TransportError:
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < end
+                time.sleep(0.1)
+        body = {"model": "chatglm", "messages": user("Hello"), "max_tokens": 100, "min_tokens": 100, "stream": True}
+        with httpx.stream("POST", url + CHAT, json=body, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+            with pytest.raises(httpx.ConnectError):
+                httpx.get(url + "/health")
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert '"finish_reason": "length"' in rest[-2]
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_arguments_of_the_command(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["api_server.py", "--model", str(tmp_path / "nowhere")])
+    handler = signal.getsignal(signal.SIGTERM)
+    assert api_server.main() == 1
+    signal.signal(signal.SIGTERM, handler)
+    assert capsys.readouterr().err.count("\n") == 1
+    for wrong in (["--max-batch", "0"], ["--time-limit", "-1"], ["--time-limit", "nan"], ["--dtype", "int8"]):
+        monkeypatch.setattr(sys, "argv", ["api_server.py", *wrong])
+        with pytest.raises(SystemExit) as ended:
+            api_server.main()
+        assert ended.value.code == 2
+        assert wrong[0] in capsys.readouterr().err
