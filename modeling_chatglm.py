@@ -231,9 +231,8 @@ class ChatGLMAttention(nn.Module):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Query [B, H, S, D], key and value [B, H, T, D] → context [B, S, H, D], and probabilities if there are any."""
-        name = (
-            "eager" if output_attentions else self.config._attn_implementation
-        )  # others have no probabilities to give
+        # Only the eager implementation has probabilities to give.
+        name = "eager" if output_attentions else self.config._attn_implementation
         # transformers takes these words in this file for leave to set an implementation:
         # early version 5, ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]; later,
         # ALL_ATTENTION_FUNCTIONS.get_interface(…). What is called here exists in both.
@@ -641,11 +640,14 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
 
 class FiniteScores(LogitsProcessor):
-    """Puts all weight on one id where scores are NaN or infinite, as the public code does, and says so once."""
+    """Puts all weight on one id where scores are NaN or infinite, as the public code does, and says so once.
+
+    Single scores of minus infinity are left: other processors forbid ids so.
+    """
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """int64 [B, S], float [B, V] → float [B, V]."""
-        broken = ~scores.isfinite().all(dim=-1, keepdim=True)
+        broken = ~scores.amax(dim=-1, keepdim=True).isfinite()  # a NaN is the largest of all
         if broken.any():
             logger.warning_once(
                 "The model's scores are NaN or infinite, so the answer will be empty or meaningless. Likely causes: a "

@@ -183,10 +183,14 @@ def test_broken_scores_give_a_fixed_id_and_one_warning(caplog, golden_model):
     with caplog.at_level(logging.WARNING):
         ids = model.generate(PROMPT, do_sample=False, max_new_tokens=4, logits_processor=[FiniteScores()])
     assert ids[0, 5:].tolist() == [5, 5, 5, 5]
-    scores = torch.tensor([[0.0] * 8, [1.0] * 7 + [float("inf")]])
-    fixed = FiniteScores()(None, scores)
-    assert torch.equal(fixed[0], scores[0])
-    assert fixed[1].argmax() == 5
+    infinite = float("inf")
+    fine = torch.tensor([[0.0] * 8, [-infinite] * 3 + [1.0] * 5])
+    assert torch.equal(FiniteScores()(None, fine), fine)
+    for wrong in (infinite, float("nan")):
+        fixed = FiniteScores()(None, torch.cat((fine, torch.tensor([[1.0] * 7 + [wrong]]))))
+        assert torch.equal(fixed[:2], fine)
+        assert fixed[2].argmax() == 5
+    assert FiniteScores()(None, torch.full((1, 8), -infinite)).argmax() == 5
 
 
 @pytest.mark.parametrize(
