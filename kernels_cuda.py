@@ -145,97 +145,120 @@ struct Epilogue {
     int gelu;
     u16* y;                // [M, N]
 };
-__device__ __forceinline__ void finish(const Epilogue& e, float sum, int m, int n, int N) {
-    if (e.scale) sum *= to_float(e.scale[n]);
-    if (e.bias) sum += to_float(e.bias[n]);
-    if (e.gelu) sum = gelu(sum);
-    if (e.residual) sum += e.alpha * to_float(e.residual[(size_t)m * N + n]);
-    e.y[(size_t)m * N + n] = to_u16(sum);
+struct Finish { float scale, bias, residual; };
+__device__ __forceinline__ Finish prepare(const Epilogue& e, int m, int n, int M, int N) {
+    Finish f = {1.0f, 0.0f, 0.0f};
+    if (m < M && n < N) {
+        if (e.scale) f.scale = to_float(e.scale[n]);
+        if (e.bias) f.bias = to_float(e.bias[n]);
+        if (e.residual) f.residual = e.alpha * to_float(e.residual[(size_t)m * N + n]);
+    }
+    return f;
 }
-
+__device__ __forceinline__ void finish(const Epilogue& e, const Finish& f, float sum, int m, int n, int N) {
+    sum = sum * f.scale + f.bias;
+    if (e.gelu) sum = gelu(sum);
+    e.y[(size_t)m * N + n] = to_u16(sum + f.residual);
+}
 """
 
-# Few rows: x is kept whole in shared memory. A block of WARPS warps owns 16 weight rows at a time, each warp every
-# WARPS-th 64 bytes of them. RING 16-byte loads a thread and row are under way at any time, from before the kernel's
-# turn (weights don't depend on anything) to its end, over the boundaries of tiles.
+# Few rows: x is kept whole in shared memory. A block of 8 warps, one to a multiprocessor, owns 16 · HEIGHT weight rows
+# at a time, each warp every eighth 64 bytes of them. RING 16-byte loads a thread and row are under way at any time, from
+# before the kernel's turn (weights depend on nothing) to its end, over the boundaries of tiles. Two such kernels fit a
+# multiprocessor, so that the next one's loads fill the memory's time while this one ends.
 _ROWS = r"""
-template <int BITS, int COLUMNS, int WARPS>
-__device__ __forceinline__ void rows(const unsigned char* __restrict__ weight, const u16* __restrict__ x,
+template <int BITS, int COLUMNS, int HEIGHT>
+__device__ __forceinline__ void rows(const unsigned char* __restrict__ weight, const u16* x,
                                      const Epilogue& e, int M, int N, int K) {
-    constexpr int RING = 8;
+    constexpr int WARPS = 8, RING = 8 / HEIGHT;
     constexpr int CHUNK = 128 / BITS;                  // weights in 16 bytes
     constexpr int STEP = 4 * CHUNK;                    // weights in 64 bytes
+    constexpr int TURN = RING * WARPS * 64;            // bytes of a row that are under way
+    constexpr int TILE = 16 * HEIGHT;
     extern __shared__ uint4 shared_x[];
-    u16* sx = (u16*)shared_x;
-    __shared__ float part[2][WARPS][16 * COLUMNS];
+    __shared__ float part[2][WARPS][TILE * COLUMNS];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
     const size_t row_bytes = (size_t)K * BITS / 8;
-    const int steps = ((K + STEP * WARPS * RING - 1) / (STEP * WARPS * RING)) * RING;   // of a warp, for a tile
-    const int tiles = (N + 15) / 16;
-    const int stride = steps * WARPS * STEP + (COLUMNS > 1 ? 8 : 0);
+    const int turns = (row_bytes + TURN - 1) / TURN;   // of a tile
+    const int tiles = (N + TILE - 1) / TILE;
+    const int stride = turns * (TURN * 8 / BITS) + (COLUMNS > 1 ? 8 : 0);
 
-    uint4 first[RING], second[RING];
-    // Where this thread's bytes of a turn of the ring begin, in rows g and g + 8, and how many weights from there on.
-    const unsigned char *p, *q;
-    int p_left, q_left;
-    auto point_at = [&](int tile, int step) {
-        const int k = (step * WARPS + warp) * STEP + t * CHUNK, n = tile * 16 + g;
+    uint4 ring[RING][2 * HEIGHT];
+    // Where this thread's bytes of a turn begin, in row g, and how many weights there are from there on.
+    const unsigned char* p;
+    int left, rows_left;
+    auto point_at = [&](int tile, int turn) {
+        const int k = (turn * RING * WARPS + warp) * STEP + t * CHUNK, n = tile * TILE + g;
         p = weight + n * row_bytes + (size_t)k * BITS / 8;
-        q = p + 8 * row_bytes;
-        p_left = n < N ? K - k : 0;
-        q_left = n + 8 < N ? K - k : 0;
+        left = K - k;
+        rows_left = N - n;
     };
     auto fetch = [&](int r) {
-        first[r] = load_stream(p + r * WARPS * 64, r * WARPS * STEP < p_left);
-        second[r] = load_stream(q + r * WARPS * 64, r * WARPS * STEP < q_left);
+#pragma unroll
+        for (int h = 0; h < 2 * HEIGHT; h++)
+            ring[r][h] = load_stream(p + h * 8 * row_bytes + r * WARPS * 64, r * WARPS * STEP < left && h * 8 < rows_left);
     };
 
     start_next();
     point_at(blockIdx.x, 0);
 #pragma unroll
     for (int r = 0; r < RING; r++) fetch(r);
+    for (int next = 1; next <= PREFETCH; next++) {   // these only as far as the L2 cache
+        const int tile = blockIdx.x + next / turns * gridDim.x;
+        const size_t offset = (size_t)(next % turns) * TURN;
+        for (int i = threadIdx.x; i < TILE * TURN / 128; i += WARPS * 32) {
+            const int n = tile * TILE + i / (TURN / 128);
+            const size_t at = offset + i % (TURN / 128) * 128;
+            if (n < N && at < row_bytes) asm volatile("prefetch.global.L2 [%0];" :: "l"(weight + n * row_bytes + at));
+        }
+    }
     wait();
     for (int i = threadIdx.x; i < M * (stride / 8); i += WARPS * 32) {
         const int m = i / (stride / 8), k = (i % (stride / 8)) * 8;
         shared_x[i] = k < K ? *(const uint4*)(x + (size_t)m * K + k) : make_uint4(0, 0, 0, 0);
     }
     __syncthreads();
-    const u16* my_x = sx + (COLUMNS > 1 ? min(g, M - 1) * stride : 0) + warp * STEP + t * CHUNK;
+    const u16* my_x = (u16*)shared_x + (COLUMNS > 1 ? min(g, M - 1) * stride : 0) + warp * STEP + t * CHUNK;
 
     int buffer = 0;
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, buffer ^= 1) {
-        float even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0};
-        for (int s = 0; s < steps; s += RING) {
-            const bool last = s + RING >= steps;
-            point_at(last ? tile + gridDim.x : tile, last ? 0 : s + RING);
-            const uint4* turn_x = (const uint4*)(my_x + s * WARPS * STEP);
+        float even[HEIGHT][4], odd[HEIGHT][4];
+#pragma unroll
+        for (int h = 0; h < HEIGHT; h++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) even[h][i] = odd[h][i] = 0;
+        // One thread finishes one sum; what it needs for that is loaded early.
+        const int m = threadIdx.x / TILE, n = tile * TILE + threadIdx.x % TILE;
+        const Finish end = prepare(e, m, n, M, N);
+        for (int turn = 0; turn < turns; turn++) {
+            const bool last = turn + 1 == turns;
+            point_at(last ? tile + gridDim.x : tile, last ? 0 : turn + 1);
+            const uint4* turn_x = (const uint4*)(my_x + turn * (TURN * 8 / BITS));
 #pragma unroll
             for (int r = 0; r < RING; r++) {
                 const uint4* xs = turn_x + r * WARPS * STEP / 8;
-                const u32 w0[4] = {first[r].x, first[r].y, first[r].z, first[r].w};
-                const u32 w1[4] = {second[r].x, second[r].y, second[r].z, second[r].w};
-                if (BITS == 16) {
-                    const uint4 b = xs[0];
-                    multiply(even, w0[0], w1[0], w0[1], w1[1], b.x, b.y);
-                    multiply(odd, w0[2], w1[2], w0[3], w1[3], b.z, b.w);
-                } else if (BITS == 8) {
+                u32 w[2 * HEIGHT][4];
 #pragma unroll
-                    for (int j = 0; j < 4; j += 2) {
-                        const uint4 b = xs[j / 2];
-                        u32 p[2], q[2];
-                        widen8(w0[j], p); widen8(w1[j], q);
-                        multiply(even, p[0], q[0], p[1], q[1], b.x, b.y);
-                        widen8(w0[j + 1], p); widen8(w1[j + 1], q);
-                        multiply(odd, p[0], q[0], p[1], q[1], b.z, b.w);
-                    }
-                } else {
+                for (int h = 0; h < 2 * HEIGHT; h++) {
+                    w[h][0] = ring[r][h].x; w[h][1] = ring[r][h].y; w[h][2] = ring[r][h].z; w[h][3] = ring[r][h].w;
+                }
 #pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        const uint4 b = xs[j];
-                        u32 p[4], q[4];
-                        widen4(w0[j], p); widen4(w1[j], q);
-                        multiply(even, p[0], q[0], p[1], q[1], b.x, b.y);
-                        multiply(odd, p[2], q[2], p[3], q[3], b.z, b.w);
+                for (int j = 0; j < CHUNK / 8; j++) {   // 8 weights of every row
+                    const uint4 b = xs[j];
+#pragma unroll
+                    for (int h = 0; h < HEIGHT; h++) {
+                        u32 c[4], d[4];
+                        if (BITS == 8) {
+                            widen8(w[2 * h][2 * j], c); widen8(w[2 * h][2 * j + 1], c + 2);
+                            widen8(w[2 * h + 1][2 * j], d); widen8(w[2 * h + 1][2 * j + 1], d + 2);
+                        } else if (BITS == 4) {
+                            widen4(w[2 * h][j], c); widen4(w[2 * h + 1][j], d);
+                        } else {
+#pragma unroll
+                            for (int i = 0; i < 4; i++) { c[i] = w[2 * h][i]; d[i] = w[2 * h + 1][i]; }
+                        }
+                        multiply(even[h], c[0], d[0], c[1], d[1], b.x, b.y);
+                        multiply(odd[h], c[2], d[2], c[3], d[3], b.z, b.w);
                     }
                 }
                 fetch(r);
@@ -243,36 +266,35 @@ __device__ __forceinline__ void rows(const unsigned char* __restrict__ weight, c
         }
         // All columns are alike when there is one row: column 0 is with the lanes t = 0.
         float* mine = part[buffer][warp];
-        if (COLUMNS == 1) {
-            if (t == 0) { mine[g] = even[0] + odd[0]; mine[g + 8] = even[2] + odd[2]; }
-        } else {
-            mine[(2 * t) * 16 + g] = even[0] + odd[0];
-            mine[(2 * t + 1) * 16 + g] = even[1] + odd[1];
-            mine[(2 * t) * 16 + g + 8] = even[2] + odd[2];
-            mine[(2 * t + 1) * 16 + g + 8] = even[3] + odd[3];
-        }
+#pragma unroll
+        for (int h = 0; h < HEIGHT; h++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int at = h * 16 + i / 2 * 8 + g;
+                if (COLUMNS > 1) mine[(2 * t + i % 2) * TILE + at] = even[h][i] + odd[h][i];
+                else if (i % 2 == 0 && t == 0) mine[at] = even[h][i] + odd[h][i];
+            }
         __syncthreads();
-        const int m = threadIdx.x / 16, n = tile * 16 + threadIdx.x % 16;
         if (m < M && n < N) {
             float sum = 0;
 #pragma unroll
             for (int w = 0; w < WARPS; w++) sum += part[buffer][w][threadIdx.x];
-            finish(e, sum, m, n, N);
+            finish(e, end, sum, m, n, N);
         }
     }
 }
-#define ROWS(NAME, BITS, COLUMNS, WARPS, BLOCKS) \
-extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) NAME(const unsigned char* weight, const u16* x, \
+#define ROWS(NAME, BITS, COLUMNS, HEIGHT) \
+extern "C" __global__ void __launch_bounds__(256, 2) NAME(const unsigned char* weight, const u16* x, \
         const u16* scale, const u16* bias, const u16* residual, float alpha, int use_gelu, u16* y, \
         int M, int N, int K) { \
     const Epilogue e = {scale, bias, residual, alpha, use_gelu, y}; \
-    rows<BITS, COLUMNS, WARPS>(weight, x, e, M, N, K); \
+    rows<BITS, COLUMNS, HEIGHT>(weight, x, e, M, N, K); \
 }
-ROWS(row_8, 8, 1, 8, 2)
-ROWS(row_4, 4, 1, 4, 4)
-ROWS(row_16, 16, 1, 8, 2)
-ROWS(rows_8, 8, 8, 8, 2)
-ROWS(rows_4, 4, 8, 4, 4)
+ROWS(row_8, 8, 1, 1)
+ROWS(row_4, 4, 1, 2)
+ROWS(row_16, 16, 1, 1)
+ROWS(rows_8, 8, 8, 1)
+ROWS(rows_4, 4, 8, 2)
 """
 
 # Many rows: a block owns 64 · HEIGHT weight rows, MT rows of x, and a part of K (blockIdx.y). Weights and x come through
@@ -301,7 +323,7 @@ template <int LEFT> __device__ __forceinline__ void wait_copies() {
 }
 
 template <int BITS, int MT, int HEIGHT, int STAGES>
-__device__ __forceinline__ void tiles(const unsigned char* __restrict__ weight, const u16* __restrict__ x,
+__device__ __forceinline__ void tiles(const unsigned char* __restrict__ weight, const u16* x,
                                       const Epilogue& e, float* parts, u32* tickets, int M, int N, int K) {
     constexpr int CHUNK = 128 / BITS, STEP = 4 * CHUNK, NT = MT / 8, STRIDE = (STEP + 8) / 8, THREADS = 128;
     constexpr int WEIGHTS = 2 * HEIGHT * THREADS, STAGE = WEIGHTS + MT * STRIDE;   // in 16 bytes
@@ -407,14 +429,35 @@ __device__ __forceinline__ void tiles(const unsigned char* __restrict__ weight, 
         if (!is_last) return;
         __threadfence();
     }
+    const int count = gridDim.y;
 #pragma unroll 1
-    for (int i = 0; i < COUNT; i++) {
-        const int h = i / (NT * 4), c = i / 4 % NT;
-        const int n = row + h * 16 + (i % 4 / 2) * 8, m = column + c * 8 + 2 * t + i % 2;
-        if (n >= N || m >= M) continue;
-        float sum = 0;
-        for (int part = 0; part < gridDim.y; part++) sum += *(volatile float*)&kept[((size_t)part * COUNT + i) * THREADS];
-        finish(e, sum, m, n, N);
+    for (int c = 0; c < NT; c++) {
+        float total[HEIGHT][4];
+        Finish ends[HEIGHT][4];
+#pragma unroll
+        for (int h = 0; h < HEIGHT; h++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                total[h][i] = 0;
+                ends[h][i] = prepare(e, column + c * 8 + 2 * t + i % 2, row + h * 16 + i / 2 * 8, M, N);
+            }
+        const float* from = kept + c * 4 * THREADS;
+#pragma unroll 4
+        for (int part = 0; part < count; part++, from += COUNT * THREADS)
+#pragma unroll
+            for (int h = 0; h < HEIGHT; h++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const float* at = from + (h * NT * 4 + i) * THREADS;
+                    total[h][i] += count > 1 ? __ldcg(at) : *at;
+                }
+#pragma unroll
+        for (int h = 0; h < HEIGHT; h++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int n = row + h * 16 + i / 2 * 8, m = column + c * 8 + 2 * t + i % 2;
+                if (n < N && m < M) finish(e, ends[h][i], total[h][i], m, n, N);
+            }
     }
 }
 #define TILES(NAME, BITS, MT, HEIGHT, STAGES, BLOCKS) \
@@ -530,11 +573,13 @@ extern "C" __global__ void __launch_bounds__(512) layer_norm(const u16* x, const
 }
 
 // Begins a step: the embedding of ids [B] → hidden [B, hidden]; cosines and sines [B, D] of positions [B, R], rounded
-// as the model's dtype rounds them; then positions += advance, and slot = length, length += 1. A block a sequence.
+// as the model's dtype rounds them. A block a sequence.
 extern "C" __global__ void begin_step(const long long* ids, const u16* embedding, u16* hidden, int width,
-                                      long long* positions, const long long* advance, const float* frequencies,
-                                      float* cosines, float* sines, int D, int R, int* slot, int* length) {
+                                      const long long* positions, const float* frequencies, float* cosines,
+                                      float* sines, int D, int R) {
     const int b = blockIdx.x;
+    start_next();
+    wait();
     const u16* row = embedding + ids[b] * width;
     for (int k = threadIdx.x * 8; k < width; k += blockDim.x * 8)
         *(uint4*)(hidden + (size_t)b * width + k) = *(const uint4*)(row + k);
@@ -549,30 +594,53 @@ extern "C" __global__ void begin_step(const long long* ids, const u16* embedding
         cosines[b * D + i] = to_float(to_u16(cosf(angle)));
         sines[b * D + i] = to_float(to_u16(sinf(angle)));
     }
-    __syncthreads();
-    if (threadIdx.x < R) positions[b * R + threadIdx.x] += advance[b * R + threadIdx.x];
-    if (b == 0 && threadIdx.x == 0) { *slot = *length; *length += 1; }
+}
+// Ends it: the positions move on, and so does the slot. One block.
+extern "C" __global__ void end_step(long long* positions, const long long* advance, int count, int* slot) {
+    start_next();
+    wait();
+    for (int i = threadIdx.x; i < count; i += blockDim.x) positions[i] += advance[i];
+    if (threadIdx.x == 0) *slot += 1;
+}
+
+#define MOST_PARTS 32
+__device__ __forceinline__ float2 lane_part(const float2* heads, int i, int parts) {
+    return i < parts ? __ldcg(heads + i) : make_float2(-1e30f, 0.0f);
 }
 
 // One query for each of B · H heads: rotates query and key, stores key and value at `slot` of the caches [B, H, T, D],
 // and attends to the keys up to there but those of the padding (P ≤ j < P + padding[b]). Block: 128 threads for
 // a head (blockIdx.y = b · H + h) and a part of the keys; D / 8 threads share a key. The last block of a head adds up.
+// Slot and older keys were there before the step began, so they are read before the kernel's turn.
 template <int D>
-__device__ __forceinline__ void attend(const u16* __restrict__ qkv, const float* cosines, const float* sines,
+__device__ __forceinline__ void attend(const u16* qkv, const float* cosines, const float* sines,
         u16* keys, u16* values, const int* slot, const int* padding, int P, int H, int T, int R,
         float* parts, u32* tickets, u16* out) {
-    constexpr int LANES = D / 8, GROUPS = 128 / LANES, AHEAD = 4;
-    __shared__ float q[D], sums[GROUPS], maxima[GROUPS], outs[GROUPS][D];
+    constexpr int LANES = D / 8, GROUPS = 128 / LANES, AHEAD = 8;
+    __shared__ float q[D], sums[GROUPS], maxima[GROUPS], outs[GROUPS][D], weights[MOST_PARTS];
     __shared__ uint4 new_key[D / 8];
     __shared__ bool is_last;
     const int head = blockIdx.y, b = head / H, lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
     start_next();
-    wait();
     const int n = *slot + 1, per = (n + gridDim.x - 1) / gridDim.x;
     const int begin = blockIdx.x * per, end = min(begin + per, n), hidden_to = P + padding[b];
     const u16* mine = qkv + (size_t)head * 3 * D;
     u16* cache_k = keys + (size_t)head * T * D;
     u16* cache_v = values + (size_t)head * T * D;
+    uint4 k[AHEAD], v[AHEAD];
+    auto fetch = [&](int base) {
+#pragma unroll
+        for (int a = 0; a < AHEAD; a++) {
+            const int j = base + a * GROUPS + group;
+            k[a] = v[a] = make_uint4(0, 0, 0, 0);
+            if (j < end && j < n - 1) {
+                k[a] = ((const uint4*)(cache_k + (size_t)j * D))[lane];
+                v[a] = ((const uint4*)(cache_v + (size_t)j * D))[lane];
+            }
+        }
+    };
+    fetch(begin);
+    wait();
     for (int i = threadIdx.x; i < D; i += 128) {
         const int half = D / R / 2;
         const bool first = i % (2 * half) < half;
@@ -582,30 +650,21 @@ __device__ __forceinline__ void attend(const u16* __restrict__ qkv, const float*
         ((u16*)new_key)[i] = to_u16(to_float(mine[D + i]) * c + to_float(mine[D + other]) * s);
     }
     __syncthreads();
-    if (begin < n && end == n && threadIdx.x < LANES) {
+    const uint4 new_value = ((const uint4*)(mine + 2 * D))[lane];
+    if (begin < n && end == n && group == 0) {
         ((uint4*)(cache_k + (size_t)(n - 1) * D))[lane] = new_key[lane];
-        ((uint4*)(cache_v + (size_t)(n - 1) * D))[lane] = ((const uint4*)(mine + 2 * D))[lane];
+        ((uint4*)(cache_v + (size_t)(n - 1) * D))[lane] = new_value;
     }
     float my_q[8], acc[8], largest = -1e30f, sum = 0;
 #pragma unroll
     for (int i = 0; i < 8; i++) { my_q[i] = q[lane * 8 + i]; acc[i] = 0; }
     for (int base = begin; base < end; base += GROUPS * AHEAD) {
-        uint4 k[AHEAD], v[AHEAD];
-        float score[AHEAD];
+        if (base > begin) fetch(base);
+        float score[AHEAD], top = largest;
 #pragma unroll
         for (int a = 0; a < AHEAD; a++) {
             const int j = base + a * GROUPS + group;
-            k[a] = v[a] = make_uint4(0, 0, 0, 0);
-            if (j < end) {
-                const bool is_new = j == n - 1;
-                k[a] = is_new ? new_key[lane] : ((const uint4*)(cache_k + (size_t)j * D))[lane];
-                v[a] = is_new ? ((const uint4*)(mine + 2 * D))[lane] : ((const uint4*)(cache_v + (size_t)j * D))[lane];
-            }
-        }
-        float top = largest;
-#pragma unroll
-        for (int a = 0; a < AHEAD; a++) {
-            const int j = base + a * GROUPS + group;
+            if (j == n - 1) { k[a] = new_key[lane]; v[a] = new_value; }
             float s = my_q[0] * low(k[a].x) + my_q[1] * high(k[a].x) + my_q[2] * low(k[a].y) + my_q[3] * high(k[a].y)
                     + my_q[4] * low(k[a].z) + my_q[5] * high(k[a].z) + my_q[6] * low(k[a].w) + my_q[7] * high(k[a].w);
 #pragma unroll
@@ -634,15 +693,18 @@ __device__ __forceinline__ void attend(const u16* __restrict__ qkv, const float*
     float top = -1e30f, total = 0;
     for (int i = 0; i < GROUPS; i++) top = fmaxf(top, maxima[i]);
     for (int i = 0; i < GROUPS; i++) total += sums[i] * __expf(maxima[i] - top);
-    float* part = parts + ((size_t)head * gridDim.x + blockIdx.x) * (D + 2);
+    // Of every part: D sums of values; and beside all of them, its largest score and its sum of weights.
+    float* part = parts + (size_t)head * gridDim.x * (D + 2);
+    float2* heads = (float2*)(part + gridDim.x * D);
     for (int i = threadIdx.x; i < D; i += 128) {
         float o = 0;
+#pragma unroll
         for (int j = 0; j < GROUPS; j++) o += outs[j][i] * __expf(maxima[j] - top);
         if (gridDim.x == 1) out[(size_t)head * D + i] = to_u16(o / total);
-        else part[i] = o;
+        else part[blockIdx.x * D + i] = o;
     }
     if (gridDim.x == 1) return;
-    if (threadIdx.x == 0) { part[D] = top; part[D + 1] = total; }
+    if (threadIdx.x == 0) heads[blockIdx.x] = make_float2(top, total);
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -652,16 +714,23 @@ __device__ __forceinline__ void attend(const u16* __restrict__ qkv, const float*
     __syncthreads();
     if (!is_last) return;
     __threadfence();
-    part = parts + (size_t)head * gridDim.x * (D + 2);
-    top = -1e30f, total = 0;
-    for (int s = 0; s < gridDim.x; s++) top = fmaxf(top, __ldcg(&part[s * (D + 2) + D]));
-    for (int s = 0; s < gridDim.x; s++)
-        total += __ldcg(&part[s * (D + 2) + D + 1]) * __expf(__ldcg(&part[s * (D + 2) + D]) - top);
+    if (threadIdx.x < 32) {   // a lane a part
+        const float2 h = lane_part(heads, threadIdx.x, gridDim.x);
+        float largest_part = h.x;
+#pragma unroll
+        for (int i = 16; i; i /= 2) largest_part = fmaxf(largest_part, __shfl_xor_sync(~0u, largest_part, i));
+        const float w = __expf(h.x - largest_part);
+        float all = h.y * w;
+#pragma unroll
+        for (int i = 16; i; i /= 2) all += __shfl_xor_sync(~0u, all, i);
+        weights[threadIdx.x] = w / all;
+    }
+    __syncthreads();
     for (int i = threadIdx.x; i < D; i += 128) {
         float o = 0;
-        for (int s = 0; s < gridDim.x; s++)
-            o += __ldcg(&part[s * (D + 2) + i]) * __expf(__ldcg(&part[s * (D + 2) + D]) - top);
-        out[(size_t)head * D + i] = to_u16(o / total);
+#pragma unroll 8
+        for (int s = 0; s < gridDim.x; s++) o += __ldcg(part + s * D + i) * weights[s];
+        out[(size_t)head * D + i] = to_u16(o);
     }
 }
 #define ATTEND(D) \
@@ -712,6 +781,7 @@ _REMEDY = (
 # the product to cuBLAS is faster.
 _MOST_ROWS = 128
 _SHARED_LIMIT = 48 * 1024  # of a block that has not asked for more
+_PREFETCH = 2  # turns (64 KB a multiprocessor) of a few-rows kernel that are fetched as far as the L2 cache beforehand
 # Of the kernels tiles_BITS_MT: (HEIGHT, STAGES, blocks that a multiprocessor holds at once).
 _TILE_SHAPES = {
     (8, 8): (1, 6, 4),
@@ -848,7 +918,7 @@ def compile_source(nvrtc, source: str, options: list[str]) -> bytes:
 
 def _module_code(nvrtc, name: str, bf16: bool, architecture: int) -> bytes:
     """Compiled code of a module, from the cache on disk if it is there."""
-    options = ["--std=c++17", f"-DBF16={int(bf16)}", f"--gpu-architecture=sm_{architecture}"]
+    options = ["--std=c++17", f"-DBF16={int(bf16)}", f"-DPREFETCH={_PREFETCH}", f"--gpu-architecture=sm_{architecture}"]
     key = repr((_SOURCES[name], options, nvrtc.version))
     file = f"cuda-{name}-sm_{architecture}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.cubin"
     path = os.path.join(cache_folder(), file)
@@ -906,10 +976,11 @@ def _allow_shared(function, device: int, bytes_: int) -> None:
 
 
 @functools.cache
-def _properties(device: int) -> tuple[int, int]:
-    """Compute capability (90 = 9.0) and number of multiprocessors of a device."""
+def _properties(device: int) -> tuple[int, int, int]:
+    """Compute capability (90 = 9.0), number of multiprocessors, and bytes of shared memory for one of two blocks."""
     properties = torch.cuda.get_device_properties(device)
-    return properties.major * 10 + properties.minor, properties.multi_processor_count
+    shared = properties.shared_memory_per_multiprocessor // 2 - 12 * 1024
+    return properties.major * 10 + properties.minor, properties.multi_processor_count, shared
 
 
 _availability: dict[tuple[int, torch.dtype], bool] = {}
@@ -933,7 +1004,7 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _try_to_load(device: int, dtype: torch.dtype) -> bool:
-    architecture, _ = _properties(device)
+    architecture, *_ = _properties(device)
     bf16 = dtype == torch.bfloat16
     if architecture < (80 if bf16 else 70) or torch.cuda.is_current_stream_capturing():
         return False
@@ -982,7 +1053,7 @@ def _launch(like: torch.Tensor, module: str, name: str, grid: tuple, block: int,
     if torch.cuda.current_device() != index:
         with torch.cuda.device(index):
             return _launch(like, module, name, grid, block, shared, *arguments)
-    architecture, _ = _properties(index)
+    architecture, *_ = _properties(index)
     function = _function(name, module, like.dtype == torch.bfloat16, architecture)
     if shared > _SHARED_LIMIT:
         _allow_shared(function, index, shared)
@@ -1054,17 +1125,16 @@ def _plan(m: int, n: int, k: int, bits: int, device: int) -> tuple | None:
 
     None: expand the weight.
     """
-    architecture, processors = _properties(device)
+    architecture, processors, most_shared = _properties(device)
     if k * bits % 128 or k % 8 or m > (_MOST_ROWS if architecture >= 75 else 8):
         return None
-    warps = 4 if bits == 4 else 8
-    turn = 512 // bits * warps * 8  # weights of a row that the warps of a block have under way
+    height = 2 if bits == 4 else 1
+    turn = 512 // bits * 64 // height  # weights of a row that a block has under way
     padded = -(-k // turn) * turn
-    if m == 1 and padded * 2 <= _SHARED_LIMIT - 2048:
-        return ("rows", f"row_{bits}", (min(-(-n // 16), processors * 16 // warps), 1, 1), warps * 32, padded * 2, 0)
-    shared = m * (padded + 8) * 2
-    if m <= 4 and bits < 16 and shared <= _SHARED_LIMIT - 1024 * warps:
-        return ("rows", f"rows_{bits}", (min(-(-n // 16), processors * 16 // warps), 1, 1), warps * 32, shared, 0)
+    shared = padded * 2 if m == 1 else m * (padded + 8) * 2
+    if m <= (8 if bits < 16 else 1) and shared <= most_shared:
+        name = f"row_{bits}" if m == 1 else f"rows_{bits}"
+        return ("rows", name, (min(-(-n // (16 * height)), processors), 1, 1), 256, shared, 0)
     if bits == 16:
         return None
     width = next(width for width in (8, 16, 32, 64) if m <= width or width == 64)
@@ -1147,21 +1217,26 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilo
     return y
 
 
-def begin_step(ids, embedding, positions, advance, frequencies, head_dim: int, slot, length) -> tuple:
+def begin_step(ids, embedding, positions, frequencies, head_dim: int) -> tuple:
     """Embeddings [B, hidden] of ids [B], and fp32 cosines and sines [B, D] of int64 positions [B, R].
 
-    Afterwards positions have moved on by `advance`, the int32 `slot` holds what `length` was, and `length` one more.
     `frequencies` are fp32 [D / 2R].
     """
     batch, rows = positions.shape
     hidden = torch.empty(batch, embedding.shape[1], dtype=embedding.dtype, device=embedding.device)
     angles = torch.empty(2, batch, head_dim, dtype=torch.float32, device=embedding.device)
-    given = (ids, embedding, hidden, embedding.shape[1], positions, advance, frequencies, angles[0], angles[1])
-    _launch(hidden, "step", "begin_step", (batch, 1, 1), 256, 0, *given, head_dim, rows, slot, length)
+    given = (ids, embedding, hidden, embedding.shape[1], positions, frequencies, angles[0], angles[1], head_dim, rows)
+    _launch(hidden, "step", "begin_step", (batch, 1, 1), 256, 0, *given)
     return hidden, angles[0], angles[1]
 
 
+def end_step(like: torch.Tensor, positions, advance, slot) -> None:
+    """positions += advance, both int64 [B, R]; slot += 1, an int32."""
+    _launch(like, "step", "end_step", (1, 1, 1), 256, 0, positions, advance, positions.numel(), slot)
+
+
 HEAD_DIMS = (16, 32, 64, 128)
+MOST_PARTS = 32
 
 
 def attend(qkv, cosines, sines, keys, values, slot, padding, prefix: int, rows: int, parts: int) -> torch.Tensor:
@@ -1173,7 +1248,7 @@ def attend(qkv, cosines, sines, keys, values, slot, padding, prefix: int, rows: 
         keys, values: caches [B, H, T, D], of which the first `slot` places are filled.
         padding: int32 [B]: so many places after the first `prefix` are seen by nobody.
         rows: of positions, R.
-        parts: into how many the keys are cut, to be worked on at the same time.
+        parts: into how many the keys are cut, to be worked on at the same time; at most `MOST_PARTS`.
 
     Returns:
         [B, H · D].
