@@ -64,6 +64,28 @@ __device__ __forceinline__ uint4 load_stream(const void* p, bool inside = true) 
     return v;
 }
 
+// 16 bytes on their way into shared memory, or zeros; on older devices at once.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool inside) {
+#if __CUDA_ARCH__ >= 800
+    u32 address = (u32)__cvta_generic_to_shared(to);
+    int bytes = inside ? 16 : 0;   // the rest is filled with zeros
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+        :: "r"(address), "l"(from), "r"(bytes) : "memory");
+#else
+    *(uint4*)to = inside ? *(const uint4*)from : make_uint4(0, 0, 0, 0);
+#endif
+}
+__device__ __forceinline__ void commit() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int LEFT> __device__ __forceinline__ void wait_copies() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" :: "n"(LEFT) : "memory");
+#endif
+}
+
 // Four weights of a word, in order, as two pairs. A byte b in the low bits of 0x6400 is the half 1024 + b.
 __device__ __forceinline__ void widen8(u32 w, u32* out) {
 #if BF16
@@ -145,20 +167,21 @@ struct Epilogue {
     int gelu;
     u16* y;                // [M, N]
 };
-struct Finish { float scale, bias, residual; };
+struct Finish { u16 scale, bias, residual; };   // not converted yet, so that nobody waits for them
 __device__ __forceinline__ Finish prepare(const Epilogue& e, int m, int n, int M, int N) {
-    Finish f = {1.0f, 0.0f, 0.0f};
+    Finish f = {0, 0, 0};
     if (m < M && n < N) {
-        if (e.scale) f.scale = to_float(e.scale[n]);
-        if (e.bias) f.bias = to_float(e.bias[n]);
-        if (e.residual) f.residual = e.alpha * to_float(e.residual[(size_t)m * N + n]);
+        if (e.scale) f.scale = e.scale[n];
+        if (e.bias) f.bias = e.bias[n];
+        if (e.residual) f.residual = e.residual[(size_t)m * N + n];
     }
     return f;
 }
 __device__ __forceinline__ void finish(const Epilogue& e, const Finish& f, float sum, int m, int n, int N) {
-    sum = sum * f.scale + f.bias;
+    if (e.scale) sum *= to_float(f.scale);
+    sum += to_float(f.bias);
     if (e.gelu) sum = gelu(sum);
-    e.y[(size_t)m * N + n] = to_u16(sum + f.residual);
+    e.y[(size_t)m * N + n] = to_u16(sum + e.alpha * to_float(f.residual));
 }
 """
 
@@ -215,8 +238,10 @@ __device__ __forceinline__ void rows(const unsigned char* __restrict__ weight, c
     wait();
     for (int i = threadIdx.x; i < M * (stride / 8); i += WARPS * 32) {
         const int m = i / (stride / 8), k = (i % (stride / 8)) * 8;
-        shared_x[i] = k < K ? *(const uint4*)(x + (size_t)m * K + k) : make_uint4(0, 0, 0, 0);
+        copy_async(&shared_x[i], k < K ? x + (size_t)m * K + k : x, k < K);
     }
+    commit();
+    wait_copies<0>();
     __syncthreads();
     const u16* my_x = (u16*)shared_x + (COLUMNS > 1 ? min(g, M - 1) * stride : 0) + warp * STEP + t * CHUNK;
 
@@ -301,32 +326,11 @@ ROWS(rows_4, 4, 8, 2)
 # shared memory, STAGES - 1 steps ahead; each thread widens the weights that it copied itself, once for all MT rows.
 # With several parts of K, the block that comes last adds them up, in their order.
 _TILES = r"""
-__device__ __forceinline__ void copy_async(void* to, const void* from, bool inside) {
-#if __CUDA_ARCH__ >= 800
-    u32 address = (u32)__cvta_generic_to_shared(to);
-    int bytes = inside ? 16 : 0;   // the rest is filled with zeros
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
-        :: "r"(address), "l"(from), "r"(bytes) : "memory");
-#else
-    *(uint4*)to = inside ? *(const uint4*)from : make_uint4(0, 0, 0, 0);
-#endif
-}
-__device__ __forceinline__ void commit() {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-template <int LEFT> __device__ __forceinline__ void wait_copies() {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.wait_group %0;" :: "n"(LEFT) : "memory");
-#endif
-}
-
 template <int BITS, int MT, int HEIGHT, int STAGES>
 __device__ __forceinline__ void tiles(const unsigned char* __restrict__ weight, const u16* x,
                                       const Epilogue& e, float* parts, u32* tickets, int M, int N, int K) {
-    constexpr int CHUNK = 128 / BITS, STEP = 4 * CHUNK, NT = MT / 8, STRIDE = (STEP + 8) / 8, THREADS = 128;
-    constexpr int WEIGHTS = 2 * HEIGHT * THREADS, STAGE = WEIGHTS + MT * STRIDE;   // in 16 bytes
+    constexpr int CHUNK = 128 / BITS, HALF = 4 * CHUNK, STEP = 2 * HALF, NT = MT / 8, STRIDE = (STEP + 8) / 8;
+    constexpr int THREADS = 128, WEIGHTS = 4 * HEIGHT * THREADS, STAGE = WEIGHTS + MT * STRIDE;   // in 16 bytes
     extern __shared__ uint4 shared[];
     __shared__ bool is_last;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
@@ -335,14 +339,18 @@ __device__ __forceinline__ void tiles(const unsigned char* __restrict__ weight, 
     const int all_steps = (K + STEP - 1) / STEP, per_part = (all_steps + gridDim.y - 1) / gridDim.y;
     const int begin = blockIdx.y * per_part, end = min(begin + per_part, all_steps);
 
+    // A step is 128 bytes of each row, in two halves; the thread has 16 bytes of each, in 2 · HEIGHT rows.
+    const unsigned char* my_weight = weight + row * row_bytes + t * 16;
     auto copy_weights = [&](int step, int slot) {
-        const int k = step * STEP + t * CHUNK;
-        const unsigned char* p = weight + row * row_bytes + (size_t)k * BITS / 8;
 #pragma unroll
-        for (int h = 0; h < 2 * HEIGHT; h++) {
-            const bool inside = step < end && k < K && row + h * 8 < N;
-            copy_async(&shared[slot * STAGE + h * THREADS + threadIdx.x], inside ? p + h * 8 * row_bytes : weight, inside);
-        }
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int h = 0; h < 2 * HEIGHT; h++) {
+                const int k = step * STEP + i * HALF + t * CHUNK;
+                const bool inside = step < end && k < K && row + h * 8 < N;
+                copy_async(&shared[slot * STAGE + (i * 2 * HEIGHT + h) * THREADS + threadIdx.x],
+                           inside ? my_weight + h * 8 * row_bytes + step * 128 + i * 64 : weight, inside);
+            }
     };
     auto copy_x = [&](int step, int slot) {
 #pragma unroll
@@ -375,30 +383,33 @@ __device__ __forceinline__ void tiles(const unsigned char* __restrict__ weight, 
         const int free = slot == 0 ? STAGES - 1 : slot - 1;
         copy_weights(step + STAGES - 1, free);
         copy_x(step + STAGES - 1, free);
-        const uint4* here = shared + slot * STAGE;
-        const uint4* xs = here + WEIGHTS + g * STRIDE + t * (CHUNK / 8);
-        u32 words[2 * HEIGHT][4];
 #pragma unroll
-        for (int h = 0; h < 2 * HEIGHT; h++) {
-            const uint4 w = here[h * THREADS + threadIdx.x];
-            words[h][0] = w.x; words[h][1] = w.y; words[h][2] = w.z; words[h][3] = w.w;
-        }
-#pragma unroll
-        for (int j = 0; j < CHUNK / 8; j++) {   // 8 weights of every row
-            u32 a[2 * HEIGHT][4];
+        for (int half = 0; half < 2; half++) {
+            const uint4* here = shared + slot * STAGE + half * 2 * HEIGHT * THREADS;
+            const uint4* xs = shared + slot * STAGE + WEIGHTS + g * STRIDE + (half * HALF + t * CHUNK) / 8;
+            u32 words[2 * HEIGHT][4];
 #pragma unroll
             for (int h = 0; h < 2 * HEIGHT; h++) {
-                if (BITS == 8) { widen8(words[h][2 * j], a[h]); widen8(words[h][2 * j + 1], a[h] + 2); }
-                else widen4(words[h][j], a[h]);
+                const uint4 w = here[h * THREADS + threadIdx.x];
+                words[h][0] = w.x; words[h][1] = w.y; words[h][2] = w.z; words[h][3] = w.w;
             }
 #pragma unroll
-            for (int c = 0; c < NT; c++) {
-                const uint4 b = xs[c * 8 * STRIDE + j];
+            for (int j = 0; j < CHUNK / 8; j++) {   // 8 weights of every row
+                u32 a[2 * HEIGHT][4];
 #pragma unroll
-                for (int h = 0; h < HEIGHT; h++) {
-                    u32 (&p)[4] = a[2 * h], (&q)[4] = a[2 * h + 1];
-                    multiply(sums[h][c], p[0], q[0], p[1], q[1], b.x, b.y);
-                    multiply(sums[h][c], p[2], q[2], p[3], q[3], b.z, b.w);
+                for (int h = 0; h < 2 * HEIGHT; h++) {
+                    if (BITS == 8) { widen8(words[h][2 * j], a[h]); widen8(words[h][2 * j + 1], a[h] + 2); }
+                    else widen4(words[h][j], a[h]);
+                }
+#pragma unroll
+                for (int c = 0; c < NT; c++) {
+                    const uint4 b = xs[c * 8 * STRIDE + j];
+#pragma unroll
+                    for (int h = 0; h < HEIGHT; h++) {
+                        u32 (&p)[4] = a[2 * h], (&q)[4] = a[2 * h + 1];
+                        multiply(sums[h][c], p[0], q[0], p[1], q[1], b.x, b.y);
+                        multiply(sums[h][c], p[2], q[2], p[3], q[3], b.z, b.w);
+                    }
                 }
             }
         }
@@ -467,13 +478,13 @@ extern "C" __global__ void __launch_bounds__(128, BLOCKS) NAME(const unsigned ch
     const Epilogue e = {scale, bias, residual, alpha, use_gelu, y}; \
     tiles<BITS, MT, HEIGHT, STAGES>(weight, x, e, parts, tickets, M, N, K); \
 }
-TILES(tiles_8_8, 8, 8, 1, 6, 4)
-TILES(tiles_8_16, 8, 16, 1, 6, 4)
-TILES(tiles_8_32, 8, 32, 2, 4, 3)
+TILES(tiles_8_8, 8, 8, 1, 4, 4)
+TILES(tiles_8_16, 8, 16, 1, 4, 4)
+TILES(tiles_8_32, 8, 32, 2, 3, 3)
 TILES(tiles_8_64, 8, 64, 2, 3, 2)
-TILES(tiles_4_8, 4, 8, 1, 6, 4)
-TILES(tiles_4_16, 4, 16, 1, 5, 4)
-TILES(tiles_4_32, 4, 32, 2, 3, 3)
+TILES(tiles_4_8, 4, 8, 1, 4, 4)
+TILES(tiles_4_16, 4, 16, 1, 3, 4)
+TILES(tiles_4_32, 4, 32, 2, 2, 3)
 TILES(tiles_4_64, 4, 64, 2, 2, 2)
 """
 
@@ -780,17 +791,17 @@ _REMEDY = (
 # Activations of up to so many rows are multiplied by the tensor core kernels; beyond, expanding the weight and leaving
 # the product to cuBLAS is faster.
 _MOST_ROWS = 128
-_SHARED_LIMIT = 48 * 1024  # of a block that has not asked for more
-_PREFETCH = 2  # turns (64 KB a multiprocessor) of a few-rows kernel that are fetched as far as the L2 cache beforehand
+_SHARED_LIMIT = 32 * 1024  # of a kernel that has not asked for more; it has up to 16 KB beside
+_PREFETCH = 1  # turns (64 KB a multiprocessor) of a few-rows kernel that are fetched as far as the L2 cache beforehand
 # Of the kernels tiles_BITS_MT: (HEIGHT, STAGES, blocks that a multiprocessor holds at once).
 _TILE_SHAPES = {
-    (8, 8): (1, 6, 4),
-    (8, 16): (1, 6, 4),
-    (8, 32): (2, 4, 3),
+    (8, 8): (1, 4, 4),
+    (8, 16): (1, 4, 4),
+    (8, 32): (2, 3, 3),
     (8, 64): (2, 3, 2),
-    (4, 8): (1, 6, 4),
-    (4, 16): (1, 5, 4),
-    (4, 32): (2, 3, 3),
+    (4, 8): (1, 4, 4),
+    (4, 16): (1, 3, 4),
+    (4, 32): (2, 2, 3),
     (4, 64): (2, 2, 2),
 }
 _lock = threading.RLock()
@@ -1140,12 +1151,12 @@ def _plan(m: int, n: int, k: int, bits: int, device: int) -> tuple | None:
     width = next(width for width in (8, 16, 32, 64) if m <= width or width == 64)
     height, stages, resident = _TILE_SHAPES[bits, width]
     rows, columns = -(-n // (64 * height)), -(-m // width)
-    steps = -(-k * bits // 512)
-    parts = max(1, min(processors * resident // (rows * columns), steps // 8))
+    steps = -(-k * bits // 1024)
+    parts = max(1, min(processors * resident // (rows * columns), steps // 4))
     if rows * columns > _TICKETS:
         parts = 1
     sums = rows * columns * parts * height * width * 64 if parts > 1 else 0
-    shared = stages * (height * 4096 + width * (512 // bits + 8) * 2)
+    shared = stages * (height * 8192 + width * (1024 // bits + 8) * 2)
     return ("tiles", f"tiles_{bits}_{width}", (rows, parts, columns), 128, max(shared, height * width * 256), sums)
 
 
