@@ -29,6 +29,7 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.generation import GenerationMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -36,7 +37,8 @@ from transformers.utils import logging
 
 from .checkpoint import check_checkpoint, read_prefix
 from .configuration_chatglm import ChatGLMConfig
-from .quantization import QuantizedLinear, check_bits, quantize_linears
+from .cuda_graphs import StepCache, can_record
+from .quantization import QuantizedLinear, apply_layer_norm, apply_linear, check_bits, quantize_linears
 
 logger = logging.get_logger(__name__)
 
@@ -146,23 +148,34 @@ class ChatGLMAttention(nn.Module):
         past_key_values: Cache | None = None,
         cache_position: torch.Tensor | None = None,
         output_attentions: bool = False,
+        residual: torch.Tensor | None = None,
+        alpha: float = 1.0,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, S, hidden] → [B, S, hidden] and the probabilities [B, H, S, T], None unless asked for.
 
         `prefix` [2, B, H, P, D] are keys and values that stand before the sequence, given once, with the prompt.
+        alpha · `residual` is added to the output.
         """
         batch, length, _ = hidden_states.shape
         # Per head: D queries, then D keys, then D values.
-        qkv = self.query_key_value(hidden_states).view(batch, length, -1, 3 * self.head_dim)
+        qkv = apply_linear(self.query_key_value, hidden_states)
+        if isinstance(past_key_values, StepCache) and past_key_values.recording:
+            context = past_key_values.attend(self.layer_idx, qkv, *position_embeddings)
+            return apply_linear(self.dense, context, residual=residual, alpha=alpha), None
+        qkv = qkv.view(batch, length, -1, 3 * self.head_dim)
         query, key, value = qkv.chunk(3, dim=-1)
-        query = apply_rotary(query, *position_embeddings).transpose(1, 2)
-        key = apply_rotary(key, *position_embeddings).transpose(1, 2)
-        value = value.transpose(1, 2)
+        stored = isinstance(past_key_values, StepCache) and prefix is None and past_key_values.takes_prompt(qkv)
+        if stored:
+            query, key, value = past_key_values.write_prompt(self.layer_idx, qkv, *position_embeddings)
+        else:
+            query = apply_rotary(query, *position_embeddings).transpose(1, 2)
+            key = apply_rotary(key, *position_embeddings).transpose(1, 2)
+            value = value.transpose(1, 2)
         if prefix is not None:
             key = torch.cat((prefix[0], key), dim=2)
             value = torch.cat((prefix[1], value), dim=2)
-        if past_key_values is not None:
+        if past_key_values is not None and not stored:
             # The static cache of early transformers 5 keeps no count of its own and reads the slots from here.
             slots = {"cache_position": cache_position}
             key, value = past_key_values.update(key, value, self.layer_idx, slots)
@@ -175,7 +188,8 @@ class ChatGLMAttention(nn.Module):
             attention = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, eager_attention_forward)
         context, probs = attention(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
         context = context.reshape(batch, length, -1)
-        return self.dense(context), probs if output_attentions else None
+        output = apply_linear(self.dense, context, residual=residual, alpha=alpha)
+        return output, probs if output_attentions else None
 
 
 class ChatGLMMLP(nn.Module):
@@ -186,9 +200,12 @@ class ChatGLMMLP(nn.Module):
         self.dense_h_to_4h = _linear(config, config.hidden_size, config.inner_hidden_size)
         self.dense_4h_to_h = _linear(config, config.inner_hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[B, S, hidden] → [B, S, hidden]."""
-        return self.dense_4h_to_h(nn.functional.gelu(self.dense_h_to_4h(hidden_states), approximate="tanh"))
+    def forward(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None, alpha: float = 1.0
+    ) -> torch.Tensor:
+        """[B, S, hidden] → [B, S, hidden]; alpha · `residual` is added."""
+        inner = apply_linear(self.dense_h_to_4h, hidden_states, gelu=True)
+        return apply_linear(self.dense_4h_to_h, inner, residual=residual, alpha=alpha)
 
 
 class GLMBlock(GradientCheckpointingLayer):
@@ -206,11 +223,10 @@ class GLMBlock(GradientCheckpointingLayer):
         self, hidden_states: torch.Tensor, prefix: torch.Tensor | None = None, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, S, hidden] → [B, S, hidden] and the attention probabilities; arguments as of `ChatGLMAttention`."""
-        normed = self.input_layernorm(hidden_states)
-        attended, probs = self.attention(normed, prefix, **kwargs)
-        hidden_states = self.alpha * normed + attended
-        normed = self.post_attention_layernorm(hidden_states)
-        return self.alpha * normed + self.mlp(normed), probs
+        normed = apply_layer_norm(self.input_layernorm, hidden_states)
+        hidden_states, probs = self.attention(normed, prefix, residual=normed, alpha=self.alpha, **kwargs)
+        normed = apply_layer_norm(self.post_attention_layernorm, hidden_states)
+        return self.mlp(normed, residual=normed, alpha=self.alpha), probs
 
 
 def _first_column(marks: torch.Tensor, default: torch.Tensor) -> torch.Tensor:
@@ -464,7 +480,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             hidden_states, probs = block(hidden_states, prefix, **block_kwargs)
             if output_attentions:
                 all_attentions += (probs,)
-        hidden_states = self.final_layernorm(hidden_states)
+        hidden_states = apply_layer_norm(self.final_layernorm, hidden_states)
         if output_hidden_states:
             all_hidden_states += (hidden_states,)
 
@@ -475,6 +491,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             attentions=all_attentions,
         )
         return output if return_dict or return_dict is None else output.to_tuple()
+
+    def run_blocks(self, hidden_states: torch.Tensor, position_embeddings: tuple, cache: StepCache) -> torch.Tensor:
+        """The blocks and the final LayerNorm in a step that `cache` records: [B, 1, hidden] → [B, 1, hidden]."""
+        for block in self.layers:
+            given = {"position_embeddings": position_embeddings, "past_key_values": cache}
+            hidden_states, _ = block(hidden_states, **given)
+        return apply_layer_norm(self.final_layernorm, hidden_states)
 
     def _check_ids(self, input_ids: torch.Tensor) -> None:
         if input_ids.shape[1] == 0:
@@ -623,6 +646,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         Returns:
             `logits` [B, S, V], `loss` (a scalar, fp32) with labels, and what `ChatGLMModel` returns beside.
         """
+        if position_ids is None and isinstance(past_key_values, StepCache) and past_key_values.knows_position():
+            if return_dict is None or return_dict:  # as `prepare_inputs_for_generation` asks for a recorded step
+                return CausalLMOutputWithPast(logits=past_key_values.step(input_ids), past_key_values=past_key_values)
         output = self.transformer(
             input_ids,
             position_ids,
@@ -636,7 +662,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             **{name: value for name, value in kwargs.items() if name != "num_items_in_batch"},
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(output.last_hidden_state[:, kept])
+        logits = self.score(output.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -648,6 +674,10 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             attentions=output.attentions,
         )
         return output if return_dict or return_dict is None else output.to_tuple()
+
+    def score(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Scores [B, S, V] of hidden states [B, S, hidden]."""
+        return apply_linear(self.lm_head, hidden_states)
 
     def quantize(self, bits: int) -> "ChatGLMForConditionalGeneration":
         """Quantise the blocks' linears to 8 or 4 bits in place, layer by layer, wherever they are; returns the model.
@@ -740,6 +770,18 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
+        if self._can_step(generation_config, model_kwargs, generation_mode):
+            mask = model_kwargs.get("attention_mask")
+            padding = torch.zeros(batch_size, dtype=torch.int32, device=self.device)
+            if mask is not None:
+                mask = mask.to(self.device).long()
+                padding = (mask == 0).sum(dim=1).int()
+            repeated = max(1, generation_config.num_return_sequences or 1)
+            if mask is None or torch.equal(mask == 0, mask.cumsum(dim=1) == 0):  # padding on the left, or none
+                if len(padding) == batch_size and repeated > 1:
+                    padding = padding.repeat_interleave(repeated)
+                model_kwargs["past_key_values"] = StepCache(self, padding)
+                return None
         # A static cache needs places for the prefix too.
         return super()._prepare_cache_for_generation(
             generation_config,
@@ -748,6 +790,71 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             batch_size,
             max_cache_length + (self.config.pre_seq_len or 0),
         )
+
+    def _can_step(self, generation_config, model_kwargs: dict, generation_mode) -> bool:
+        """Whether a generation may use recorded steps: one token at a time, nothing but scores asked for."""
+        return (
+            generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+            and generation_config.use_cache is not False
+            and generation_config.cache_implementation is None
+            and not generation_config.output_attentions
+            and not generation_config.output_hidden_states
+            and not getattr(generation_config, "is_assistant", False)
+            and model_kwargs.get("past_key_values") is None
+            and model_kwargs.get("inputs_embeds") is None
+            and can_record(self)
+        )
+
+    @torch.no_grad()
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus: bool = False,
+        streamer=None,
+        **model_kwargs,
+    ):
+        """Greedy decoding and sampling. With recorded steps the next one is on its way before this one's token is
+        looked at, so that the GPU waits for nobody; processors, criteria and streamer see what they always see."""
+        cache = model_kwargs.get("past_key_values")
+        if not isinstance(cache, StepCache) or generation_config.return_dict_in_generate or synced_gpus:
+            return super()._sample(
+                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
+            )
+        unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        pad = generation_config._pad_token_tensor if _has_end(stopping_criteria) else None
+        flag = torch.zeros((), dtype=torch.bool, pin_memory=True)
+        ended = torch.cuda.Event()
+        logits = self(**self.prepare_inputs_for_generation(input_ids, **model_kwargs)).logits
+        while True:
+            scores = logits_processor(input_ids, logits[:, -1].float())
+            if generation_config.do_sample:
+                tokens = torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
+            else:
+                tokens = scores.argmax(dim=-1)
+            if pad is not None:
+                tokens = torch.where(unfinished, tokens, pad)
+            input_ids = torch.cat((input_ids, tokens[:, None]), dim=1)
+            mask = model_kwargs.get("attention_mask")
+            if mask is not None:
+                model_kwargs["attention_mask"] = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
+            unfinished = unfinished & ~stopping_criteria(input_ids, None)
+            flag.copy_(unfinished.any(), non_blocking=True)
+            ended.record()
+            limit = stopping_criteria.max_length
+            if limit is None or input_ids.shape[1] < limit:
+                inputs = self.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
+                logits = self(**inputs).logits
+            ended.synchronize()
+            if streamer is not None:
+                streamer.put(tokens.cpu())
+            if not flag:
+                break
+        if streamer is not None:
+            streamer.end()
+        return input_ids
 
     # Beams were scored by their mean over prompt and answer when the model was published, its <eop> not counted;
     # transformers 5 counts the answer alone, which prefers longer ones. These two keep the published answers.
@@ -780,6 +887,14 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         positions, derived from all ids so far [B, T]."""
         if next_sequence_length is None and cache_position is not None:
             next_sequence_length = cache_position.shape[0]  # how early transformers 5 says it
+        if isinstance(past_key_values, StepCache) and next_sequence_length == 1 and not torch.is_grad_enabled():
+            # A recorded step moves its positions on by itself.
+            if not past_key_values.knows_position():
+                positions = self.get_position_ids(input_ids, attention_mask=attention_mask).view(
+                    input_ids.shape[0], -1, input_ids.shape[1]
+                )
+                past_key_values.set_positions(positions[..., -1], positions[..., -1] - positions[..., -2])
+            return {"input_ids": input_ids[:, -1:], "past_key_values": past_key_values}
         new = slice(-next_sequence_length, None) if next_sequence_length is not None else slice(None)
         position_ids = self.get_position_ids(input_ids, attention_mask=attention_mask)
         inputs = {
@@ -935,6 +1050,11 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
                 f"The conversation has grown past {limit} tokens: its oldest rounds are left out of the prompt."
             )
         return {name: inputs[name].to(self.device) for name in ("input_ids", "attention_mask")}
+
+
+def _has_end(stopping_criteria) -> bool:
+    """Whether sequences of a batch can end one by one."""
+    return any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
 
 
 def _chat_settings(
