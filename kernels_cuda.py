@@ -22,6 +22,7 @@ import tempfile
 import threading
 import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -53,6 +54,33 @@ __device__ __forceinline__ void wait() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+// In a recorded step a kernel waits for the blocks of the one before to count themselves, not for its end, which
+// would take 2 µs longer to be seen. Counts go on from replay to replay; `epoch` counts the replays.
+struct Chain {
+    const u32* ready;   // where the blocks of the kernel before count, or null: wait for its end
+    u32 blocks;         // how many it has
+    u32* done;          // where those of this kernel count, or null
+    const u32* epoch;
+};
+__device__ __forceinline__ void wait(const Chain& c) {
+    if (c.ready == nullptr) { wait(); return; }
+#if __CUDA_ARCH__ >= 900
+    if (threadIdx.x == 0) {
+        const u32 goal = (*c.epoch + 1) * c.blocks;
+        u32 count;
+        do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(c.ready) : "memory");
+        while ((int)(count - goal) < 0);
+    }
+    __syncthreads();
+#endif
+}
+// After a block's last store.
+__device__ __forceinline__ void signal(const Chain& c) {
+    if (c.done == nullptr) return;
+    __syncthreads();
+    if (threadIdx.x == 0) { __threadfence(); atomicAdd(c.done, 1); }
 }
 
 // 16 bytes that are read once; zeros if they are not inside.
@@ -192,7 +220,7 @@ __device__ __forceinline__ void finish(const Epilogue& e, const Finish& f, float
 _ROWS = r"""
 template <int BITS, int COLUMNS, int HEIGHT>
 __device__ __forceinline__ void rows(const unsigned char* __restrict__ weight, const u16* x,
-                                     const Epilogue& e, int M, int N, int K) {
+                                     const Epilogue& e, const Chain& chain, int M, int N, int K) {
     constexpr int WARPS = 8, RING = 8 / HEIGHT;
     constexpr int CHUNK = 128 / BITS;                  // weights in 16 bytes
     constexpr int STEP = 4 * CHUNK;                    // weights in 64 bytes
@@ -235,7 +263,7 @@ __device__ __forceinline__ void rows(const unsigned char* __restrict__ weight, c
             if (n < N && at < row_bytes) asm volatile("prefetch.global.L2 [%0];" :: "l"(weight + n * row_bytes + at));
         }
     }
-    wait();
+    wait(chain);
     for (int i = threadIdx.x; i < M * (stride / 8); i += WARPS * 32) {
         const int m = i / (stride / 8), k = (i % (stride / 8)) * 8;
         copy_async(&shared_x[i], k < K ? x + (size_t)m * K + k : x, k < K);
@@ -307,13 +335,15 @@ __device__ __forceinline__ void rows(const unsigned char* __restrict__ weight, c
             finish(e, end, sum, m, n, N);
         }
     }
+    signal(chain);
 }
 #define ROWS(NAME, BITS, COLUMNS, HEIGHT) \
 extern "C" __global__ void __launch_bounds__(256, 2) NAME(const unsigned char* weight, const u16* x, \
         const u16* scale, const u16* bias, const u16* residual, float alpha, int use_gelu, u16* y, \
-        int M, int N, int K) { \
+        const u32* ready, u32 blocks, u32* done, const u32* epoch, int M, int N, int K) { \
     const Epilogue e = {scale, bias, residual, alpha, use_gelu, y}; \
-    rows<BITS, COLUMNS, HEIGHT>(weight, x, e, M, N, K); \
+    const Chain chain = {ready, blocks, done, epoch}; \
+    rows<BITS, COLUMNS, HEIGHT>(weight, x, e, chain, M, N, K); \
 }
 ROWS(row_8, 8, 1, 1)
 ROWS(row_4, 4, 1, 2)
@@ -478,51 +508,57 @@ extern "C" __global__ void __launch_bounds__(128, BLOCKS) NAME(const unsigned ch
     const Epilogue e = {scale, bias, residual, alpha, use_gelu, y}; \
     tiles<BITS, MT, HEIGHT, STAGES>(weight, x, e, parts, tickets, M, N, K); \
 }
-TILES(tiles_8_8, 8, 8, 1, 4, 4)
-TILES(tiles_8_16, 8, 16, 1, 4, 4)
-TILES(tiles_8_32, 8, 32, 2, 3, 3)
-TILES(tiles_8_64, 8, 64, 2, 3, 2)
-TILES(tiles_4_8, 4, 8, 1, 4, 4)
-TILES(tiles_4_16, 4, 16, 1, 3, 4)
-TILES(tiles_4_32, 4, 32, 2, 2, 3)
-TILES(tiles_4_64, 4, 64, 2, 2, 2)
 """
 
 # What remains of a product when the weight is expanded for cuBLAS.
 _EXPAND = r"""
-// The float weight q · scale [N, K], 16 bytes of q a thread; grid.x over the row, grid.y over rows.
-extern "C" __global__ void expand(const unsigned char* __restrict__ weight, const u16* __restrict__ scale,
-                                  u16* __restrict__ out, int N, int K, int bits) {
-    const int chunk = 128 / bits, k = (blockIdx.x * blockDim.x + threadIdx.x) * chunk;
+// The float weight q · scale [N, K]: a thread widens 8 weights of each of 4 rows; grid.x over the row, grid.y over rows.
+template <int BITS>
+__device__ __forceinline__ void expand(const unsigned char* __restrict__ weight, const u16* __restrict__ scale,
+                                       u16* __restrict__ out, int N, int K) {
+    const int k = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    const size_t row_bytes = (size_t)K * BITS / 8;
     if (k >= K) return;
-    for (int n = blockIdx.y; n < N; n += gridDim.y) {
-        const float s = to_float(scale[n]);
-        const unsigned char* p = weight + ((size_t)n * K + k) * bits / 8;
-        u16* q = out + (size_t)n * K + k;
-        if (K % chunk == 0) {
-            const uint4 v = load_stream(p);
-            const u32 words[4] = {v.x, v.y, v.z, v.w};
+    if (K % 8 == 0) {
+        for (int first = blockIdx.y * 4; first < N; first += gridDim.y * 4) {
+            uint2 v[4];
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                u32 w[4];
-                if (bits == 8) {
-                    widen8(words[j], w);
-                    ((uint2*)q)[j] = make_uint2(pack(low(w[0]) * s, high(w[0]) * s), pack(low(w[1]) * s, high(w[1]) * s));
-                } else {
-                    widen4(words[j], w);
-                    ((uint4*)q)[j] = make_uint4(pack(low(w[0]) * s, high(w[0]) * s), pack(low(w[1]) * s, high(w[1]) * s),
-                                                pack(low(w[2]) * s, high(w[2]) * s), pack(low(w[3]) * s, high(w[3]) * s));
+            for (int i = 0; i < 4; i++) {
+                const unsigned char* p = weight + (first + i) * row_bytes + k * BITS / 8;
+                v[i] = make_uint2(0, 0);
+                if (first + i < N) {
+                    if (BITS == 8) v[i] = *(const uint2*)p;
+                    else v[i].x = *(const u32*)p;
                 }
             }
-        } else {
-            for (int i = 0; i < chunk && k + i < K; i++) {
-                int v;
-                if (bits == 8) v = (signed char)p[i];
-                else v = (i & 1) ? (int)(p[i / 2] << 28) >> 28 : (int)(p[i / 2] << 24) >> 28;
-                q[i] = to_u16(v * s);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                if (first + i >= N) break;
+                const float s = to_float(scale[first + i]);
+                u32 w[4];
+                if (BITS == 8) { widen8(v[i].x, w); widen8(v[i].y, w + 2); }
+                else widen4(v[i].x, w);
+                *(uint4*)(out + (size_t)(first + i) * K + k) =
+                    make_uint4(pack(low(w[0]) * s, high(w[0]) * s), pack(low(w[1]) * s, high(w[1]) * s),
+                               pack(low(w[2]) * s, high(w[2]) * s), pack(low(w[3]) * s, high(w[3]) * s));
             }
         }
+    } else {
+        for (int n = blockIdx.y; n < N; n += gridDim.y)
+            for (int i = k; i < min(k + 8, K); i++) {
+                const unsigned char* p = weight + n * row_bytes;
+                int v;
+                if (BITS == 8) v = (signed char)p[i];
+                else v = (i & 1) ? (int)((u32)p[i / 2] << 28) >> 28 : (int)((u32)p[i / 2] << 24) >> 28;
+                out[(size_t)n * K + i] = to_u16(v * to_float(scale[n]));
+            }
     }
+}
+extern "C" __global__ void expand_8(const unsigned char* weight, const u16* scale, u16* out, int N, int K) {
+    expand<8>(weight, scale, out, N, K);
+}
+extern "C" __global__ void expand_4(const unsigned char* weight, const u16* scale, u16* out, int N, int K) {
+    expand<4>(weight, scale, out, N, K);
 }
 """
 
@@ -541,10 +577,12 @@ __device__ __forceinline__ float block_sum(float v, float* shared) {
     return v;
 }
 extern "C" __global__ void __launch_bounds__(512) layer_norm(const u16* x, const u16* weight, const u16* bias, u16* y,
-                                                             float epsilon, int K) {
+                                                             float epsilon, int K,
+        const u32* ready, u32 blocks, u32* done, const u32* epoch) {
+    const Chain chain = {ready, blocks, done, epoch};
     __shared__ float shared[16];
     start_next();
-    wait();
+    wait(chain);
     float v[4][8];
     float sum = 0;
 #pragma unroll
@@ -581,13 +619,16 @@ extern "C" __global__ void __launch_bounds__(512) layer_norm(const u16* x, const
             *(uint4*)(y + (size_t)blockIdx.x * K + k) = make_uint4(out[0], out[1], out[2], out[3]);
         }
     }
+    signal(chain);
 }
 
 // Begins a step: the embedding of ids [B] → hidden [B, hidden]; cosines and sines [B, D] of positions [B, R], rounded
 // as the model's dtype rounds them. A block a sequence.
 extern "C" __global__ void begin_step(const long long* ids, const u16* embedding, u16* hidden, int width,
                                       const long long* positions, const float* frequencies, float* cosines,
-                                      float* sines, int D, int R) {
+                                      float* sines, int D, int R,
+                                      const u32* ready, u32 blocks, u32* done, const u32* epoch) {
+    const Chain chain = {ready, blocks, done, epoch};
     const int b = blockIdx.x;
     start_next();
     wait();
@@ -605,13 +646,14 @@ extern "C" __global__ void begin_step(const long long* ids, const u16* embedding
         cosines[b * D + i] = to_float(to_u16(cosf(angle)));
         sines[b * D + i] = to_float(to_u16(sinf(angle)));
     }
+    signal(chain);
 }
 // Ends it: the positions move on, and so does the slot. One block.
-extern "C" __global__ void end_step(long long* positions, const long long* advance, int count, int* slot) {
+extern "C" __global__ void end_step(long long* positions, const long long* advance, int count, int* slot, u32* epoch) {
     start_next();
     wait();
     for (int i = threadIdx.x; i < count; i += blockDim.x) positions[i] += advance[i];
-    if (threadIdx.x == 0) *slot += 1;
+    if (threadIdx.x == 0) { *slot += 1; *epoch += 1; }
 }
 
 #define MOST_PARTS 32
@@ -626,7 +668,7 @@ __device__ __forceinline__ float2 lane_part(const float2* heads, int i, int part
 template <int D>
 __device__ __forceinline__ void attend(const u16* qkv, const float* cosines, const float* sines,
         u16* keys, u16* values, const int* slot, const int* padding, int P, int H, int T, int R,
-        float* parts, u32* tickets, u16* out) {
+        float* parts, u32* tickets, u16* out, const Chain& chain) {
     constexpr int LANES = D / 8, GROUPS = 128 / LANES, AHEAD = 8;
     __shared__ float q[D], sums[GROUPS], maxima[GROUPS], outs[GROUPS][D], weights[MOST_PARTS];
     __shared__ uint4 new_key[D / 8];
@@ -651,7 +693,7 @@ __device__ __forceinline__ void attend(const u16* qkv, const float* cosines, con
         }
     };
     fetch(begin);
-    wait();
+    wait(chain);
     for (int i = threadIdx.x; i < D; i += 128) {
         const int half = D / R / 2;
         const bool first = i % (2 * half) < half;
@@ -714,7 +756,7 @@ __device__ __forceinline__ void attend(const u16* qkv, const float* cosines, con
         if (gridDim.x == 1) out[(size_t)head * D + i] = to_u16(o / total);
         else part[blockIdx.x * D + i] = o;
     }
-    if (gridDim.x == 1) return;
+    if (gridDim.x == 1) { signal(chain); return; }
     if (threadIdx.x == 0) heads[blockIdx.x] = make_float2(top, total);
     __threadfence();
     __syncthreads();
@@ -723,7 +765,7 @@ __device__ __forceinline__ void attend(const u16* qkv, const float* cosines, con
         if (is_last) tickets[head] = 0;
     }
     __syncthreads();
-    if (!is_last) return;
+    if (!is_last) { signal(chain); return; }
     __threadfence();
     if (threadIdx.x < 32) {   // a lane a part
         const float2 h = lane_part(heads, threadIdx.x, gridDim.x);
@@ -743,12 +785,14 @@ __device__ __forceinline__ void attend(const u16* qkv, const float* cosines, con
         for (int s = 0; s < gridDim.x; s++) o += __ldcg(part + s * D + i) * weights[s];
         out[(size_t)head * D + i] = to_u16(o);
     }
+    signal(chain);
 }
 #define ATTEND(D) \
 extern "C" __global__ void __launch_bounds__(128) attend_##D(const u16* qkv, const float* cosines, const float* sines, \
         u16* keys, u16* values, const int* slot, const int* padding, int P, int H, int T, int R, \
-        float* parts, u32* tickets, u16* out) { \
-    attend<D>(qkv, cosines, sines, keys, values, slot, padding, P, H, T, R, parts, tickets, out); \
+        float* parts, u32* tickets, u16* out, const u32* ready, u32 blocks, u32* done, const u32* epoch) { \
+    const Chain chain = {ready, blocks, done, epoch}; \
+    attend<D>(qkv, cosines, sines, keys, values, slot, padding, P, H, T, R, parts, tickets, out, chain); \
 }
 ATTEND(16)
 ATTEND(32)
@@ -783,7 +827,6 @@ extern "C" __global__ void split_rotate(const u16* __restrict__ qkv, const u16* 
 }
 """
 
-_SOURCES = {"rows": _COMMON + _ROWS, "tiles": _COMMON + _TILES, "step": _COMMON + _EXPAND + _STEP}
 _REMEDY = (
     "Install what is missing (pip install cpm_kernels; NVRTC comes with PyTorch's CUDA wheels or the CUDA toolkit), or "
     "go on without: PyTorch computes the same, more slowly."
@@ -792,6 +835,7 @@ _REMEDY = (
 # the product to cuBLAS is faster.
 _MOST_ROWS = 128
 _SHARED_LIMIT = 32 * 1024  # of a kernel that has not asked for more; it has up to 16 KB beside
+_RESIDENT = 1  # blocks of a few-rows kernel on a multiprocessor
 _PREFETCH = 1  # turns (64 KB a multiprocessor) of a few-rows kernel that are fetched as far as the L2 cache beforehand
 # Of the kernels tiles_BITS_MT: (HEIGHT, STAGES, blocks that a multiprocessor holds at once).
 _TILE_SHAPES = {
@@ -804,6 +848,10 @@ _TILE_SHAPES = {
     (4, 32): (2, 2, 3),
     (4, 64): (2, 2, 2),
 }
+_SOURCES = {"rows": _COMMON + _ROWS, "step": _COMMON + _EXPAND + _STEP}
+for (_bits, _width), (_height, _stages, _blocks) in _TILE_SHAPES.items():  # modules of their own: few are ever needed
+    _name = f"tiles_{_bits}_{_width}"
+    _SOURCES[_name] = _COMMON + _TILES + f"TILES({_name}, {_bits}, {_width}, {_height}, {_stages}, {_blocks})\n"
 _lock = threading.RLock()
 _local = threading.local()
 
@@ -951,39 +999,30 @@ def _module_code(nvrtc, name: str, bf16: bool, architecture: int) -> bytes:
 
 
 @functools.cache
-def _modules(bf16: bool, architecture: int) -> dict:
-    """The `LazyKernelCModule` of each source; compiled side by side."""
-    nvrtc, launcher = load_libraries().nvrtc, load_launcher()
-    codes: dict = {}
-
-    def work(name: str) -> None:
-        try:
-            codes[name] = _module_code(nvrtc, name, bf16, architecture)
-        except Exception as error:  # raised below, in the caller's thread
-            codes[name] = error
-
-    threads = [threading.Thread(target=work, args=(name,)) for name in _SOURCES]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for code in codes.values():
-        if isinstance(code, Exception):
-            raise code
-    return {name: launcher.LazyKernelCModule(code) for name, code in codes.items()}
+def _module(name: str, bf16: bool, architecture: int):
+    """A `LazyKernelCModule`, compiled if it is not in the cache."""
+    return load_launcher().LazyKernelCModule(_module_code(load_libraries().nvrtc, name, bf16, architecture))
 
 
 @functools.cache
-def _function(name: str, module: str, bf16: bool, architecture: int):
-    return load_launcher().KernelFunction(_modules(bf16, architecture)[module], name)
+def _function(name: str, module: str, bf16: bool, device: int):
+    """A `KernelFunction`; `device` is the current one."""
+    architecture, *_ = _properties(device)
+    function = load_launcher().KernelFunction(_module(module, bf16, architecture), name)
+    # As much shared memory as there is: kernels that divide it in different ways could not run side by side.
+    _set_attribute(function, 9, 100)  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+    return function
 
 
-@functools.cache
-def _allow_shared(function, device: int, bytes_: int) -> None:
-    """Let a kernel have more dynamic shared memory than 48 KB on the current device."""
+def _set_attribute(function, attribute: int, value: int) -> None:
     cuda = load_libraries().cuda
-    attribute = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    cuda.checkCUStatus(cuda.cuda._Lib__lib.cuFuncSetAttribute(function._prepare_func(), attribute, bytes_))
+    cuda.checkCUStatus(cuda.cuda._Lib__lib.cuFuncSetAttribute(function._prepare_func(), attribute, value))
+
+
+@functools.cache
+def _allow_shared(function, bytes_: int) -> None:
+    """Let a kernel have more dynamic shared memory than 48 KB on the current device."""
+    _set_attribute(function, 8, bytes_)  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
 @functools.cache
@@ -1022,8 +1061,12 @@ def _try_to_load(device: int, dtype: torch.dtype) -> bool:
     try:
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()
-            for module in _modules(bf16, architecture).values():
-                module.get_module()  # now, since it can't be done while a graph is captured
+            load_launcher()
+            needed = ("rows", "step")
+            with ThreadPoolExecutor() as pool:  # NVRTC compiles side by side
+                list(pool.map(lambda name: _module(name, bf16, architecture), needed))
+            for name in needed:
+                _module(name, bf16, architecture).get_module()  # can't be done while a graph is captured
     except Exception as error:
         reason = " ".join(str(error).split())[:600] or type(error).__name__
         warnings.warn(f"The CUDA kernels of chatglm_int8 can't be used: {reason}. {_REMEDY}", stacklevel=2)
@@ -1065,9 +1108,9 @@ def _launch(like: torch.Tensor, module: str, name: str, grid: tuple, block: int,
         with torch.cuda.device(index):
             return _launch(like, module, name, grid, block, shared, *arguments)
     architecture, *_ = _properties(index)
-    function = _function(name, module, like.dtype == torch.bfloat16, architecture)
+    function = _function(name, module, like.dtype == torch.bfloat16, index)
     if shared > _SHARED_LIMIT:
-        _allow_shared(function, index, shared)
+        _allow_shared(function, shared)
     stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
     values = [_argument(value) for value in arguments]
     if architecture >= 90 and torch.cuda.is_current_stream_capturing():
@@ -1117,6 +1160,39 @@ def _get_tickets(device: torch.device) -> torch.Tensor:
     return _tickets[key]
 
 
+class chain:
+    """A context for recording a step: kernels that follow each other directly wait for each other's blocks.
+
+    Args:
+        counters: int32 zeros, one for each kernel at most.
+        epoch: int32 zero [1], which `end_step` moves on.
+    """
+
+    def __init__(self, counters: torch.Tensor, epoch: torch.Tensor):
+        self.counters, self.epoch = counters, epoch
+        self.used, self.last = 0, None
+
+    def __enter__(self) -> None:
+        _local.chain = self
+
+    def __exit__(self, *error) -> None:
+        _local.chain = None
+
+
+def _link(x: torch.Tensor | None, y: torch.Tensor, blocks: int) -> tuple:
+    """A kernel's arguments ready, blocks, done, epoch, if it makes y from x, which must be what was made last."""
+    links = getattr(_local, "chain", None)
+    if links is None or _properties(y.device.index)[0] < 90 or links.used == len(links.counters):
+        return None, 0, None, None
+    ready, count = None, 0
+    if x is not None and links.last is not None and links.last[0] == x.data_ptr():
+        _, ready, count = links.last
+    done = links.counters[links.used :]
+    links.used += 1
+    links.last = (y.data_ptr(), done, blocks)
+    return ready, count, done, links.epoch
+
+
 # --- Products ---
 
 
@@ -1124,15 +1200,15 @@ def expand(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor
     """The float weight q · scale [N, K], of the scales' dtype, of int8 [N, K] (INT4: [N, K/2]) and scales [N]."""
     n, k = weight.shape[0], weight.shape[1] * 8 // bits
     out = torch.empty(n, k, dtype=scale.dtype, device=weight.device)
-    threads = -(-k * bits // 128)
+    threads = -(-k // 8)
     block = min(256, -(-threads // 32) * 32)
-    grid = (-(-threads // block), min(n, 65535), 1)
-    _launch(out, "step", "expand", grid, block, 0, weight, scale, out, n, k, bits)
+    grid = (-(-threads // block), min(-(-n // 4) if k % 8 == 0 else n, 65535), 1)
+    _launch(out, "step", f"expand_{bits}", grid, block, 0, weight, scale, out, n, k)
     return out
 
 
 def _plan(m: int, n: int, k: int, bits: int, device: int) -> tuple | None:
-    """How M rows are multiplied: ("rows" or "tiles", kernel, grid, threads, shared bytes, floats of partial sums).
+    """How M rows are multiplied: (module, kernel, grid, threads, shared bytes, floats of partial sums).
 
     None: expand the weight.
     """
@@ -1145,7 +1221,7 @@ def _plan(m: int, n: int, k: int, bits: int, device: int) -> tuple | None:
     shared = padded * 2 if m == 1 else m * (padded + 8) * 2
     if m <= (8 if bits < 16 else 1) and shared <= most_shared:
         name = f"row_{bits}" if m == 1 else f"rows_{bits}"
-        return ("rows", name, (min(-(-n // (16 * height)), processors), 1, 1), 256, shared, 0)
+        return ("rows", name, (min(-(-n // (16 * height)), processors * _RESIDENT), 1, 1), 256, shared, 0)
     if bits == 16:
         return None
     width = next(width for width in (8, 16, 32, 64) if m <= width or width == 64)
@@ -1157,7 +1233,7 @@ def _plan(m: int, n: int, k: int, bits: int, device: int) -> tuple | None:
         parts = 1
     sums = rows * columns * parts * height * width * 64 if parts > 1 else 0
     shared = stages * (height * 8192 + width * (1024 // bits + 8) * 2)
-    return ("tiles", f"tiles_{bits}_{width}", (rows, parts, columns), 128, max(shared, height * width * 256), sums)
+    return (f"tiles_{bits}_{width}", f"tiles_{bits}_{width}", (rows, parts, columns), 128, max(shared, height * width * 256), sums)
 
 
 def product(
@@ -1193,8 +1269,9 @@ def product(
         return y if residual is None else y.add_(residual, alpha=alpha)
     module, name, grid, block, shared, sums = plan
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    scratch = ()
-    if module == "tiles":
+    if module == "rows":
+        scratch = _link(x, y, grid[0])
+    else:
         parts = torch.empty(sums, dtype=torch.float32, device=x.device)
         scratch = (parts, _get_tickets(x.device))
     if residual is not None:
@@ -1224,7 +1301,9 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilo
     x = x.contiguous()
     y = torch.empty_like(x)
     k = x.shape[-1]
-    _launch(x, "step", "layer_norm", (x.numel() // k, 1, 1), 512, 0, x, weight, bias, y, float(epsilon), k)
+    blocks = x.numel() // k
+    given = (x, weight, bias, y, float(epsilon), k, *_link(x, y, blocks))
+    _launch(x, "step", "layer_norm", (blocks, 1, 1), 512, 0, *given)
     return y
 
 
@@ -1237,13 +1316,13 @@ def begin_step(ids, embedding, positions, frequencies, head_dim: int) -> tuple:
     hidden = torch.empty(batch, embedding.shape[1], dtype=embedding.dtype, device=embedding.device)
     angles = torch.empty(2, batch, head_dim, dtype=torch.float32, device=embedding.device)
     given = (ids, embedding, hidden, embedding.shape[1], positions, frequencies, angles[0], angles[1], head_dim, rows)
-    _launch(hidden, "step", "begin_step", (batch, 1, 1), 256, 0, *given)
+    _launch(hidden, "step", "begin_step", (batch, 1, 1), 256, 0, *given, *_link(None, hidden, batch))
     return hidden, angles[0], angles[1]
 
 
-def end_step(like: torch.Tensor, positions, advance, slot) -> None:
-    """positions += advance, both int64 [B, R]; slot += 1, an int32."""
-    _launch(like, "step", "end_step", (1, 1, 1), 256, 0, positions, advance, positions.numel(), slot)
+def end_step(like: torch.Tensor, positions, advance, slot, epoch) -> None:
+    """positions += advance, both int64 [B, R]; slot += 1 and epoch += 1, both int32."""
+    _launch(like, "step", "end_step", (1, 1, 1), 256, 0, positions, advance, positions.numel(), slot, epoch)
 
 
 HEAD_DIMS = (16, 32, 64, 128)
@@ -1269,7 +1348,8 @@ def attend(qkv, cosines, sines, keys, values, slot, padding, prefix: int, rows: 
     sums = torch.empty(batch * heads * parts * (head_dim + 2), dtype=torch.float32, device=qkv.device)
     given = (qkv, cosines, sines, keys, values, slot, padding, prefix, heads, places, rows)
     grid = (parts, batch * heads, 1)
-    _launch(qkv, "step", f"attend_{head_dim}", grid, 128, 0, *given, sums, _get_tickets(qkv.device), out)
+    given = (*given, sums, _get_tickets(qkv.device), out, *_link(qkv, out, parts * batch * heads))
+    _launch(qkv, "step", f"attend_{head_dim}", grid, 128, 0, *given)
     return out
 
 

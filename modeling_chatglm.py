@@ -26,6 +26,8 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedModel,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -572,18 +574,40 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 class FiniteScores(LogitsProcessor):
     """Puts all weight on one id where scores are NaN or infinite, as the public code does, and says so once."""
 
+    def __init__(self):
+        self._seen: tuple[torch.Tensor, torch.cuda.Event] | None = None
+
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """int64 [B, S], float [B, V] → float [B, V]."""
         broken = ~scores.isfinite().all(dim=-1, keepdim=True)
-        if broken.any():
-            logger.warning_once(
-                "The model's scores are NaN or infinite, so the answer will be empty or meaningless. Likely causes: a "
-                "damaged weight file, an overflow in fp16 (try bfloat16 or float32), or a bad fine-tuned checkpoint."
-            )
-            forced = torch.zeros_like(scores)
-            forced[:, _FALLBACK_TOKEN_ID] = 5e4
-            scores = torch.where(broken, forced, scores)
-        return scores
+        if scores.is_cuda:
+            # Whether any are broken is looked at in the next step: a GPU should not be waited for in this one.
+            self.report()
+            seen = torch.zeros((), dtype=torch.bool, pin_memory=True)
+            seen.copy_(broken.any(), non_blocking=True)
+            self._seen = seen, torch.cuda.current_stream(scores.device).record_event()
+        elif broken.any():
+            self._warn()
+        else:
+            return scores
+        forced = torch.zeros_like(scores)
+        forced[:, _FALLBACK_TOKEN_ID] = 5e4
+        return torch.where(broken, forced, scores)
+
+    def report(self) -> None:
+        """Say it, if the last scores were broken."""
+        if self._seen is not None:
+            seen, copied = self._seen
+            copied.synchronize()
+            self._seen = None
+            if seen:
+                self._warn()
+
+    def _warn(self) -> None:
+        logger.warning_once(
+            "The model's scores are NaN or infinite, so the answer will be empty or meaningless. Likely causes: a "
+            "damaged weight file, an overflow in fp16 (try bfloat16 or float32), or a bad fine-tuned checkpoint."
+        )
 
 
 # Punctuation that takes its full-width form next to a Chinese character.
@@ -827,10 +851,18 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         pad = generation_config._pad_token_tensor if _has_end(stopping_criteria) else None
         flag = torch.zeros((), dtype=torch.bool, pin_memory=True)
         ended = torch.cuda.Event()
+        before_top, top = logits_processor, None
+        if generation_config.do_sample and [type(processor) for processor in logits_processor[-2:]] == [
+            TopKLogitsWarper,
+            TopPLogitsWarper,
+        ]:
+            before_top, top = LogitsProcessorList(logits_processor[:-2]), logits_processor[-2:]
         logits = self(**self.prepare_inputs_for_generation(input_ids, **model_kwargs)).logits
         while True:
-            scores = logits_processor(input_ids, logits[:, -1].float())
-            if generation_config.do_sample:
+            scores = before_top(input_ids, logits[:, -1].float())
+            if top is not None:
+                tokens = _sample_top(scores, *top)
+            elif generation_config.do_sample:
                 tokens = torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
             else:
                 tokens = scores.argmax(dim=-1)
@@ -966,6 +998,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         inputs = self._chat_inputs(tokenizer, query, history, max_length, kwargs)
         settings = _chat_settings(max_length, do_sample, top_p, temperature, logits_processor, kwargs)
         output_ids = self.generate(**inputs, num_beams=num_beams, **settings)
+        settings["logits_processor"][-1].report()
         prompt_length = inputs["input_ids"].shape[1]
         response = self.process_response(tokenizer.decode(output_ids[0, prompt_length:].tolist()))
         return response, [*history, (query, response)]
@@ -997,6 +1030,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             text += decoder.step(int(output_ids[0, -1]))
             response = self.process_response(text)
             yield response, [*history, (query, response)]
+        settings["logits_processor"][-1].report()
         unfinished = decoder.flush()
         if unfinished:
             response = self.process_response(text + unfinished)
@@ -1050,6 +1084,16 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
                 f"The conversation has grown past {limit} tokens: its oldest rounds are left out of the prompt."
             )
         return {name: inputs[name].to(self.device) for name in ("input_ids", "attention_mask")}
+
+
+def _sample_top(scores: torch.Tensor, top_k: TopKLogitsWarper, top_p: TopPLogitsWarper) -> torch.Tensor:
+    """Ids [B] drawn from scores [B, V] as the two warpers leave them, without sorting all of the vocabulary."""
+    count = min(top_k.top_k, scores.shape[-1])
+    # Scores in half precision are often equal, and those that equal the k-th are all kept.
+    scores, ids = scores.topk(min(count + 64, scores.shape[-1]), dim=-1)
+    scores = scores.masked_fill(scores < scores[:, count - 1 : count], top_k.filter_value)
+    kept = top_p(None, scores)
+    return ids.gather(1, torch.multinomial(kept.softmax(dim=-1), num_samples=1)).squeeze(1)
 
 
 def _has_end(stopping_criteria) -> bool:
