@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from .kernels_cuda import HEAD_DIMS, attend, available, begin_step, chain, end_step, new_tickets, own_tickets, split_rotate
+from .kernels_cuda import HEAD_DIMS, attend, available, begin_step, end_step, new_tickets, own_tickets, split_rotate
 
 _GROWTH = 512  # places that are added to a cache at a time
 _KEPT_BYTES = 1 << 30  # caches up to this size are kept, with their graphs, for a model's next answer
@@ -89,8 +89,6 @@ class _Graph:
         self.slot = torch.zeros(1, dtype=torch.int32, device=device)
         self.padding = torch.zeros(batch, dtype=torch.int32, device=device)
         self.tickets = new_tickets(device)
-        self.counters = torch.zeros(1024, dtype=torch.int32, device=device)
-        self.epoch = torch.zeros(1, dtype=torch.int32, device=device)
         exponents = torch.arange(0, head_dim // rows, 2, device=device, dtype=torch.float32) / (head_dim // rows)
         self.frequencies = (1.0 / 10000.0**exponents).half().float()  # as `rotary_embedding` rounds them
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -225,7 +223,11 @@ class StepCache(Cache):
                 graph.graph = None
             graph.weights = weights
             self._checked = True
-        if full or graph.buffers is None or any(a.buffers is not b for a, b in zip(self.layers, graph.buffers, strict=True)):
+        if (
+            full
+            or graph.buffers is None
+            or any(a.buffers is not b for a, b in zip(self.layers, graph.buffers, strict=True))
+        ):
             graph.graph = graph.logits = graph.buffers = None  # its memory is free for the new one
             for layer in self.layers:
                 layer.reserve(*first.shape[:2], first.shape[3], layer.length + 1, first)
@@ -242,13 +244,10 @@ class StepCache(Cache):
                 self._run(model)  # what libraries set up at their first call is not for a graph
                 graph.positions.copy_(positions)
                 graph.slot.fill_(graph.place)
-                graph.counters.zero_()
-                graph.epoch.zero_()
                 recorded = torch.cuda.CUDAGraph()
                 recorded.capture_begin(capture_error_mode="thread_local")
                 try:
-                    with chain(graph.counters, graph.epoch):
-                        graph.logits = self._run(model)
+                    graph.logits = self._run(model)
                 finally:
                     recorded.capture_end()
         finally:
@@ -263,7 +262,7 @@ class StepCache(Cache):
         )
         hidden = transformer.run_blocks(hidden[:, None], (cosines, sines), self)
         logits = model.score(hidden)
-        end_step(hidden, graph.positions, graph.advance, graph.slot, graph.epoch)
+        end_step(hidden, graph.positions, graph.advance, graph.slot)
         return logits
 
 

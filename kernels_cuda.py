@@ -56,33 +56,6 @@ __device__ __forceinline__ void wait() {
 #endif
 }
 
-// In a recorded step a kernel waits for the blocks of the one before to count themselves, not for its end, which
-// would take 2 µs longer to be seen. Counts go on from replay to replay; `epoch` counts the replays.
-struct Chain {
-    const u32* ready;   // where the blocks of the kernel before count, or null: wait for its end
-    u32 blocks;         // how many it has
-    u32* done;          // where those of this kernel count, or null
-    const u32* epoch;
-};
-__device__ __forceinline__ void wait(const Chain& c) {
-    if (c.ready == nullptr) { wait(); return; }
-#if __CUDA_ARCH__ >= 900
-    if (threadIdx.x == 0) {
-        const u32 goal = (*c.epoch + 1) * c.blocks;
-        u32 count;
-        do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(c.ready) : "memory");
-        while ((int)(count - goal) < 0);
-    }
-    __syncthreads();
-#endif
-}
-// After a block's last store.
-__device__ __forceinline__ void signal(const Chain& c) {
-    if (c.done == nullptr) return;
-    __syncthreads();
-    if (threadIdx.x == 0) { __threadfence(); atomicAdd(c.done, 1); }
-}
-
 // 16 bytes that are read once; zeros if they are not inside.
 __device__ __forceinline__ uint4 load_stream(const void* p, bool inside = true) {
     uint4 v;
@@ -213,14 +186,48 @@ __device__ __forceinline__ void finish(const Epilogue& e, const Finish& f, float
 }
 """
 
-# Few rows: x is kept whole in shared memory. A block of 8 warps, one to a multiprocessor, owns 16 · HEIGHT weight rows
+# Few rows: x is kept whole in shared memory. A block of 8 warps, two to a multiprocessor, owns 16 · HEIGHT weight rows
 # at a time, each warp every eighth 64 bytes of them. RING 16-byte loads a thread and row are under way at any time, from
-# before the kernel's turn (weights depend on nothing) to its end, over the boundaries of tiles. Two such kernels fit a
-# multiprocessor, so that the next one's loads fill the memory's time while this one ends.
+# before the kernel's turn (weights depend on nothing) to its end, over the boundaries of tiles.
 _ROWS = r"""
+// With one row, x may have a LayerNorm before the product: every block computes it, the first also stores it.
+struct Norm {
+    const u16* weight;   // [K] or null: no LayerNorm
+    const u16* bias;
+    float epsilon;
+    u16* normed;         // [1, K]
+};
+__device__ __forceinline__ float sum_of_block(float v, float* shared) {
+#pragma unroll
+    for (int i = 16; i; i /= 2) v += __shfl_xor_sync(~0u, v, i);
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
+    __syncthreads();
+    v = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) v += shared[i];
+    return v;
+}
+__device__ __forceinline__ void normalise(const Norm& norm, u32* x, int K) {   // x: K numbers in shared memory
+    __shared__ float shared[2][8];
+    float sum = 0;
+    for (int i = threadIdx.x; i < K / 2; i += 256) sum += low(x[i]) + high(x[i]);
+    const float mean = sum_of_block(sum, shared[0]) / K;
+    sum = 0;
+    for (int i = threadIdx.x; i < K / 2; i += 256) {
+        const float a = low(x[i]) - mean, b = high(x[i]) - mean;
+        sum += a * a + b * b;
+    }
+    const float scale = rsqrtf(sum_of_block(sum, shared[1]) / K + norm.epsilon);
+    for (int i = threadIdx.x; i < K / 2; i += 256) {
+        const u32 w = ((const u32*)norm.weight)[i], b = ((const u32*)norm.bias)[i];
+        x[i] = pack((low(x[i]) - mean) * scale * low(w) + low(b), (high(x[i]) - mean) * scale * high(w) + high(b));
+        if (blockIdx.x == 0) ((u32*)norm.normed)[i] = x[i];
+    }
+    __syncthreads();
+}
 template <int BITS, int COLUMNS, int HEIGHT>
 __device__ __forceinline__ void rows(const unsigned char* __restrict__ weight, const u16* x,
-                                     const Epilogue& e, const Chain& chain, int M, int N, int K) {
+                                     const Epilogue& e, const Norm& norm, int M, int N, int K) {
     constexpr int WARPS = 8, RING = 8 / HEIGHT;
     constexpr int CHUNK = 128 / BITS;                  // weights in 16 bytes
     constexpr int STEP = 4 * CHUNK;                    // weights in 64 bytes
@@ -254,16 +261,7 @@ __device__ __forceinline__ void rows(const unsigned char* __restrict__ weight, c
     point_at(blockIdx.x, 0);
 #pragma unroll
     for (int r = 0; r < RING; r++) fetch(r);
-    for (int next = 1; next <= PREFETCH; next++) {   // these only as far as the L2 cache
-        const int tile = blockIdx.x + next / turns * gridDim.x;
-        const size_t offset = (size_t)(next % turns) * TURN;
-        for (int i = threadIdx.x; i < TILE * TURN / 128; i += WARPS * 32) {
-            const int n = tile * TILE + i / (TURN / 128);
-            const size_t at = offset + i % (TURN / 128) * 128;
-            if (n < N && at < row_bytes) asm volatile("prefetch.global.L2 [%0];" :: "l"(weight + n * row_bytes + at));
-        }
-    }
-    wait(chain);
+    wait();
     for (int i = threadIdx.x; i < M * (stride / 8); i += WARPS * 32) {
         const int m = i / (stride / 8), k = (i % (stride / 8)) * 8;
         copy_async(&shared_x[i], k < K ? x + (size_t)m * K + k : x, k < K);
@@ -271,6 +269,7 @@ __device__ __forceinline__ void rows(const unsigned char* __restrict__ weight, c
     commit();
     wait_copies<0>();
     __syncthreads();
+    if (COLUMNS == 1 && norm.weight) normalise(norm, (u32*)shared_x, K);
     const u16* my_x = (u16*)shared_x + (COLUMNS > 1 ? min(g, M - 1) * stride : 0) + warp * STEP + t * CHUNK;
 
     int buffer = 0;
@@ -335,15 +334,14 @@ __device__ __forceinline__ void rows(const unsigned char* __restrict__ weight, c
             finish(e, end, sum, m, n, N);
         }
     }
-    signal(chain);
 }
 #define ROWS(NAME, BITS, COLUMNS, HEIGHT) \
 extern "C" __global__ void __launch_bounds__(256, 2) NAME(const unsigned char* weight, const u16* x, \
         const u16* scale, const u16* bias, const u16* residual, float alpha, int use_gelu, u16* y, \
-        const u32* ready, u32 blocks, u32* done, const u32* epoch, int M, int N, int K) { \
+        const u16* norm_weight, const u16* norm_bias, float epsilon, u16* normed, int M, int N, int K) { \
+    const Norm norm = {norm_weight, norm_bias, epsilon, normed}; \
     const Epilogue e = {scale, bias, residual, alpha, use_gelu, y}; \
-    const Chain chain = {ready, blocks, done, epoch}; \
-    rows<BITS, COLUMNS, HEIGHT>(weight, x, e, chain, M, N, K); \
+    rows<BITS, COLUMNS, HEIGHT>(weight, x, e, norm, M, N, K); \
 }
 ROWS(row_8, 8, 1, 1)
 ROWS(row_4, 4, 1, 2)
@@ -577,12 +575,10 @@ __device__ __forceinline__ float block_sum(float v, float* shared) {
     return v;
 }
 extern "C" __global__ void __launch_bounds__(512) layer_norm(const u16* x, const u16* weight, const u16* bias, u16* y,
-                                                             float epsilon, int K,
-        const u32* ready, u32 blocks, u32* done, const u32* epoch) {
-    const Chain chain = {ready, blocks, done, epoch};
+                                                             float epsilon, int K) {
     __shared__ float shared[16];
     start_next();
-    wait(chain);
+    wait();
     float v[4][8];
     float sum = 0;
 #pragma unroll
@@ -619,16 +615,13 @@ extern "C" __global__ void __launch_bounds__(512) layer_norm(const u16* x, const
             *(uint4*)(y + (size_t)blockIdx.x * K + k) = make_uint4(out[0], out[1], out[2], out[3]);
         }
     }
-    signal(chain);
 }
 
 // Begins a step: the embedding of ids [B] → hidden [B, hidden]; cosines and sines [B, D] of positions [B, R], rounded
 // as the model's dtype rounds them. A block a sequence.
 extern "C" __global__ void begin_step(const long long* ids, const u16* embedding, u16* hidden, int width,
                                       const long long* positions, const float* frequencies, float* cosines,
-                                      float* sines, int D, int R,
-                                      const u32* ready, u32 blocks, u32* done, const u32* epoch) {
-    const Chain chain = {ready, blocks, done, epoch};
+                                      float* sines, int D, int R) {
     const int b = blockIdx.x;
     start_next();
     wait();
@@ -646,14 +639,13 @@ extern "C" __global__ void begin_step(const long long* ids, const u16* embedding
         cosines[b * D + i] = to_float(to_u16(cosf(angle)));
         sines[b * D + i] = to_float(to_u16(sinf(angle)));
     }
-    signal(chain);
 }
 // Ends it: the positions move on, and so does the slot. One block.
-extern "C" __global__ void end_step(long long* positions, const long long* advance, int count, int* slot, u32* epoch) {
+extern "C" __global__ void end_step(long long* positions, const long long* advance, int count, int* slot) {
     start_next();
     wait();
     for (int i = threadIdx.x; i < count; i += blockDim.x) positions[i] += advance[i];
-    if (threadIdx.x == 0) { *slot += 1; *epoch += 1; }
+    if (threadIdx.x == 0) *slot += 1;
 }
 
 #define MOST_PARTS 32
@@ -668,7 +660,7 @@ __device__ __forceinline__ float2 lane_part(const float2* heads, int i, int part
 template <int D>
 __device__ __forceinline__ void attend(const u16* qkv, const float* cosines, const float* sines,
         u16* keys, u16* values, const int* slot, const int* padding, int P, int H, int T, int R,
-        float* parts, u32* tickets, u16* out, const Chain& chain) {
+        float* parts, u32* tickets, u16* out) {
     constexpr int LANES = D / 8, GROUPS = 128 / LANES, AHEAD = 8;
     __shared__ float q[D], sums[GROUPS], maxima[GROUPS], outs[GROUPS][D], weights[MOST_PARTS];
     __shared__ uint4 new_key[D / 8];
@@ -693,7 +685,7 @@ __device__ __forceinline__ void attend(const u16* qkv, const float* cosines, con
         }
     };
     fetch(begin);
-    wait(chain);
+    wait();
     for (int i = threadIdx.x; i < D; i += 128) {
         const int half = D / R / 2;
         const bool first = i % (2 * half) < half;
@@ -756,7 +748,7 @@ __device__ __forceinline__ void attend(const u16* qkv, const float* cosines, con
         if (gridDim.x == 1) out[(size_t)head * D + i] = to_u16(o / total);
         else part[blockIdx.x * D + i] = o;
     }
-    if (gridDim.x == 1) { signal(chain); return; }
+    if (gridDim.x == 1) return;
     if (threadIdx.x == 0) heads[blockIdx.x] = make_float2(top, total);
     __threadfence();
     __syncthreads();
@@ -765,7 +757,7 @@ __device__ __forceinline__ void attend(const u16* qkv, const float* cosines, con
         if (is_last) tickets[head] = 0;
     }
     __syncthreads();
-    if (!is_last) { signal(chain); return; }
+    if (!is_last) return;
     __threadfence();
     if (threadIdx.x < 32) {   // a lane a part
         const float2 h = lane_part(heads, threadIdx.x, gridDim.x);
@@ -785,14 +777,12 @@ __device__ __forceinline__ void attend(const u16* qkv, const float* cosines, con
         for (int s = 0; s < gridDim.x; s++) o += __ldcg(part + s * D + i) * weights[s];
         out[(size_t)head * D + i] = to_u16(o);
     }
-    signal(chain);
 }
 #define ATTEND(D) \
 extern "C" __global__ void __launch_bounds__(128) attend_##D(const u16* qkv, const float* cosines, const float* sines, \
         u16* keys, u16* values, const int* slot, const int* padding, int P, int H, int T, int R, \
-        float* parts, u32* tickets, u16* out, const u32* ready, u32 blocks, u32* done, const u32* epoch) { \
-    const Chain chain = {ready, blocks, done, epoch}; \
-    attend<D>(qkv, cosines, sines, keys, values, slot, padding, P, H, T, R, parts, tickets, out, chain); \
+        float* parts, u32* tickets, u16* out) { \
+    attend<D>(qkv, cosines, sines, keys, values, slot, padding, P, H, T, R, parts, tickets, out); \
 }
 ATTEND(16)
 ATTEND(32)
@@ -835,8 +825,6 @@ _REMEDY = (
 # the product to cuBLAS is faster.
 _MOST_ROWS = 128
 _SHARED_LIMIT = 32 * 1024  # of a kernel that has not asked for more; it has up to 16 KB beside
-_RESIDENT = 1  # blocks of a few-rows kernel on a multiprocessor
-_PREFETCH = 1  # turns (64 KB a multiprocessor) of a few-rows kernel that are fetched as far as the L2 cache beforehand
 # Of the kernels tiles_BITS_MT: (HEIGHT, STAGES, blocks that a multiprocessor holds at once).
 _TILE_SHAPES = {
     (8, 8): (1, 4, 4),
@@ -977,7 +965,7 @@ def compile_source(nvrtc, source: str, options: list[str]) -> bytes:
 
 def _module_code(nvrtc, name: str, bf16: bool, architecture: int) -> bytes:
     """Compiled code of a module, from the cache on disk if it is there."""
-    options = ["--std=c++17", f"-DBF16={int(bf16)}", f"-DPREFETCH={_PREFETCH}", f"--gpu-architecture=sm_{architecture}"]
+    options = ["--std=c++17", f"-DBF16={int(bf16)}", f"--gpu-architecture=sm_{architecture}"]
     key = repr((_SOURCES[name], options, nvrtc.version))
     file = f"cuda-{name}-sm_{architecture}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.cubin"
     path = os.path.join(cache_folder(), file)
@@ -1008,21 +996,15 @@ def _module(name: str, bf16: bool, architecture: int):
 def _function(name: str, module: str, bf16: bool, device: int):
     """A `KernelFunction`; `device` is the current one."""
     architecture, *_ = _properties(device)
-    function = load_launcher().KernelFunction(_module(module, bf16, architecture), name)
-    # As much shared memory as there is: kernels that divide it in different ways could not run side by side.
-    _set_attribute(function, 9, 100)  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-    return function
-
-
-def _set_attribute(function, attribute: int, value: int) -> None:
-    cuda = load_libraries().cuda
-    cuda.checkCUStatus(cuda.cuda._Lib__lib.cuFuncSetAttribute(function._prepare_func(), attribute, value))
+    return load_launcher().KernelFunction(_module(module, bf16, architecture), name)
 
 
 @functools.cache
 def _allow_shared(function, bytes_: int) -> None:
     """Let a kernel have more dynamic shared memory than 48 KB on the current device."""
-    _set_attribute(function, 8, bytes_)  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    cuda = load_libraries().cuda
+    attribute = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    cuda.checkCUStatus(cuda.cuda._Lib__lib.cuFuncSetAttribute(function._prepare_func(), attribute, bytes_))
 
 
 @functools.cache
@@ -1160,39 +1142,6 @@ def _get_tickets(device: torch.device) -> torch.Tensor:
     return _tickets[key]
 
 
-class chain:
-    """A context for recording a step: kernels that follow each other directly wait for each other's blocks.
-
-    Args:
-        counters: int32 zeros, one for each kernel at most.
-        epoch: int32 zero [1], which `end_step` moves on.
-    """
-
-    def __init__(self, counters: torch.Tensor, epoch: torch.Tensor):
-        self.counters, self.epoch = counters, epoch
-        self.used, self.last = 0, None
-
-    def __enter__(self) -> None:
-        _local.chain = self
-
-    def __exit__(self, *error) -> None:
-        _local.chain = None
-
-
-def _link(x: torch.Tensor | None, y: torch.Tensor, blocks: int) -> tuple:
-    """A kernel's arguments ready, blocks, done, epoch, if it makes y from x, which must be what was made last."""
-    links = getattr(_local, "chain", None)
-    if links is None or _properties(y.device.index)[0] < 90 or links.used == len(links.counters):
-        return None, 0, None, None
-    ready, count = None, 0
-    if x is not None and links.last is not None and links.last[0] == x.data_ptr():
-        _, ready, count = links.last
-    done = links.counters[links.used :]
-    links.used += 1
-    links.last = (y.data_ptr(), done, blocks)
-    return ready, count, done, links.epoch
-
-
 # --- Products ---
 
 
@@ -1221,7 +1170,7 @@ def _plan(m: int, n: int, k: int, bits: int, device: int) -> tuple | None:
     shared = padded * 2 if m == 1 else m * (padded + 8) * 2
     if m <= (8 if bits < 16 else 1) and shared <= most_shared:
         name = f"row_{bits}" if m == 1 else f"rows_{bits}"
-        return ("rows", name, (min(-(-n // (16 * height)), processors * _RESIDENT), 1, 1), 256, shared, 0)
+        return ("rows", name, (min(-(-n // (16 * height)), processors * 2), 1, 1), 256, shared, 0)
     if bits == 16:
         return None
     width = next(width for width in (8, 16, 32, 64) if m <= width or width == 64)
@@ -1233,7 +1182,14 @@ def _plan(m: int, n: int, k: int, bits: int, device: int) -> tuple | None:
         parts = 1
     sums = rows * columns * parts * height * width * 64 if parts > 1 else 0
     shared = stages * (height * 8192 + width * (1024 // bits + 8) * 2)
-    return (f"tiles_{bits}_{width}", f"tiles_{bits}_{width}", (rows, parts, columns), 128, max(shared, height * width * 256), sums)
+    return (
+        f"tiles_{bits}_{width}",
+        f"tiles_{bits}_{width}",
+        (rows, parts, columns),
+        128,
+        max(shared, height * width * 256),
+        sums,
+    )
 
 
 def product(
@@ -1245,6 +1201,8 @@ def product(
     gelu: bool = False,
     residual: torch.Tensor | None = None,
     alpha: float = 1.0,
+    norm: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+    normed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x · (q · scale)ᵀ + bias, then GELU (tanh form) or + alpha · residual: [M, N] of x's dtype.
 
@@ -1253,6 +1211,8 @@ def product(
         weight: int8 [N, K]; INT4: [N, K/2] (see `quantization`); bits = 16: [N, K] of x's dtype.
         scale, bias: [N]; scale is None if bits = 16.
         residual: [M, N].
+        norm: weight, bias and epsilon of a LayerNorm that x goes through first; only where `can_normalise` is true.
+        normed: [1, K], where its result is to be stored.
     """
     x = x.contiguous()
     m, k, n = x.shape[0], x.shape[1], weight.shape[0]
@@ -1270,7 +1230,7 @@ def product(
     module, name, grid, block, shared, sums = plan
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if module == "rows":
-        scratch = _link(x, y, grid[0])
+        scratch = (*(norm or (None, None, 0.0)), normed)
     else:
         parts = torch.empty(sums, dtype=torch.float32, device=x.device)
         scratch = (parts, _get_tickets(x.device))
@@ -1279,6 +1239,12 @@ def product(
     given = (weight, x, scale, bias, residual, float(alpha), int(gelu), y, *scratch, m, n, k)
     _launch(x, module, name, grid, block, shared, *given)
     return y
+
+
+def can_normalise(m: int, n: int, k: int, bits: int, device: torch.device) -> bool:
+    """Whether a product of this shape takes a LayerNorm along."""
+    plan = _plan(m, n, k, bits, device.index)
+    return m == 1 and plan is not None and plan[0] == "rows"
 
 
 def linear(
@@ -1302,7 +1268,7 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilo
     y = torch.empty_like(x)
     k = x.shape[-1]
     blocks = x.numel() // k
-    given = (x, weight, bias, y, float(epsilon), k, *_link(x, y, blocks))
+    given = (x, weight, bias, y, float(epsilon), k)
     _launch(x, "step", "layer_norm", (blocks, 1, 1), 512, 0, *given)
     return y
 
@@ -1316,13 +1282,13 @@ def begin_step(ids, embedding, positions, frequencies, head_dim: int) -> tuple:
     hidden = torch.empty(batch, embedding.shape[1], dtype=embedding.dtype, device=embedding.device)
     angles = torch.empty(2, batch, head_dim, dtype=torch.float32, device=embedding.device)
     given = (ids, embedding, hidden, embedding.shape[1], positions, frequencies, angles[0], angles[1], head_dim, rows)
-    _launch(hidden, "step", "begin_step", (batch, 1, 1), 256, 0, *given, *_link(None, hidden, batch))
+    _launch(hidden, "step", "begin_step", (batch, 1, 1), 256, 0, *given)
     return hidden, angles[0], angles[1]
 
 
-def end_step(like: torch.Tensor, positions, advance, slot, epoch) -> None:
-    """positions += advance, both int64 [B, R]; slot += 1 and epoch += 1, both int32."""
-    _launch(like, "step", "end_step", (1, 1, 1), 256, 0, positions, advance, positions.numel(), slot, epoch)
+def end_step(like: torch.Tensor, positions, advance, slot) -> None:
+    """positions += advance, both int64 [B, R]; slot += 1, an int32."""
+    _launch(like, "step", "end_step", (1, 1, 1), 256, 0, positions, advance, positions.numel(), slot)
 
 
 HEAD_DIMS = (16, 32, 64, 128)
@@ -1348,7 +1314,7 @@ def attend(qkv, cosines, sines, keys, values, slot, padding, prefix: int, rows: 
     sums = torch.empty(batch * heads * parts * (head_dim + 2), dtype=torch.float32, device=qkv.device)
     given = (qkv, cosines, sines, keys, values, slot, padding, prefix, heads, places, rows)
     grid = (parts, batch * heads, 1)
-    given = (*given, sums, _get_tickets(qkv.device), out, *_link(qkv, out, parts * batch * heads))
+    given = (*given, sums, _get_tickets(qkv.device), out)
     _launch(qkv, "step", f"attend_{head_dim}", grid, 128, 0, *given)
     return out
 

@@ -225,9 +225,9 @@ class GLMBlock(GradientCheckpointingLayer):
         self, hidden_states: torch.Tensor, prefix: torch.Tensor | None = None, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, S, hidden] → [B, S, hidden] and the attention probabilities; arguments as of `ChatGLMAttention`."""
-        normed = apply_layer_norm(self.input_layernorm, hidden_states)
+        normed = apply_layer_norm(self.input_layernorm, hidden_states, self.attention.query_key_value)
         hidden_states, probs = self.attention(normed, prefix, residual=normed, alpha=self.alpha, **kwargs)
-        normed = apply_layer_norm(self.post_attention_layernorm, hidden_states)
+        normed = apply_layer_norm(self.post_attention_layernorm, hidden_states, self.mlp.dense_h_to_4h)
         return self.mlp(normed, residual=normed, alpha=self.alpha), probs
 
 
@@ -870,7 +870,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
                 tokens = torch.where(unfinished, tokens, pad)
             input_ids = torch.cat((input_ids, tokens[:, None]), dim=1)
             mask = model_kwargs.get("attention_mask")
-            if mask is not None:
+            if mask is not None and not cache.knows_position():  # a recorded step needs none
                 model_kwargs["attention_mask"] = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
             unfinished = unfinished & ~stopping_criteria(input_ids, None)
             flag.copy_(unfinished.any(), non_blocking=True)
