@@ -96,11 +96,20 @@ class _Graph:
         self.weights: tuple | None = None  # whose addresses the graph has
         self.logits: torch.Tensor | None = None
         self.place = -1  # what `slot` holds on the device
+        self.stream: torch.cuda.Stream | None = None  # where it was replayed last
 
 
 # Of each model, what the last answer has left: at most one graph with its buffers.
 _idle: "weakref.WeakKeyDictionary[nn.Module, _Graph]" = weakref.WeakKeyDictionary()
-_idle_lock = threading.Lock()
+_idle_lock = threading.RLock()  # the garbage collector may drop a cache inside
+# PyTorch's random numbers can't be drawn in one thread while another records.
+_recording_lock = threading.RLock()
+
+
+def draw(probs: torch.Tensor) -> torch.Tensor:
+    """Indices [B] drawn from probabilities [B, V]."""
+    with _recording_lock:
+        return torch.multinomial(probs, num_samples=1).squeeze(1)
 
 
 def _addresses(model: nn.Module) -> tuple | None:
@@ -144,6 +153,7 @@ class StepCache(Cache):
         if graph is not None and (len(graph.ids) != len(padding) or graph.ids.device != padding.device):
             graph = None
         if graph is not None:
+            torch.cuda.current_stream(padding.device).wait_stream(graph.stream)  # a last step may still be running
             for layer, buffers in zip(self.layers, graph.buffers, strict=True):
                 layer.buffers = buffers
         self._graph = graph or _Graph(len(padding), self._rows, self._head_dim, padding.device)
@@ -201,6 +211,7 @@ class StepCache(Cache):
             graph.slot.fill_(length)
             graph.place = length
         graph.ids.copy_(input_ids[:, 0])
+        graph.stream = torch.cuda.current_stream(graph.ids.device)
         if graph.graph is None:
             self._record(model)
         graph.graph.replay()
@@ -245,11 +256,12 @@ class StepCache(Cache):
                 graph.positions.copy_(positions)
                 graph.slot.fill_(graph.place)
                 recorded = torch.cuda.CUDAGraph()
-                recorded.capture_begin(capture_error_mode="thread_local")
-                try:
-                    graph.logits = self._run(model)
-                finally:
-                    recorded.capture_end()
+                with _recording_lock:
+                    recorded.capture_begin(capture_error_mode="thread_local")
+                    try:
+                        graph.logits = self._run(model)
+                    finally:
+                        recorded.capture_end()
         finally:
             self.recording = False
         torch.cuda.current_stream(graph.ids.device).wait_stream(stream)

@@ -127,10 +127,12 @@ __device__ __forceinline__ void widen4(u32 w, u32* out) {
 // 2t), (row g, 2t+8), (row g+8, 2t+8); b: pairs (2t, column g), (2t+8, column g).
 __device__ __forceinline__ void multiply(float* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if BF16
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+        " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 #elif __CUDA_ARCH__ >= 800
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+        " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 #elif __CUDA_ARCH__ >= 750
     asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
@@ -187,47 +189,13 @@ __device__ __forceinline__ void finish(const Epilogue& e, const Finish& f, float
 """
 
 # Few rows: x is kept whole in shared memory. A block of 8 warps, two to a multiprocessor, owns 16 · HEIGHT weight rows
-# at a time, each warp every eighth 64 bytes of them. RING 16-byte loads a thread and row are under way at any time, from
-# before the kernel's turn (weights depend on nothing) to its end, over the boundaries of tiles.
+# at a time, each warp every eighth 64 bytes of them. RING 16-byte loads a thread and row are under way at any time,
+# from before the kernel's turn (weights depend on nothing) to its end, over the boundaries of tiles.
+# Grid: any; block: 256; weight, x and rows of both aligned to 16 bytes.
 _ROWS = r"""
-// With one row, x may have a LayerNorm before the product: every block computes it, the first also stores it.
-struct Norm {
-    const u16* weight;   // [K] or null: no LayerNorm
-    const u16* bias;
-    float epsilon;
-    u16* normed;         // [1, K]
-};
-__device__ __forceinline__ float sum_of_block(float v, float* shared) {
-#pragma unroll
-    for (int i = 16; i; i /= 2) v += __shfl_xor_sync(~0u, v, i);
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
-    __syncthreads();
-    v = 0;
-#pragma unroll
-    for (int i = 0; i < 8; i++) v += shared[i];
-    return v;
-}
-__device__ __forceinline__ void normalise(const Norm& norm, u32* x, int K) {   // x: K numbers in shared memory
-    __shared__ float shared[2][8];
-    float sum = 0;
-    for (int i = threadIdx.x; i < K / 2; i += 256) sum += low(x[i]) + high(x[i]);
-    const float mean = sum_of_block(sum, shared[0]) / K;
-    sum = 0;
-    for (int i = threadIdx.x; i < K / 2; i += 256) {
-        const float a = low(x[i]) - mean, b = high(x[i]) - mean;
-        sum += a * a + b * b;
-    }
-    const float scale = rsqrtf(sum_of_block(sum, shared[1]) / K + norm.epsilon);
-    for (int i = threadIdx.x; i < K / 2; i += 256) {
-        const u32 w = ((const u32*)norm.weight)[i], b = ((const u32*)norm.bias)[i];
-        x[i] = pack((low(x[i]) - mean) * scale * low(w) + low(b), (high(x[i]) - mean) * scale * high(w) + high(b));
-        if (blockIdx.x == 0) ((u32*)norm.normed)[i] = x[i];
-    }
-    __syncthreads();
-}
 template <int BITS, int COLUMNS, int HEIGHT>
 __device__ __forceinline__ void rows(const unsigned char* __restrict__ weight, const u16* x,
-                                     const Epilogue& e, const Norm& norm, int M, int N, int K) {
+                                     const Epilogue& e, int M, int N, int K) {
     constexpr int WARPS = 8, RING = 8 / HEIGHT;
     constexpr int CHUNK = 128 / BITS;                  // weights in 16 bytes
     constexpr int STEP = 4 * CHUNK;                    // weights in 64 bytes
@@ -254,7 +222,8 @@ __device__ __forceinline__ void rows(const unsigned char* __restrict__ weight, c
     auto fetch = [&](int r) {
 #pragma unroll
         for (int h = 0; h < 2 * HEIGHT; h++)
-            ring[r][h] = load_stream(p + h * 8 * row_bytes + r * WARPS * 64, r * WARPS * STEP < left && h * 8 < rows_left);
+            ring[r][h] = load_stream(p + h * 8 * row_bytes + r * WARPS * 64,
+                                     r * WARPS * STEP < left && h * 8 < rows_left);
     };
 
     start_next();
@@ -269,7 +238,6 @@ __device__ __forceinline__ void rows(const unsigned char* __restrict__ weight, c
     commit();
     wait_copies<0>();
     __syncthreads();
-    if (COLUMNS == 1 && norm.weight) normalise(norm, (u32*)shared_x, K);
     const u16* my_x = (u16*)shared_x + (COLUMNS > 1 ? min(g, M - 1) * stride : 0) + warp * STEP + t * CHUNK;
 
     int buffer = 0;
@@ -338,10 +306,9 @@ __device__ __forceinline__ void rows(const unsigned char* __restrict__ weight, c
 #define ROWS(NAME, BITS, COLUMNS, HEIGHT) \
 extern "C" __global__ void __launch_bounds__(256, 2) NAME(const unsigned char* weight, const u16* x, \
         const u16* scale, const u16* bias, const u16* residual, float alpha, int use_gelu, u16* y, \
-        const u16* norm_weight, const u16* norm_bias, float epsilon, u16* normed, int M, int N, int K) { \
-    const Norm norm = {norm_weight, norm_bias, epsilon, normed}; \
+        int M, int N, int K) { \
     const Epilogue e = {scale, bias, residual, alpha, use_gelu, y}; \
-    rows<BITS, COLUMNS, HEIGHT>(weight, x, e, norm, M, N, K); \
+    rows<BITS, COLUMNS, HEIGHT>(weight, x, e, M, N, K); \
 }
 ROWS(row_8, 8, 1, 1)
 ROWS(row_4, 4, 1, 2)
@@ -350,9 +317,10 @@ ROWS(rows_8, 8, 8, 1)
 ROWS(rows_4, 4, 8, 2)
 """
 
-# Many rows: a block owns 64 · HEIGHT weight rows, MT rows of x, and a part of K (blockIdx.y). Weights and x come through
-# shared memory, STAGES - 1 steps ahead; each thread widens the weights that it copied itself, once for all MT rows.
-# With several parts of K, the block that comes last adds them up, in their order.
+# Many rows: a block owns 64 · HEIGHT weight rows (blockIdx.x), MT rows of x (blockIdx.z), and a part of K (blockIdx.y).
+# Weights and x come through shared memory, STAGES - 1 steps ahead; each thread widens the weights that it copied
+# itself, once for all MT rows. With several parts of K, the block that comes last adds them up, in their order.
+# Block: 128; alignment as above.
 _TILES = r"""
 template <int BITS, int MT, int HEIGHT, int STAGES>
 __device__ __forceinline__ void tiles(const unsigned char* __restrict__ weight, const u16* x,
@@ -449,7 +417,7 @@ __device__ __forceinline__ void tiles(const unsigned char* __restrict__ weight, 
     const size_t tile = (size_t)blockIdx.z * gridDim.x + blockIdx.x;
     wait_copies<0>();
     __syncthreads();
-    float* kept = gridDim.y > 1 ? parts + tile * gridDim.y * COUNT * THREADS + threadIdx.x : (float*)shared + threadIdx.x;
+    float* kept = (gridDim.y > 1 ? parts + tile * gridDim.y * COUNT * THREADS : (float*)shared) + threadIdx.x;
 #pragma unroll
     for (int h = 0; h < HEIGHT; h++)
 #pragma unroll
@@ -510,7 +478,7 @@ extern "C" __global__ void __launch_bounds__(128, BLOCKS) NAME(const unsigned ch
 
 # What remains of a product when the weight is expanded for cuBLAS.
 _EXPAND = r"""
-// The float weight q · scale [N, K]: a thread widens 8 weights of each of 4 rows; grid.x over the row, grid.y over rows.
+// The float weight q · scale [N, K]: a thread widens 8 weights of 4 rows; grid.x over the row, grid.y over rows.
 template <int BITS>
 __device__ __forceinline__ void expand(const unsigned char* __restrict__ weight, const u16* __restrict__ scale,
                                        u16* __restrict__ out, int N, int K) {
@@ -1201,8 +1169,6 @@ def product(
     gelu: bool = False,
     residual: torch.Tensor | None = None,
     alpha: float = 1.0,
-    norm: tuple[torch.Tensor, torch.Tensor, float] | None = None,
-    normed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x · (q · scale)ᵀ + bias, then GELU (tanh form) or + alpha · residual: [M, N] of x's dtype.
 
@@ -1211,8 +1177,6 @@ def product(
         weight: int8 [N, K]; INT4: [N, K/2] (see `quantization`); bits = 16: [N, K] of x's dtype.
         scale, bias: [N]; scale is None if bits = 16.
         residual: [M, N].
-        norm: weight, bias and epsilon of a LayerNorm that x goes through first; only where `can_normalise` is true.
-        normed: [1, K], where its result is to be stored.
     """
     x = x.contiguous()
     m, k, n = x.shape[0], x.shape[1], weight.shape[0]
@@ -1229,9 +1193,7 @@ def product(
         return y if residual is None else y.add_(residual, alpha=alpha)
     module, name, grid, block, shared, sums = plan
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    if module == "rows":
-        scratch = (*(norm or (None, None, 0.0)), normed)
-    else:
+    if module != "rows":
         parts = torch.empty(sums, dtype=torch.float32, device=x.device)
         scratch = (parts, _get_tickets(x.device))
     if residual is not None:
@@ -1239,12 +1201,6 @@ def product(
     given = (weight, x, scale, bias, residual, float(alpha), int(gelu), y, *scratch, m, n, k)
     _launch(x, module, name, grid, block, shared, *given)
     return y
-
-
-def can_normalise(m: int, n: int, k: int, bits: int, device: torch.device) -> bool:
-    """Whether a product of this shape takes a LayerNorm along."""
-    plan = _plan(m, n, k, bits, device.index)
-    return m == 1 and plan is not None and plan[0] == "rows"
 
 
 def linear(

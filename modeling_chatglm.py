@@ -39,7 +39,7 @@ from transformers.utils import logging
 
 from .checkpoint import check_checkpoint, read_prefix
 from .configuration_chatglm import ChatGLMConfig
-from .cuda_graphs import StepCache, can_record
+from .cuda_graphs import StepCache, can_record, draw
 from .quantization import QuantizedLinear, apply_layer_norm, apply_linear, check_bits, quantize_linears
 
 logger = logging.get_logger(__name__)
@@ -225,9 +225,9 @@ class GLMBlock(GradientCheckpointingLayer):
         self, hidden_states: torch.Tensor, prefix: torch.Tensor | None = None, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, S, hidden] → [B, S, hidden] and the attention probabilities; arguments as of `ChatGLMAttention`."""
-        normed = apply_layer_norm(self.input_layernorm, hidden_states, self.attention.query_key_value)
+        normed = apply_layer_norm(self.input_layernorm, hidden_states)
         hidden_states, probs = self.attention(normed, prefix, residual=normed, alpha=self.alpha, **kwargs)
-        normed = apply_layer_norm(self.post_attention_layernorm, hidden_states, self.mlp.dense_h_to_4h)
+        normed = apply_layer_norm(self.post_attention_layernorm, hidden_states)
         return self.mlp(normed, residual=normed, alpha=self.alpha), probs
 
 
@@ -670,9 +670,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         Returns:
             `logits` [B, S, V], `loss` (a scalar, fp32) with labels, and what `ChatGLMModel` returns beside.
         """
-        if position_ids is None and isinstance(past_key_values, StepCache) and past_key_values.knows_position():
-            if return_dict is None or return_dict:  # as `prepare_inputs_for_generation` asks for a recorded step
-                return CausalLMOutputWithPast(logits=past_key_values.step(input_ids), past_key_values=past_key_values)
+        recorded = isinstance(past_key_values, StepCache) and past_key_values.knows_position()
+        if recorded and position_ids is None and input_ids is not None:  # see `prepare_inputs_for_generation`
+            return CausalLMOutputWithPast(logits=past_key_values.step(input_ids), past_key_values=past_key_values)
         output = self.transformer(
             input_ids,
             position_ids,
@@ -863,7 +863,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             if top is not None:
                 tokens = _sample_top(scores, *top)
             elif generation_config.do_sample:
-                tokens = torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
+                tokens = draw(scores.softmax(dim=-1))
             else:
                 tokens = scores.argmax(dim=-1)
             if pad is not None:
@@ -1093,7 +1093,7 @@ def _sample_top(scores: torch.Tensor, top_k: TopKLogitsWarper, top_p: TopPLogits
     scores, ids = scores.topk(min(count + 64, scores.shape[-1]), dim=-1)
     scores = scores.masked_fill(scores < scores[:, count - 1 : count], top_k.filter_value)
     kept = top_p(None, scores)
-    return ids.gather(1, torch.multinomial(kept.softmax(dim=-1), num_samples=1)).squeeze(1)
+    return ids.gather(1, draw(kept.softmax(dim=-1))[:, None]).squeeze(1)
 
 
 def _has_end(stopping_criteria) -> bool:
@@ -1132,10 +1132,7 @@ def _stream_tokens(
         )
         logits = model(**inputs).logits[:, -1].to(input_ids.device, torch.float32)
         scores = logits_processor(input_ids, logits)
-        if generation_config.do_sample:
-            tokens = torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
-        else:
-            tokens = scores.argmax(dim=-1)
+        tokens = draw(scores.softmax(dim=-1)) if generation_config.do_sample else scores.argmax(dim=-1)
         if generation_config.pad_token_id is not None:
             tokens = torch.where(unfinished, tokens, generation_config.pad_token_id)
         input_ids = torch.cat((input_ids, tokens[:, None]), dim=1)

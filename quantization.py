@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from .kernels_cuda import available as cuda_available
-from .kernels_cuda import can_normalise as cuda_can_normalise
 from .kernels_cuda import input_gradient as cuda_input_gradient
 from .kernels_cuda import layer_norm as cuda_layer_norm
 from .kernels_cuda import linear as cuda_linear
@@ -260,31 +259,19 @@ def apply_linear(
     if bits:
         n = linear.out_features
         given = None if residual is None else residual.reshape(-1, n)
-        rows, norm, normed = x.reshape(-1, linear.in_features), getattr(x, "pending_norm", None), None
-        if norm is not None:
-            rows, normed = norm[0].reshape(rows.shape), rows
-        options = (gelu, given, alpha, norm and norm[1:], normed)
-        return cuda_product(rows, weight, scale, linear.bias, bits, *options).view(*x.shape[:-1], n)
+        y = cuda_product(x.reshape(-1, linear.in_features), weight, scale, linear.bias, bits, gelu, given, alpha)
+        return y.view(*x.shape[:-1], n)
     y = linear(x)
     if gelu:
         y = nn.functional.gelu(y, approximate="tanh")
     return y if residual is None else alpha * residual + y
 
 
-def apply_layer_norm(norm: nn.Module, x: torch.Tensor, before: nn.Module | None = None) -> torch.Tensor:
-    """`norm(x)` over the last dimension, by a kernel where there is one.
-
-    With one row the kernel of the linear `before` which it stands computes it, if that is handed the result directly;
-    the result is not filled before that.
-    """
+def apply_layer_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`norm(x)` over the last dimension, by a kernel where there is one."""
     width = x.shape[-1]
     if width % 8 or width > 16384 or not _is_plain(norm, nn.LayerNorm, x) or norm.weight.dtype != x.dtype:
         return norm(x)
-    if before is not None and x.numel() == width and _is_plain(before, QuantizedLinear, x) and x.is_contiguous():
-        if cuda_can_normalise(1, before.out_features, width, before.bits, x.device):
-            normed = torch.empty_like(x)
-            normed.pending_norm = (x, norm.weight, norm.bias, norm.eps)
-            return normed
     return cuda_layer_norm(x, norm.weight, norm.bias, norm.eps)
 
 

@@ -3,8 +3,8 @@
     python benchmarks/generate_cuda.py [--layers 28]
 
 Decode speed is that of the tokens after the first: the time of 129 new tokens less that of 1, best of 3. `sampled` is
-`generate` as `chat` calls it. `public` expands every weight to FP16 at every call, without graphs, as the published code
-does; FP16 is the same network with FP16 weights in eager PyTorch. The first token is timed with an empty cache of
+`generate` as `chat` calls it. `public` expands every weight to FP16 at every call, without graphs, as the published
+code does; FP16 is the same network with FP16 weights in eager PyTorch. The first token is timed with an empty cache of
 kernels, imports and loading left out.
 """
 

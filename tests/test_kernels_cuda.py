@@ -16,8 +16,8 @@ from chatglm_int8.quantization import dequantize_weight
 
 ARCHITECTURES = {12: [70, 75, 80, 90], 13: [75, 80, 86, 89, 90, 100, 120]}
 on_gpu = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
-# Of norms. Inputs are given, sums are fp32, so what remains is the rounding of the result: half a unit in the last place
-# at most, a third of that on average; and the plain path rounds the weights too.
+# Of norms. Inputs are given, sums are fp32, so what remains is the rounding of the result: half a unit in the last
+# place at most, a third of that on average; and the plain path rounds the weights too.
 TOLERANCE = {torch.float16: 2**-11, torch.bfloat16: 2**-8}
 
 
@@ -222,20 +222,6 @@ class TestOperations:
         weight, bias = torch.randn(2, k, device="cuda").to(dtype)
         expected = torch.nn.functional.layer_norm(x.double(), (k,), weight.double(), bias.double(), 1e-5)
         assert distance(kernels_cuda.layer_norm(x, weight, bias, 1e-5), expected) < TOLERANCE[dtype]
-
-    @pytest.mark.parametrize("k", [64, 192, 4096])
-    @pytest.mark.parametrize("bits", [8, 4])
-    def test_layer_norm_before_a_product(self, bits, k, dtype):
-        weight, scale, bias, exact = problem(bits, dtype, 200, k)
-        x = (torch.randn(1, k, device="cuda") * 3 + 1).to(dtype)
-        gain, shift = torch.randn(2, k, device="cuda").to(dtype)
-        assert kernels_cuda.can_normalise(1, 200, k, bits, x.device)
-        normed = torch.full_like(x, torch.nan)
-        norm = (gain, shift, 1e-5)
-        got = kernels_cuda.product(x, weight, scale, bias, bits, norm=norm, normed=normed)
-        expected = torch.nn.functional.layer_norm(x.double(), (k,), gain.double(), shift.double(), 1e-5)
-        assert distance(normed, expected) < TOLERANCE[dtype]
-        assert distance(got, normed.double() @ exact.T + bias.double()) < TOLERANCE[dtype]
 
     @pytest.mark.parametrize(
         ("head_dim", "heads", "batch", "length", "prefix", "parts"),
