@@ -56,11 +56,16 @@ __device__ __forceinline__ void wait() {
 #endif
 }
 
+#if __CUDA_ARCH__ >= 750
+#define LINE ".L2::128B"   // have the L2 cache fetch whole lines
+#else
+#define LINE ""
+#endif
 // 16 bytes that are read once; zeros if they are not inside.
 __device__ __forceinline__ uint4 load_stream(const void* p, bool inside = true) {
     uint4 v;
     asm volatile("{ .reg .pred inside; setp.ne.s32 inside, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0;"
-        " mov.u32 %3, 0; @inside ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4]; }"
+        " mov.u32 %3, 0; @inside ld.global.nc.L1::no_allocate" LINE ".v4.u32 {%0,%1,%2,%3}, [%4]; }"
         : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w) : "l"(p), "r"((int)inside));
     return v;
 }
