@@ -130,7 +130,12 @@ __device__ __forceinline__ void widen4(u32 w, u32* out) {
 
 // d[row g, columns 2t, 2t+1], d[row g+8, …] += a · b, g = lane / 4, t = lane % 4. a: pairs of k (row g, 2t), (row g+8,
 // 2t), (row g, 2t+8), (row g+8, 2t+8); b: pairs (2t, column g), (2t+8, column g).
-__device__ __forceinline__ void multiply(float* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#if __CUDA_ARCH__ >= 750
+__device__ __forceinline__
+#else
+__device__ __noinline__   // it is long
+#endif
+void multiply(float* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if BF16
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
         " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -147,7 +152,7 @@ __device__ __forceinline__ void multiply(float* d, u32 a0, u32 a1, u32 a2, u32 a
 #else
     // Volta's tensor cores have another layout: ordinary arithmetic, right but slow. Lane 4c + s has column c of b.
     const int g4 = threadIdx.x & 28, t = threadIdx.x & 3;
-#pragma unroll
+#pragma unroll 1
     for (int s = 0; s < 4; s++) {
         u32 r0 = __shfl_sync(~0u, a0, g4 + s), r1 = __shfl_sync(~0u, a1, g4 + s);
         u32 r2 = __shfl_sync(~0u, a2, g4 + s), r3 = __shfl_sync(~0u, a3, g4 + s);
