@@ -26,9 +26,12 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedModel,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.generation import GenerationMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -36,25 +39,25 @@ from transformers.utils import logging
 
 from .checkpoint import check_checkpoint, read_prefix
 from .configuration_chatglm import ChatGLMConfig
+from .cuda_graphs import StepCache, can_record, draw
 from .kernels_cpu import HEAD_DIMS as CPU_HEAD_DIMS
 from .kernels_cpu import library as cpu_library
-from .quantization import HalfEmbedding, HalfLinear, QuantizedLinear, check_bits, quantize_linears
+from .quantization import (
+    HalfEmbedding,
+    HalfLinear,
+    QuantizedLinear,
+    apply_layer_norm,
+    apply_linear,
+    check_bits,
+    has_cpu_kernels,
+    is_plain_cpu,
+    quantize_linears,
+)
 
 logger = logging.get_logger(__name__)
 
 # The id that gets all the weight when the scores are not finite; "▁" in the release. The public code's choice.
 _FALLBACK_TOKEN_ID = 5
-
-
-def _is_plain_cpu(tensor: torch.Tensor) -> bool:
-    """Whether code that neither autograd nor torch.compile sees may work on the tensor, in float32."""
-    is_plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return is_plain and tensor.device.type == "cpu" and tensor.dtype != torch.float64
-
-
-def _has_cpu_kernels(tensor: torch.Tensor) -> bool:
-    """Whether there are kernels for it that neither autograd nor torch.compile sees."""
-    return _is_plain_cpu(tensor) and cpu_library() is not None
 
 
 def _linear(config: ChatGLMConfig, in_features: int, out_features: int) -> nn.Linear:
@@ -194,32 +197,44 @@ class ChatGLMAttention(nn.Module):
         past_key_values: Cache | None = None,
         cache_position: torch.Tensor | None = None,
         output_attentions: bool = False,
+        residual: torch.Tensor | None = None,
+        alpha: float = 1.0,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, S, hidden] → [B, S, hidden] and the probabilities [B, H, S, T], None unless asked for.
 
         `prefix` [2, B, H, P, D] are keys and values that stand before the sequence, given once, with the prompt.
+        alpha · `residual` is added to the output.
         """
         batch, length, _ = hidden_states.shape
         # Per head: D queries, then D keys, then D values.
-        qkv = self.query_key_value(hidden_states).view(batch, length, -1, 3 * self.head_dim)
-        if _has_cpu_kernels(qkv) and self.head_dim in CPU_HEAD_DIMS:
-            query, key, value = cpu_library().rotary_(qkv, *position_embeddings).chunk(3, dim=-1)
+        qkv = apply_linear(self.query_key_value, hidden_states)
+        if isinstance(past_key_values, StepCache) and past_key_values.recording:
+            context = past_key_values.attend(self.layer_idx, qkv, *position_embeddings)
+            return apply_linear(self.dense, context, residual=residual, alpha=alpha), None
+        qkv = qkv.view(batch, length, -1, 3 * self.head_dim)
+        stored = isinstance(past_key_values, StepCache) and prefix is None and past_key_values.takes_prompt(qkv)
+        if stored:
+            query, key, value = past_key_values.write_prompt(self.layer_idx, qkv, *position_embeddings)
         else:
-            query, key, value = qkv.chunk(3, dim=-1)
-            query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+            if has_cpu_kernels(qkv) and self.head_dim in CPU_HEAD_DIMS:
+                query, key, value = cpu_library().rotary_(qkv, *position_embeddings).chunk(3, dim=-1)
+            else:
+                query, key, value = qkv.chunk(3, dim=-1)
+                query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
+            query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if prefix is not None:
             key = torch.cat((prefix[0], key), dim=2)
             value = torch.cat((prefix[1], value), dim=2)
-        if past_key_values is not None:
+        if past_key_values is not None and not stored:
             # The static cache of early transformers 5 keeps no count of its own and reads the slots from here.
             slots = {"cache_position": cache_position}
             key, value = past_key_values.update(key, value, self.layer_idx, slots)
 
         context, probs = self._attend(query, key, value, attention_mask, output_attentions, **kwargs)
         context = context.reshape(batch, length, -1)
-        return self.dense(context), probs if output_attentions else None
+        output = apply_linear(self.dense, context, residual=residual, alpha=alpha)
+        return output, probs if output_attentions else None
 
     def _attend(
         self,
@@ -238,7 +253,7 @@ class ChatGLMAttention(nn.Module):
         # ALL_ATTENTION_FUNCTIONS.get_interface(…). What is called here exists in both.
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get(name, eager_attention_forward)
         dtype = query.dtype
-        if _is_plain_cpu(query) and name in ("eager", "sdpa"):
+        if is_plain_cpu(query) and name in ("eager", "sdpa"):
             if query.shape[2] == 1 and not output_attentions and self.head_dim in CPU_HEAD_DIMS and cpu_library():
                 return cpu_library().attention(query, key, value, mask, self.scaling), None
             # PyTorch's attention in half is slow on a CPU, and rounds more.
@@ -256,14 +271,12 @@ class ChatGLMMLP(nn.Module):
         self.dense_h_to_4h = _linear(config, config.hidden_size, config.inner_hidden_size)
         self.dense_4h_to_h = _linear(config, config.inner_hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[B, S, hidden] → [B, S, hidden]."""
-        inner = self.dense_h_to_4h(hidden_states)
-        if _has_cpu_kernels(inner):
-            cpu_library().gelu_(inner)
-        else:
-            inner = nn.functional.gelu(inner, approximate="tanh")
-        return self.dense_4h_to_h(inner)
+    def forward(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None, alpha: float = 1.0
+    ) -> torch.Tensor:
+        """[B, S, hidden] → [B, S, hidden]; alpha · `residual` is added."""
+        inner = apply_linear(self.dense_h_to_4h, hidden_states, gelu=True)
+        return apply_linear(self.dense_4h_to_h, inner, residual=residual, alpha=alpha)
 
 
 class GLMBlock(GradientCheckpointingLayer):
@@ -281,11 +294,10 @@ class GLMBlock(GradientCheckpointingLayer):
         self, hidden_states: torch.Tensor, prefix: torch.Tensor | None = None, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, S, hidden] → [B, S, hidden] and the attention probabilities; arguments as of `ChatGLMAttention`."""
-        normed = self.input_layernorm(hidden_states)
-        attended, probs = self.attention(normed, prefix, **kwargs)
-        hidden_states = self.alpha * normed + attended
-        normed = self.post_attention_layernorm(hidden_states)
-        return self.alpha * normed + self.mlp(normed), probs
+        normed = apply_layer_norm(self.input_layernorm, hidden_states)
+        hidden_states, probs = self.attention(normed, prefix, residual=normed, alpha=self.alpha, **kwargs)
+        normed = apply_layer_norm(self.post_attention_layernorm, hidden_states)
+        return self.mlp(normed, residual=normed, alpha=self.alpha), probs
 
 
 def _first_column(marks: torch.Tensor, default: torch.Tensor) -> torch.Tensor:
@@ -557,7 +569,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             hidden_states, probs = block(hidden_states, prefix, **block_kwargs)
             if output_attentions:
                 all_attentions += (probs,)
-        hidden_states = self.final_layernorm(hidden_states)
+        hidden_states = apply_layer_norm(self.final_layernorm, hidden_states)
         if output_hidden_states:
             all_hidden_states += (hidden_states,)
 
@@ -568,6 +580,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             attentions=all_attentions,
         )
         return output if return_dict or return_dict is None else output.to_tuple()
+
+    def run_blocks(self, hidden_states: torch.Tensor, position_embeddings: tuple, cache: StepCache) -> torch.Tensor:
+        """The blocks and the final LayerNorm in a step that `cache` records: [B, 1, hidden] → [B, 1, hidden]."""
+        for block in self.layers:
+            given = {"position_embeddings": position_embeddings, "past_key_values": cache}
+            hidden_states, _ = block(hidden_states, **given)
+        return apply_layer_norm(self.final_layernorm, hidden_states)
 
     def _check_ids(self, input_ids: torch.Tensor) -> None:
         if input_ids.shape[1] == 0:
@@ -645,18 +664,40 @@ class FiniteScores(LogitsProcessor):
     Single scores of minus infinity are left: other processors forbid ids so.
     """
 
+    def __init__(self):
+        self._seen: tuple[torch.Tensor, torch.cuda.Event] | None = None
+
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """int64 [B, S], float [B, V] → float [B, V]."""
         broken = ~scores.amax(dim=-1, keepdim=True).isfinite()  # a NaN is the largest of all
-        if broken.any():
-            logger.warning_once(
-                "The model's scores are NaN or infinite, so the answer will be empty or meaningless. Likely causes: a "
-                "damaged weight file, an overflow in fp16 (try bfloat16 or float32), or a bad fine-tuned checkpoint."
-            )
-            forced = torch.zeros_like(scores)
-            forced[:, _FALLBACK_TOKEN_ID] = 5e4
-            scores = torch.where(broken, forced, scores)
-        return scores
+        if scores.is_cuda:
+            # Whether any are broken is looked at in the next step: a GPU should not be waited for in this one.
+            self.report()
+            seen = torch.zeros((), dtype=torch.bool, pin_memory=True)
+            seen.copy_(broken.any(), non_blocking=True)
+            self._seen = seen, torch.cuda.current_stream(scores.device).record_event()
+        elif broken.any():
+            self._warn()
+        else:
+            return scores
+        forced = torch.zeros_like(scores)
+        forced[:, _FALLBACK_TOKEN_ID] = 5e4
+        return torch.where(broken, forced, scores)
+
+    def report(self) -> None:
+        """Say it, if the last scores were broken."""
+        if self._seen is not None:
+            seen, copied = self._seen
+            copied.synchronize()
+            self._seen = None
+            if seen:
+                self._warn()
+
+    def _warn(self) -> None:
+        logger.warning_once(
+            "The model's scores are NaN or infinite, so the answer will be empty or meaningless. Likely causes: a "
+            "damaged weight file, an overflow in fp16 (try bfloat16 or float32), or a bad fine-tuned checkpoint."
+        )
 
 
 # Punctuation that takes its full-width form next to a Chinese character.
@@ -720,6 +761,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         Returns:
             `logits` [B, S, V], `loss` (a scalar, fp32) with labels, and what `ChatGLMModel` returns beside.
         """
+        recorded = isinstance(past_key_values, StepCache) and past_key_values.knows_position()
+        if recorded and position_ids is None and input_ids is not None:  # see `prepare_inputs_for_generation`
+            return CausalLMOutputWithPast(logits=past_key_values.step(input_ids), past_key_values=past_key_values)
         output = self.transformer(
             input_ids,
             position_ids,
@@ -733,7 +777,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             **{name: value for name, value in kwargs.items() if name != "num_items_in_batch"},
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(output.last_hidden_state[:, kept])
+        logits = self.score(output.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -745,6 +789,10 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             attentions=output.attentions,
         )
         return output if return_dict or return_dict is None else output.to_tuple()
+
+    def score(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Scores [B, S, V] of hidden states [B, S, hidden]."""
+        return apply_linear(self.lm_head, hidden_states)
 
     def quantize(self, bits: int) -> "ChatGLMForConditionalGeneration":
         """Quantise the blocks' linears to 8 or 4 bits in place, layer by layer, wherever they are; returns the model.
@@ -838,6 +886,18 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
+        if self._can_step(generation_config, model_kwargs, generation_mode):
+            mask = model_kwargs.get("attention_mask")
+            padding = torch.zeros(batch_size, dtype=torch.int32, device=self.device)
+            if mask is not None:
+                mask = mask.to(self.device).long()
+                padding = (mask == 0).sum(dim=1).int()
+            repeated = max(1, generation_config.num_return_sequences or 1)
+            if mask is None or torch.equal(mask == 0, mask.cumsum(dim=1) == 0):  # padding on the left, or none
+                if len(padding) == batch_size and repeated > 1:
+                    padding = padding.repeat_interleave(repeated)
+                model_kwargs["past_key_values"] = StepCache(self, padding)
+                return None
         # A static cache needs places for the prefix too.
         return super()._prepare_cache_for_generation(
             generation_config,
@@ -846,6 +906,79 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             batch_size,
             max_cache_length + (self.config.pre_seq_len or 0),
         )
+
+    def _can_step(self, generation_config, model_kwargs: dict, generation_mode) -> bool:
+        """Whether a generation may use recorded steps: one token at a time, nothing but scores asked for."""
+        return (
+            generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+            and generation_config.use_cache is not False
+            and generation_config.cache_implementation is None
+            and not generation_config.output_attentions
+            and not generation_config.output_hidden_states
+            and not getattr(generation_config, "is_assistant", False)
+            and model_kwargs.get("past_key_values") is None
+            and model_kwargs.get("inputs_embeds") is None
+            and can_record(self)
+        )
+
+    @torch.no_grad()
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus: bool = False,
+        streamer=None,
+        **model_kwargs,
+    ):
+        """Greedy decoding and sampling. With recorded steps the next one is on its way before this one's token is
+        looked at, so that the GPU waits for nobody; processors, criteria and streamer see what they always see."""
+        cache = model_kwargs.get("past_key_values")
+        if not isinstance(cache, StepCache) or generation_config.return_dict_in_generate or synced_gpus:
+            return super()._sample(
+                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
+            )
+        unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        pad = generation_config._pad_token_tensor if _has_end(stopping_criteria) else None
+        flag = torch.zeros((), dtype=torch.bool, pin_memory=True)
+        ended = torch.cuda.Event()
+        before_top, top = logits_processor, None
+        if generation_config.do_sample and [type(processor) for processor in logits_processor[-2:]] == [
+            TopKLogitsWarper,
+            TopPLogitsWarper,
+        ]:
+            before_top, top = LogitsProcessorList(logits_processor[:-2]), logits_processor[-2:]
+        logits = self(**self.prepare_inputs_for_generation(input_ids, **model_kwargs)).logits
+        while True:
+            scores = before_top(input_ids, logits[:, -1].float())
+            if top is not None:
+                tokens = _sample_top(scores, *top)
+            elif generation_config.do_sample:
+                tokens = draw(scores.softmax(dim=-1))
+            else:
+                tokens = scores.argmax(dim=-1)
+            if pad is not None:
+                tokens = torch.where(unfinished, tokens, pad)
+            input_ids = torch.cat((input_ids, tokens[:, None]), dim=1)
+            mask = model_kwargs.get("attention_mask")
+            if mask is not None and not cache.knows_position():  # a recorded step needs none
+                model_kwargs["attention_mask"] = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
+            unfinished = unfinished & ~stopping_criteria(input_ids, None)
+            flag.copy_(unfinished.any(), non_blocking=True)
+            ended.record()
+            limit = stopping_criteria.max_length
+            if limit is None or input_ids.shape[1] < limit:
+                inputs = self.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
+                logits = self(**inputs).logits
+            ended.synchronize()
+            if streamer is not None:
+                streamer.put(tokens.cpu())
+            if not flag:
+                break
+        if streamer is not None:
+            streamer.end()
+        return input_ids
 
     # Beams were scored by their mean over prompt and answer when the model was published, its <eop> not counted;
     # transformers 5 counts the answer alone, which prefers longer ones. These two keep the published answers.
@@ -878,6 +1011,14 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         positions, derived from all ids so far [B, T]."""
         if next_sequence_length is None and cache_position is not None:
             next_sequence_length = cache_position.shape[0]  # how early transformers 5 says it
+        if isinstance(past_key_values, StepCache) and next_sequence_length == 1 and not torch.is_grad_enabled():
+            # A recorded step moves its positions on by itself.
+            if not past_key_values.knows_position():
+                positions = self.get_position_ids(input_ids, attention_mask=attention_mask).view(
+                    input_ids.shape[0], -1, input_ids.shape[1]
+                )
+                past_key_values.set_positions(positions[..., -1], positions[..., -1] - positions[..., -2])
+            return {"input_ids": input_ids[:, -1:], "past_key_values": past_key_values}
         new = slice(-next_sequence_length, None) if next_sequence_length is not None else slice(None)
         position_ids = self.get_position_ids(input_ids, attention_mask=attention_mask)
         inputs = {
@@ -949,6 +1090,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         inputs = self._chat_inputs(tokenizer, query, history, max_length, kwargs)
         settings = _chat_settings(max_length, do_sample, top_p, temperature, logits_processor, kwargs)
         output_ids = self.generate(**inputs, num_beams=num_beams, **settings)
+        settings["logits_processor"][-1].report()
         prompt_length = inputs["input_ids"].shape[1]
         response = self.process_response(tokenizer.decode(output_ids[0, prompt_length:].tolist()))
         return response, [*history, (query, response)]
@@ -980,6 +1122,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             text += decoder.step(int(output_ids[0, -1]))
             response = self.process_response(text)
             yield response, [*history, (query, response)]
+        settings["logits_processor"][-1].report()
         unfinished = decoder.flush()
         if unfinished:
             response = self.process_response(text + unfinished)
@@ -1035,6 +1178,21 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         return {name: inputs[name].to(self.device) for name in ("input_ids", "attention_mask")}
 
 
+def _sample_top(scores: torch.Tensor, top_k: TopKLogitsWarper, top_p: TopPLogitsWarper) -> torch.Tensor:
+    """Ids [B] drawn from scores [B, V] as the two warpers leave them, without sorting all of the vocabulary."""
+    count = min(top_k.top_k, scores.shape[-1])
+    # Scores in half precision are often equal, and those that equal the k-th are all kept.
+    scores, ids = scores.topk(min(count + 64, scores.shape[-1]), dim=-1)
+    scores = scores.masked_fill(scores < scores[:, count - 1 : count], top_k.filter_value)
+    kept = top_p(None, scores)
+    return ids.gather(1, draw(kept.softmax(dim=-1))[:, None]).squeeze(1)
+
+
+def _has_end(stopping_criteria) -> bool:
+    """Whether sequences of a batch can end one by one."""
+    return any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+
+
 def _chat_settings(
     max_length: int,
     do_sample: bool,
@@ -1066,10 +1224,7 @@ def _stream_tokens(
         )
         logits = model(**inputs).logits[:, -1].to(input_ids.device, torch.float32)
         scores = logits_processor(input_ids, logits)
-        if generation_config.do_sample:
-            tokens = torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
-        else:
-            tokens = scores.argmax(dim=-1)
+        tokens = draw(scores.softmax(dim=-1)) if generation_config.do_sample else scores.argmax(dim=-1)
         if generation_config.pad_token_id is not None:
             tokens = torch.where(unfinished, tokens, generation_config.pad_token_id)
         input_ids = torch.cat((input_ids, tokens[:, None]), dim=1)

@@ -14,7 +14,13 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .kernels_cpu import MAX_HALF_ROWS, library
+from .kernels_cpu import MAX_HALF_ROWS
+from .kernels_cpu import library as cpu_library
+from .kernels_cuda import available as cuda_available
+from .kernels_cuda import input_gradient as cuda_input_gradient
+from .kernels_cuda import layer_norm as cuda_layer_norm
+from .kernels_cuda import linear as cuda_linear
+from .kernels_cuda import product as cuda_product
 
 # On a CPU the float copy of a weight is made in slices of at most this many numbers: 8 MB of fp32 stay in the cache,
 # and are memory that the allocator has at hand. Elsewhere slices are 32 times as large, to keep launches few.
@@ -92,12 +98,7 @@ def _compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "cpu" and x.dtype != torch.float64 else x.dtype
 
 
-def _linear(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, bits: int
-) -> torch.Tensor:
-    """x [M, K] → x · (q · scale)ᵀ + bias [M, N], by a kernel or in plain PyTorch; no float weight outlives the call."""
-    if x.device.type == "cpu" and x.dtype != torch.float64 and weight.is_contiguous() and library():
-        return library().linear(x, weight, scale, bias, bits)
+def _plain_linear(x, weight, scale, bias, bits):
     dtype = _compute_dtype(x)
     rows = x.to(dtype)
     y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
@@ -106,22 +107,7 @@ def _linear(
     return y if bias is None else y.add_(bias.to(x.dtype))
 
 
-@torch.library.custom_op("chatglm_int8::quantized_linear", mutates_args=())
-def _linear_op(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, bits: int
-) -> torch.Tensor:
-    """`_linear` as an operator that torch.compile knows, with a gradient for x alone."""
-    return _linear(x, weight, scale, bias, bits)
-
-
-@_linear_op.register_fake
-def _(x, weight, scale, bias, bits):
-    return x.new_empty(x.shape[0], weight.shape[0])
-
-
-@torch.library.custom_op("chatglm_int8::quantized_linear_backward", mutates_args=())
-def _linear_backward_op(grad_y: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """grad_y [M, N] → the gradient of x, [M, K]."""
+def _plain_input_gradient(grad_y, weight, scale, bits):
     dtype = _compute_dtype(grad_y)
     grad_x = torch.zeros(grad_y.shape[0], weight.shape[1] * 8 // bits, dtype=dtype, device=grad_y.device)
     for part in _slices(weight):
@@ -129,22 +115,63 @@ def _linear_backward_op(grad_y: torch.Tensor, weight: torch.Tensor, scale: torch
     return grad_x.to(grad_y.dtype)
 
 
-@_linear_backward_op.register_fake
+def _linear(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, bits: int
+) -> torch.Tensor:
+    """x [M, K] → x · (q · scale)ᵀ + bias [M, N], by a kernel where there is one; no float weight outlives the call."""
+    if x.device.type == "cpu" and x.dtype != torch.float64 and weight.is_contiguous() and cpu_library():
+        return cpu_library().linear(x, weight, scale, bias, bits)
+    if cuda_available(x.device, x.dtype):
+        return cuda_linear(x, weight, scale, bias, bits)
+    return _plain_linear(x, weight, scale, bias, bits)
+
+
+def _input_gradient(grad_y: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """The gradient [M, K] of the input, for that of the output [M, N]."""
+    if cuda_available(grad_y.device, grad_y.dtype):
+        return cuda_input_gradient(grad_y, weight, scale, bits)
+    return _plain_input_gradient(grad_y, weight, scale, bits)
+
+
+@torch.library.custom_op("chatglm_int8::quantized_linear", mutates_args=())
+def _quantized_linear(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, bits: int
+) -> torch.Tensor:
+    return _linear(x, weight, scale, bias, bits)
+
+
+@_quantized_linear.register_fake
+def _(x, weight, scale, bias, bits):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.custom_op("chatglm_int8::quantized_linear_input_gradient", mutates_args=())
+def _quantized_linear_input_gradient(
+    grad_y: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int
+) -> torch.Tensor:
+    return _input_gradient(grad_y, weight, scale, bits)
+
+
+@_quantized_linear_input_gradient.register_fake
 def _(grad_y, weight, scale, bits):
     return grad_y.new_empty(grad_y.shape[0], weight.shape[1] * 8 // bits)
 
 
-def _save_for_backward(ctx, inputs, output):
+def _save_for_gradient(ctx, inputs, output):
     _, weight, scale, _, ctx.bits = inputs
     ctx.save_for_backward(weight, scale)
 
 
-def _backward(ctx, grad_y):
-    grad_x = _linear_backward_op(grad_y, *ctx.saved_tensors, ctx.bits) if ctx.needs_input_grad[0] else None
+def _gradient(ctx, grad_y):
+    """The gradient goes to x alone, and no float weight outlives a call."""
+    weight, scale = ctx.saved_tensors
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _quantized_linear_input_gradient(grad_y.contiguous(), weight, scale, ctx.bits)
     return grad_x, None, None, None, None
 
 
-_linear_op.register_autograd(_backward, setup_context=_save_for_backward)
+_quantized_linear.register_autograd(_gradient, setup_context=_save_for_gradient)
 
 
 class QuantizedLinear(nn.Linear):
@@ -200,9 +227,9 @@ class QuantizedLinear(nn.Linear):
         if x.shape[-1] != self.in_features:
             raise ValueError(f"Expected an activation [..., {self.in_features}], got {list(x.shape)}.")
         rows = x.reshape(-1, self.in_features)
-        # An operator costs a few microseconds, which a step of one token would notice.
-        needs_op = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
-        linear = _linear_op if needs_op else _linear
+        # Calling an operator takes 20 µs more than calling a function.
+        needed = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
+        linear = torch.ops.chatglm_int8.quantized_linear if needed else _linear
         y = linear(rows, self.weight, self.weight_scale, self.bias, self.bits)
         return y.view(*x.shape[:-1], self.out_features)
 
@@ -212,6 +239,59 @@ class QuantizedLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}"
+
+
+def is_plain_cpu(tensor: torch.Tensor) -> bool:
+    """Whether code that neither autograd nor torch.compile sees may work on the tensor, in float32."""
+    is_plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return is_plain and tensor.device.type == "cpu" and tensor.dtype != torch.float64
+
+
+def has_cpu_kernels(tensor: torch.Tensor) -> bool:
+    """Whether there are kernels for it that neither autograd nor torch.compile sees."""
+    return is_plain_cpu(tensor) and cpu_library() is not None
+
+
+def _is_plain(module: nn.Module, kind: type, x: torch.Tensor) -> bool:
+    """Whether calling the module does nothing beyond the forward of `kind`, and the GPU's kernels can do it."""
+    return (
+        x.is_cuda
+        and type(module) is kind
+        and not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+        and cuda_available(x.device, x.dtype)
+    )
+
+
+def apply_linear(
+    linear: nn.Module, x: torch.Tensor, gelu: bool = False, residual: torch.Tensor | None = None, alpha: float = 1.0
+) -> torch.Tensor:
+    """`linear(x)`, then GELU (tanh form), or + alpha · residual: one kernel where there is one. [..., K] → [..., N]."""
+    bits = 0
+    if _is_plain(linear, QuantizedLinear, x):
+        weight, scale, bits = linear.weight, linear.weight_scale, linear.bits
+    elif _is_plain(linear, HalfLinear, x) and x.numel() == x.shape[-1] and linear.weight.dtype == x.dtype:
+        weight, scale, bits = linear.weight, None, 16
+    if bits:
+        n = linear.out_features
+        given = None if residual is None else residual.reshape(-1, n)
+        y = cuda_product(x.reshape(-1, linear.in_features), weight, scale, linear.bias, bits, gelu, given, alpha)
+        return y.view(*x.shape[:-1], n)
+    y = linear(x)
+    if gelu and has_cpu_kernels(y) and y.is_contiguous():
+        cpu_library().gelu_(y)
+    elif gelu:
+        y = nn.functional.gelu(y, approximate="tanh")
+    return y if residual is None else alpha * residual + y
+
+
+def apply_layer_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`norm(x)` over the last dimension, by a kernel where there is one."""
+    width = x.shape[-1]
+    if width % 8 or width > 16384 or not _is_plain(norm, nn.LayerNorm, x) or norm.weight.dtype != x.dtype:
+        return norm(x)
+    return cuda_layer_norm(x, norm.weight, norm.bias, norm.eps)
 
 
 def quantize_linears(module: nn.Module, bits: int) -> None:
@@ -293,8 +373,8 @@ class HalfLinear(_StaysHalf, nn.Linear):
         on_cpu = x.device.type == "cpu" and weight.dtype in (torch.float16, torch.bfloat16) and x.dtype != torch.float64
         if grad or not on_cpu or torch.compiler.is_compiling():
             return nn.functional.linear(x, weight.to(x.dtype))
-        if rows.shape[0] <= MAX_HALF_ROWS and weight.is_contiguous() and library():
-            y = library().half_linear(rows, weight)
+        if rows.shape[0] <= MAX_HALF_ROWS and weight.is_contiguous() and cpu_library():
+            y = cpu_library().half_linear(rows, weight)
         else:
             y = torch.empty(rows.shape[0], self.out_features, dtype=x.dtype)
             rows = rows.float()

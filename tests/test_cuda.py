@@ -1,10 +1,14 @@
 """The same numbers and the same answers on an NVIDIA GPU."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, LogitsProcessor, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
 
-import chatglm_int8  # noqa: F401  registers the Auto classes
+from chatglm_int8 import cuda_graphs, modeling_chatglm
+from chatglm_int8.cuda_graphs import StepCache
 
 pytestmark = [
     pytest.mark.cuda,
@@ -80,3 +84,189 @@ def test_static_cache_compiles(cases, golden_model):
     model = golden_model("base", attention="sdpa").cuda()
     got = model.generate(ids, do_sample=False, max_new_tokens=24, cache_implementation="static")
     assert torch.equal(got.cpu(), cases["base_single.greedy"])
+
+
+# --- Recorded steps ---
+
+
+def unrecorded_step(self, input_ids):
+    """`StepCache.step` without a graph: the same kernels, launched one by one."""
+    graph, length = self._graph, self.layers[0].length
+    self._make_ready(self._model())
+    graph.slot.fill_(length)
+    graph.ids.copy_(input_ids[:, 0])
+    self.recording = True
+    logits = self._run(self._model())
+    self.recording = False
+    for layer in self.layers:
+        layer.length += 1
+    graph.place = -1
+    self._placed += 1
+    return logits
+
+
+def generations(model, monkeypatch, ids, new_tokens, **kwargs):
+    """Greedy ids by recorded steps, by the same kernels without a graph, and by the ordinary path."""
+    kwargs = {"do_sample": False, "max_new_tokens": new_tokens, "eos_token_id": model.config.vocab_size - 1, **kwargs}
+    recorded = model.generate(ids, **kwargs)
+    with monkeypatch.context() as patch:
+        patch.setattr(StepCache, "step", unrecorded_step)
+        unrecorded = model.generate(ids, **kwargs)
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling_chatglm, "can_record", lambda model: False)
+        ordinary = model.generate(ids, **kwargs)
+    return recorded, unrecorded, ordinary
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Counts replays, to be sure that there are any."""
+    counted = []
+    step = StepCache.step
+    monkeypatch.setattr(StepCache, "step", lambda self, ids: counted.append(ids) or step(self, ids))
+    return counted
+
+
+@pytest.mark.parametrize("name", ["base", "pos1d", "int8", "int4", "prefix", "prefix_proj"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_recorded_steps(name, dtype, cases, golden_model, monkeypatch, steps):
+    monkeypatch.setattr(cuda_graphs, "_GROWTH", 32)  # so that the cache grows several times
+    model = golden_model(name, dtype, "sdpa").cuda()
+    ids = cases[f"{name}_single.input_ids"].cuda()
+    recorded, unrecorded, ordinary = generations(model, monkeypatch, ids, 200)
+    assert len(steps) >= 199
+    assert torch.equal(recorded, unrecorded)
+    assert torch.equal(recorded, model.generate(ids, do_sample=False, max_new_tokens=200, eos_token_id=511))
+    agree = (recorded[:, : ids.shape[1] + 8] == ordinary[:, : ids.shape[1] + 8]).all()
+    assert agree  # further on rounding may tell them apart
+
+
+def test_recorded_steps_of_a_padded_batch(golden_model, monkeypatch, steps, cases):
+    model = golden_model("int8", torch.float16, "sdpa").cuda()
+    torch.manual_seed(0)
+    ids = torch.randint(10, 400, (4, 24), device="cuda")
+    ids[:, -2], ids[:, -1] = model.config.gmask_token_id, model.config.bos_token_id
+    mask = torch.ones_like(ids)
+    for row, padding in enumerate((0, 3, 11, 20)):
+        ids[row, :padding], mask[row, :padding] = model.config.pad_token_id, 0
+    recorded, unrecorded, _ = generations(model, monkeypatch, ids, 60, attention_mask=mask)
+    assert torch.equal(recorded, unrecorded)
+    for row in range(4):
+        alone = model.generate(
+            ids[row : row + 1, mask[row].bool()], do_sample=False, max_new_tokens=12, eos_token_id=511
+        )
+        assert torch.equal(alone[0, -12:], recorded[row, 24:36])
+    assert steps
+
+
+def test_recorded_steps_follow_the_weights(cases, golden_model, monkeypatch, steps):
+    """Moved, quantised and adapted models are recorded anew."""
+    model = golden_model("base", torch.float16, "sdpa").cuda()
+    ids = cases["base_single.input_ids"].cuda()
+    for change in (
+        lambda: None,
+        lambda: model.cpu().cuda(),
+        lambda: model.quantize(8),
+        lambda: model.bfloat16(),
+        lambda: model.half(),
+        lambda: model.transformer.final_layernorm.weight.data.neg_(),
+    ):
+        change()
+        recorded, unrecorded, _ = generations(model, monkeypatch, ids, 40)
+        assert torch.equal(recorded, unrecorded)
+    assert steps
+
+
+def test_recorded_steps_with_lora(cases, golden_model, monkeypatch, steps):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["query_key_value", "dense_h_to_4h"], init_lora_weights=False)
+    model = golden_model("int8", torch.float16, "sdpa").cuda()
+    ids = cases["int8_single.input_ids"].cuda()
+    before = model.generate(ids, do_sample=False, max_new_tokens=40, eos_token_id=511)
+    adapted = peft.get_peft_model(model, config).half().eval()
+    recorded, unrecorded, _ = generations(model, monkeypatch, ids, 40)
+    assert torch.equal(recorded, unrecorded)
+    assert not torch.equal(recorded, before)
+    with adapted.disable_adapter():
+        assert torch.equal(model.generate(ids, do_sample=False, max_new_tokens=40, eos_token_id=511), before)
+    assert steps
+
+
+def test_recorded_steps_in_threads(cases, golden_model):
+    model, other = golden_model("int8", torch.float16).cuda(), golden_model("int4", torch.float16).cuda()
+    ids = cases["int8_single.input_ids"].cuda()
+    jobs = [(m, ids[:, k:]) for k in range(3) for m in (model, other, model)]
+
+    def run(job):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            return job[0].generate(job[1], do_sample=False, max_new_tokens=50, eos_token_id=511).cpu()
+
+    expected = [run(job) for job in jobs]
+    with ThreadPoolExecutor(6) as pool:
+        for got, alone in zip(pool.map(run, jobs), expected, strict=True):
+            assert torch.equal(got, alone)
+
+
+def test_what_users_add_to_generate(cases, golden_model, steps):
+    """Processors, criteria and streamers see each token in its turn; what steps can't do, the ordinary path does."""
+    model = golden_model("int8", torch.float16).cuda()
+    ids = cases["int8_single.input_ids"].cuda()
+    length = ids.shape[1]
+    plain = model.generate(ids, do_sample=False, max_new_tokens=20, eos_token_id=511)
+    seen, put = [], []
+
+    class Forbids(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            seen.append(input_ids.shape[1])
+            return scores.index_fill(1, plain[0, length : length + 1], -torch.inf)
+
+    class Stops(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            done = input_ids.shape[1] >= length + 7
+            return torch.full((len(input_ids),), done, dtype=torch.bool, device=input_ids.device)
+
+    class Streams(BaseStreamer):
+        def put(self, value):
+            put.append(value.clone())
+
+        def end(self):
+            put.append(None)
+
+    got = model.generate(
+        ids,
+        do_sample=False,
+        max_new_tokens=20,
+        logits_processor=[Forbids()],
+        stopping_criteria=[Stops()],
+        streamer=Streams(),
+    )
+    assert got.shape[1] == length + 7
+    assert seen == list(range(length, length + 7))
+    assert plain[0, length] not in got[0, length:]
+    assert put[-1] is None
+    assert torch.equal(torch.cat([value.flatten() for value in put[:-1]]), got[0].cpu())
+    assert len(steps) > 0
+    scores = model.generate(
+        ids, do_sample=False, max_new_tokens=20, eos_token_id=511, output_scores=True, return_dict_in_generate=True
+    )
+    assert torch.equal(scores.sequences, plain)
+    assert [int(score.argmax()) for score in scores.scores] == plain[0, length:].tolist()
+    ended = model.generate(ids, do_sample=False, max_new_tokens=20, eos_token_id=int(plain[0, length + 4]))
+    assert torch.equal(ended, plain[:, : ended.shape[1]])
+    assert ended[0, -1] == plain[0, length + 4]
+    count = len(steps)
+    model.generate(ids, num_beams=2, do_sample=False, max_new_tokens=5)
+    model.generate(ids, do_sample=False, max_new_tokens=5, output_attentions=True, return_dict_in_generate=True)
+    assert len(steps) == count
+
+
+def test_training_through_the_kernels(golden_model, cases):
+    ids = cases["int8_single.input_ids"].cuda()
+    model = golden_model("int8", torch.float16).cuda()
+    embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+    positions = model.get_position_ids(ids)
+    model(inputs_embeds=embeds, position_ids=positions).logits.float().square().mean().backward()
+    exact = golden_model("int8").cuda()
+    wide = embeds.detach().float().requires_grad_()
+    exact(inputs_embeds=wide, position_ids=positions).logits.square().mean().backward()
+    assert distance(embeds.grad, wide.grad.cpu()) < 2e-2

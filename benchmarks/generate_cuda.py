@@ -1,0 +1,133 @@
+"""Times generation in the shape of ChatGLM-6B-INT8 on a GPU, with random weights made there.
+
+    python benchmarks/generate_cuda.py [--layers 28]
+
+Decode speed is that of the tokens after the first: the time of 129 new tokens less that of 1, best of 3. `sampled` is
+`generate` as `chat` calls it. `public` expands every weight to FP16 at every call, without graphs, as the published
+code does; FP16 is the same network with FP16 weights in eager PyTorch. The first token is timed with an empty cache of
+kernels, imports and loading left out.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from chatglm_int8 import ChatGLMConfig, ChatGLMForConditionalGeneration, kernels_cuda, modeling_chatglm
+from chatglm_int8.cuda_graphs import StepCache
+from chatglm_int8.quantization import QuantizedLinear
+
+NO_END = {"eos_token_id": 130527}  # random weights never say it
+
+
+def build(layers: int) -> ChatGLMForConditionalGeneration:
+    with torch.device("meta"):
+        model = ChatGLMForConditionalGeneration(ChatGLMConfig(num_layers=layers))
+    model = model.half().to_empty(device="cuda").eval()
+    model.tie_weights()
+    for name, parameter in model.named_parameters():
+        if parameter.dtype == torch.int8:
+            parameter.data.random_(-128, 128)
+        elif name.endswith("weight_scale"):
+            parameter.data.fill_(0.02 * 3**0.5 / 127)
+        elif name.endswith("layernorm.weight"):
+            parameter.data.fill_(1)
+        elif name.endswith("bias"):
+            parameter.data.zero_()
+        else:
+            parameter.data.normal_(0, 0.02)
+    return model
+
+
+def prompts(config: ChatGLMConfig, length: int, batch: int = 1) -> torch.Tensor:
+    ids = torch.randint(1000, 100000, (batch, length), device="cuda")
+    ids[:, -2], ids[:, -1] = config.gmask_token_id, config.bos_token_id
+    return ids
+
+
+def seconds(call: Callable, repeats: int = 3) -> float:
+    call()
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def decode_speed(model, ids: torch.Tensor, new: int = 128, repeats: int = 3, **kwargs) -> float:
+    """Tokens per second after the first."""
+    one = seconds(lambda: model.generate(ids, max_new_tokens=1, **NO_END, **kwargs), repeats)
+    more = seconds(lambda: model.generate(ids, max_new_tokens=new + 1, **NO_END, **kwargs), repeats)
+    return len(ids) * new / (more - one)
+
+
+def prefill(model, ids: torch.Tensor, recorded: bool) -> float:
+    """Milliseconds."""
+
+    @torch.no_grad()
+    def call():
+        padding = torch.zeros(len(ids), dtype=torch.int32, device=ids.device)
+        cache = StepCache(model, padding) if recorded else DynamicCache(config=model.config)
+        model(ids, past_key_values=cache, logits_to_keep=1)
+
+    return seconds(call, 6) * 1e3
+
+
+def without_kernels(model) -> None:
+    for key in kernels_cuda._availability:
+        kernels_cuda._availability[key] = False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Times generation on a GPU.")
+    parser.add_argument("--layers", type=int, default=28)
+    arguments = parser.parse_args()
+    model = build(arguments.layers)
+    sampled = {"do_sample": True, "top_p": 0.7, "temperature": 0.95}
+    ids = prompts(model.config, 512)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {arguments.layers} layers")
+    with tempfile.TemporaryDirectory() as empty:
+        os.environ["XDG_CACHE_HOME"] = empty
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        model.generate(prompts(model.config, 20), max_new_tokens=1, **sampled)
+        torch.cuda.synchronize()
+        print(f"first token of all, no kernels compiled: {time.perf_counter() - start:.2f} s", flush=True)
+        greedy = decode_speed(model, ids, do_sample=False)
+        print(f"greedy, 512 tokens of context: {greedy:.0f} tok/s", flush=True)
+        processors = [modeling_chatglm.FiniteScores()]
+        speed = decode_speed(model, ids, logits_processor=processors, **sampled)
+        print(f"sampled: {speed:.0f} tok/s, {speed / greedy:.2f} of greedy", flush=True)
+        for batch, length in ((16, 512), (128, 128)):
+            speed = decode_speed(model, prompts(model.config, length, batch), 64, 2, do_sample=False)
+            print(f"batch {batch}, {length} tokens of context: {speed:.0f} tok/s, {speed / greedy:.1f} ×", flush=True)
+        ours = {length: prefill(model, prompts(model.config, length), True) for length in (512, 2048)}
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        model.generate(prompts(model.config, 1024), max_length=2048, **sampled, **NO_END)
+        print(f"until 2048 tokens: {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB reserved", flush=True)
+
+    without_kernels(model)
+    speed = decode_speed(model, ids, 16, 1, do_sample=False)
+    print(f"public method: {speed:.0f} tok/s, prefill 512 {prefill(model, ids, False):.1f} ms", flush=True)
+    for name, layer in [named for named in model.named_modules() if isinstance(named[1], QuantizedLinear)]:
+        wide = nn.Linear(layer.in_features, layer.out_features, device="meta")
+        wide.weight, wide.bias = nn.Parameter(layer.dequantize(), requires_grad=False), layer.bias
+        model.set_submodule(name, wide)
+    speed = decode_speed(model, ids, 16, 1, do_sample=False)
+    print(f"FP16, eager: {speed:.0f} tok/s", flush=True)
+    for length, time_ in ours.items():
+        rival = prefill(model, prompts(model.config, length), False)
+        print(f"prefill {length}: {time_:.1f} ms, FP16 eager {rival:.1f} ms, {time_ / rival:.2f} ×", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""Decoding on an NVIDIA GPU: a step of one token as a CUDA graph, over a cache of fixed places.
+
+Launching the few hundred kernels of a step from Python takes ten times as long as running them, so they are recorded
+once and replayed. What is recorded is the model's own modules, run on the kernels of `kernels_cuda`; the addresses that
+they use stay the same from step to step: the token, its position and its place in the cache are tensors that the graph
+reads, and that it moves on by itself.
+
+Letters as in `modeling_chatglm`.
+"""
+
+import threading
+import weakref
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicLayer
+
+from .kernels_cuda import HEAD_DIMS, attend, available, begin_step, end_step, new_tickets, own_tickets, split_rotate
+
+_GROWTH = 512  # places that are added to a cache at a time
+_KEPT_BYTES = 1 << 30  # caches up to this size are kept, with their graphs, for a model's next answer
+
+
+class _Layer(DynamicLayer):
+    """Keys and values [B, H, T, D] of one block, of which the first `length` of T places are filled."""
+
+    def __init__(self):
+        self.length = 0
+        self.buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._half: torch.Tensor | None = None
+        super().__init__()
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        return None if self.buffers is None else self.buffers[0][:, :, : self.length]
+
+    @keys.setter
+    def keys(self, value: torch.Tensor | None) -> None:
+        self._half = value  # keys and values are replaced one after the other, by transformers' reordering and cropping
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        return None if self.buffers is None else self.buffers[1][:, :, : self.length]
+
+    @values.setter
+    def values(self, value: torch.Tensor | None) -> None:
+        if value is None or self._half is None:
+            self.buffers, self.length = None, 0
+        else:
+            self.buffers, self.length = (self._half.contiguous(), value.contiguous()), value.shape[2]
+        self._half = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def reserve(self, batch: int, heads: int, head_dim: int, places: int, like: torch.Tensor) -> None:
+        """Make room for that many places, keeping what is there."""
+        if not self.is_initialized:
+            self.lazy_initialization(like)
+        shape = (batch, heads, -(-places // _GROWTH) * _GROWTH, head_dim)
+        if self.buffers is not None and self.buffers[0].shape[2] >= places and self.buffers[0].shape[0] == batch:
+            return
+        old, self.buffers = self.buffers, (like.new_empty(shape), like.new_empty(shape))
+        if old is not None and self.length:
+            for new, buffer in zip(self.buffers, old, strict=True):
+                new[:, :, : self.length] = buffer[:, :, : self.length]
+
+    def update(self, key_states, value_states, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        batch, heads, new, head_dim = key_states.shape
+        self.reserve(batch, heads, head_dim, self.length + new, key_states)
+        place = slice(self.length, self.length + new)
+        self.buffers[0][:, :, place] = key_states
+        self.buffers[1][:, :, place] = value_states
+        self.length += new
+        return self.keys, self.values
+
+    def get_seq_length(self, *args) -> int:
+        return self.length
+
+
+class _Graph:
+    """A recorded step, the tensors that it reads and writes, and whose they are."""
+
+    def __init__(self, batch: int, rows: int, head_dim: int, device: torch.device):
+        self.ids = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.positions = torch.zeros(batch, rows, dtype=torch.int64, device=device)
+        self.advance = torch.zeros(batch, rows, dtype=torch.int64, device=device)
+        self.slot = torch.zeros(1, dtype=torch.int32, device=device)
+        self.padding = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.tickets = new_tickets(device)
+        exponents = torch.arange(0, head_dim // rows, 2, device=device, dtype=torch.float32) / (head_dim // rows)
+        self.frequencies = (1.0 / 10000.0**exponents).half().float()  # as `rotary_embedding` rounds them
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.buffers: list | None = None  # of the layers, that the graph was recorded over
+        self.weights: tuple | None = None  # whose addresses the graph has
+        self.logits: torch.Tensor | None = None
+        self.place = -1  # what `slot` holds on the device
+        self.stream: torch.cuda.Stream | None = None  # where it was replayed last
+
+
+# Of each model, what the last answer has left: at most one graph with its buffers.
+_idle: "weakref.WeakKeyDictionary[nn.Module, _Graph]" = weakref.WeakKeyDictionary()
+_idle_lock = threading.RLock()  # the garbage collector may drop a cache inside
+# PyTorch's random numbers can't be drawn in one thread while another records.
+_recording_lock = threading.RLock()
+
+
+def draw(probs: torch.Tensor) -> torch.Tensor:
+    """Indices [B] drawn from probabilities [B, V]."""
+    with _recording_lock:
+        return torch.multinomial(probs, num_samples=1).squeeze(1)
+
+
+def _addresses(model: nn.Module) -> tuple | None:
+    """What a recorded step depends on; None if that can't be told, since foreign modules take part."""
+    found = []
+    for module in model.modules():
+        origin = type(module).__module__
+        if not (origin.startswith("torch.nn.") or origin.rpartition(".")[0] == __name__.rpartition(".")[0]):
+            return None
+        if module._forward_hooks or module._forward_pre_hooks or module.__dict__.get("forward") is not None:
+            return None
+        found.append(id(module))
+        for tensor in module._parameters.values():
+            if tensor is not None:
+                found.append(tensor.data_ptr())
+    return tuple(found)
+
+
+class StepCache(Cache):
+    """The cache of a generation in which steps of one token are replayed from a graph.
+
+    To everybody else it is a cache like transformers' DynamicCache. Each has buffers and a graph of its own, so that
+    generations in several threads don't meet; when it is dropped, a later generation of the same model may take over.
+
+    Args:
+        model: a `ChatGLMForConditionalGeneration` for which `can_record` is true.
+        padding: int32 [B]: the tokens of padding on the left of each sequence.
+    """
+
+    def __init__(self, model: nn.Module, padding: torch.Tensor):
+        config = model.config
+        super().__init__(layers=[_Layer() for _ in range(config.num_layers)])
+        self._model = weakref.ref(model)
+        self._rows = 2 if config.position_encoding_2d else 1
+        self._head_dim = config.hidden_size // config.num_attention_heads
+        self._prefix = config.pre_seq_len or 0
+        self._placed = -1  # the length of the cache at which the graph's positions are right
+        self.recording = False
+        with _idle_lock:
+            graph = _idle.pop(model, None)
+        if graph is not None and (len(graph.ids) != len(padding) or graph.ids.device != padding.device):
+            graph = None
+        if graph is not None:
+            torch.cuda.current_stream(padding.device).wait_stream(graph.stream)  # a last step may still be running
+            for layer, buffers in zip(self.layers, graph.buffers, strict=True):
+                layer.buffers = buffers
+        self._graph = graph or _Graph(len(padding), self._rows, self._head_dim, padding.device)
+        self._graph.padding.copy_(padding)
+        self._checked = False
+
+    def __del__(self):
+        graph, model = getattr(self, "_graph", None), self._model()
+        if graph is None or graph.graph is None or graph.weights is None or model is None:
+            return
+        size = sum(2 * keys.numel() * keys.element_size() for keys, _ in graph.buffers)
+        if size <= _KEPT_BYTES and all(a.buffers is b for a, b in zip(self.layers, graph.buffers, strict=True)):
+            with _idle_lock:
+                _idle[model] = graph
+
+    def knows_position(self) -> bool:
+        """Whether the next token's position is in the graph's tensors already."""
+        return self._placed == self.layers[0].length
+
+    def set_positions(self, positions: torch.Tensor, advance: torch.Tensor) -> None:
+        """The next token's positions, int64 [B, R], and how they change from token to token."""
+        self._graph.positions.copy_(positions)
+        self._graph.advance.copy_(advance)
+        self._placed = self.layers[0].length
+
+    def takes_prompt(self, qkv: torch.Tensor) -> bool:
+        """Whether `write_prompt` can store a prompt: its kernel is for half precision, without gradients."""
+        return not torch.is_grad_enabled() and qkv.dtype in (torch.float16, torch.bfloat16)
+
+    def write_prompt(self, layer_idx: int, qkv, cosines, sines) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries [B, H, S, D], and keys and values so far, from qkv [B, S, H, 3·D]; the new ones are stored."""
+        layer = self.layers[layer_idx]
+        batch, length, heads, _ = qkv.shape
+        layer.reserve(batch, heads, self._head_dim, layer.length + length, qkv)
+        queries = split_rotate(qkv, cosines, sines, *layer.buffers, layer.length)
+        layer.length += length
+        return queries, layer.keys, layer.values
+
+    def attend(self, layer_idx: int, qkv: torch.Tensor, cosines, sines) -> torch.Tensor:
+        """Attention of a step that is being recorded, for qkv [B, 1, H·3·D]: [B, 1, H·D]."""
+        keys, values = self.layers[layer_idx].buffers
+        heads = keys.shape[0] * keys.shape[1]
+        parts = max(1, min(16, keys.shape[2] // 64, 1024 // heads))
+        graph = self._graph
+        given = (graph.slot, graph.padding, self._prefix, self._rows, parts)
+        return attend(qkv[:, 0].contiguous(), cosines, sines, keys, values, *given)[:, None]
+
+    @torch.no_grad()
+    def step(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Scores [B, 1, V] of the token that follows ids [B, 1], whose keys and values are stored."""
+        model, graph, layers = self._model(), self._graph, self.layers
+        length = layers[0].length
+        self._make_ready(model)
+        if graph.place != length:
+            graph.slot.fill_(length)
+            graph.place = length
+        graph.ids.copy_(input_ids[:, 0])
+        graph.stream = torch.cuda.current_stream(graph.ids.device)
+        if graph.graph is None:
+            self._record(model)
+        graph.graph.replay()
+        for layer in layers:
+            layer.length += 1
+        graph.place += 1
+        self._placed += 1
+        return graph.logits.clone()
+
+    def _make_ready(self, model: nn.Module) -> None:
+        """Drop a graph that was recorded over other buffers or weights, and make room for one more token."""
+        graph = self._graph
+        first = self.layers[0].buffers[0]
+        full = self.layers[0].length >= first.shape[2]
+        if self._checked and not full and graph.buffers is not None and graph.buffers[0] is self.layers[0].buffers:
+            return
+        if not self._checked:
+            weights = _addresses(model)
+            if weights is None or weights != graph.weights:
+                graph.graph = None
+            graph.weights = weights
+            self._checked = True
+        if (
+            full
+            or graph.buffers is None
+            or any(a.buffers is not b for a, b in zip(self.layers, graph.buffers, strict=True))
+        ):
+            graph.graph = graph.logits = graph.buffers = None  # its memory is free for the new one
+            for layer in self.layers:
+                layer.reserve(*first.shape[:2], first.shape[3], layer.length + 1, first)
+            graph.buffers = [layer.buffers for layer in self.layers]
+
+    def _record(self, model: nn.Module) -> None:
+        graph = self._graph
+        positions = graph.positions.clone()
+        stream = torch.cuda.Stream(graph.ids.device)
+        stream.wait_stream(torch.cuda.current_stream(graph.ids.device))
+        self.recording = True
+        try:
+            with torch.cuda.device(graph.ids.device), torch.cuda.stream(stream), own_tickets(graph.tickets):
+                self._run(model)  # what libraries set up at their first call is not for a graph
+                graph.positions.copy_(positions)
+                graph.slot.fill_(graph.place)
+                recorded = torch.cuda.CUDAGraph()
+                with _recording_lock:
+                    recorded.capture_begin(capture_error_mode="thread_local")
+                    try:
+                        graph.logits = self._run(model)
+                    finally:
+                        recorded.capture_end()
+        finally:
+            self.recording = False
+        torch.cuda.current_stream(graph.ids.device).wait_stream(stream)
+        graph.graph = recorded
+
+    def _run(self, model: nn.Module) -> torch.Tensor:
+        graph, transformer = self._graph, model.transformer
+        hidden, cosines, sines = begin_step(
+            graph.ids, transformer.word_embeddings.weight, graph.positions, graph.frequencies, self._head_dim
+        )
+        hidden = transformer.run_blocks(hidden[:, None], (cosines, sines), self)
+        logits = model.score(hidden)
+        end_step(hidden, graph.positions, graph.advance, graph.slot)
+        return logits
+
+
+def can_record(model: nn.Module) -> bool:
+    """Whether steps of this model can be recorded: one GPU, half precision, evaluation, no hooks, the kernels load."""
+    weight = model.transformer.word_embeddings.weight
+    config = model.config
+    if weight.device.type != "cuda" or model.training or torch.compiler.is_compiling():
+        return False
+    head_dim = config.hidden_size // config.num_attention_heads
+    if head_dim not in HEAD_DIMS or config.hidden_size % 8 or config.hidden_size > 16384:
+        return False
+    if any(parameter.device != weight.device for parameter in model.parameters()):
+        return False
+    for module in model.modules():
+        if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
+            return False
+    floats = {parameter.dtype for parameter in model.transformer.layers.parameters() if parameter.is_floating_point()}
+    if weight.dtype not in floats or type(model.transformer.word_embeddings).forward is not nn.Embedding.forward:
+        return False
+    return available(weight.device, weight.dtype)

@@ -1,0 +1,292 @@
+"""The CUDA kernels: that they compile, how their libraries are found, and on a GPU what they compute."""
+
+import importlib.util
+import os
+import sys
+import types
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from chatglm_int8 import kernels_cuda
+from chatglm_int8.modeling_chatglm import apply_rotary, rotary_embedding
+from chatglm_int8.quantization import dequantize_weight
+
+ARCHITECTURES = {12: [70, 75, 80, 90], 13: [75, 80, 86, 89, 90, 100, 120]}
+on_gpu = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+# Of norms. Inputs are given, sums are fp32, so what remains is the rounding of the result: half a unit in the last
+# place at most, a third of that on average; and the plain path rounds the weights too.
+TOLERANCE = {torch.float16: 2**-11, torch.bfloat16: 2**-8}
+
+
+def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.fixture
+def fresh_libraries(monkeypatch):
+    """Forgets the copy of cpm_kernels, before and after."""
+    if importlib.util.find_spec("cpm_kernels") is None:
+        pytest.skip("needs cpm_kernels: pip install cpm_kernels")
+
+    def forget():
+        kernels_cuda.load_libraries.cache_clear()
+        for name in [name for name in sys.modules if name.startswith(kernels_cuda._PRIVATE)]:
+            del sys.modules[name]
+
+    forget()
+    yield
+    forget()
+
+
+def nvrtc_of(major: int) -> Path:
+    nvidia = importlib.util.find_spec("nvidia")
+    for folder in nvidia.submodule_search_locations if nvidia else ():
+        for path in Path(folder).glob(f"*/lib/libnvrtc.so.{major}"):
+            return path
+    wheel = "nvidia-cuda-nvrtc" + ("-cu12" if major == 12 else "")
+    pytest.skip(f"needs NVRTC {major}: pip install {wheel}")
+
+
+@pytest.mark.parametrize(
+    ("major", "architecture"), [(major, number) for major, numbers in ARCHITECTURES.items() for number in numbers]
+)
+def test_compiles(major, architecture, monkeypatch, fresh_libraries):
+    path = str(nvrtc_of(major))
+    monkeypatch.setattr(kernels_cuda, "find_library", lambda name: path if name == "nvrtc" else None)
+    nvrtc = kernels_cuda.load_libraries().nvrtc
+    assert nvrtc.version[0] == major
+    # In bfloat16 the tiles differ in what they share with the rows.
+    jobs = [(name, 0) for name in kernels_cuda._SOURCES]
+    jobs += [(name, 1) for name in ("rows", "step", "tiles_8_16", "tiles_4_16") if architecture >= 80]
+
+    def compile_one(job):
+        name, bf16 = job
+        options = ["--std=c++17", f"-DBF16={bf16}", f"--gpu-architecture=sm_{architecture}"]
+        return kernels_cuda.compile_source(nvrtc, kernels_cuda._SOURCES[name], options)
+
+    with ThreadPoolExecutor() as pool:
+        for job, code in zip(jobs, pool.map(compile_one, jobs), strict=True):
+            assert code[:4] == b"\x7fELF", job
+
+
+def test_what_the_compiler_says_is_passed_on(monkeypatch, fresh_libraries):
+    path = str(nvrtc_of(13))
+    monkeypatch.setattr(kernels_cuda, "find_library", lambda name: path if name == "nvrtc" else None)
+    with pytest.raises(RuntimeError, match="no_such_thing"):
+        options = ["--gpu-architecture=sm_90"]
+        kernels_cuda.compile_source(kernels_cuda.load_libraries().nvrtc, "int i = no_such_thing;", options)
+
+
+def test_library_search_in_wheels(tmp_path, monkeypatch):
+    names = ("cu13/lib/libcudart.so.13", "cuda_runtime/lib/libcudart.so.12", "cuda_nvrtc/lib/libnvrtc.so.12")
+    others = ("cu13/lib/libnvrtc-builtins.so.13.0", "cuda_nvrtc/lib/libnvrtc.alt.so.12", "cu13/lib/libcudart.so.13.txt")
+    for name in (*names, *others):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    spec = types.SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(kernels_cuda.importlib.util, "find_spec", lambda name: spec if name == "nvidia" else None)
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
+    for cuda, expected in (("12.8", names[1]), ("13.0", names[0]), (None, names[0])):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        assert kernels_cuda.find_library("cudart") == str(tmp_path / expected)
+        assert kernels_cuda.find_library("nvrtc") == str(tmp_path / names[2])
+    assert kernels_cuda.find_library("cublasLt") is None
+
+
+def test_the_users_modules_and_environment_are_left_alone(monkeypatch, fresh_libraries):
+    theirs = types.ModuleType("cpm_kernels")
+    theirs.__spec__ = importlib.util.find_spec("cpm_kernels")
+    monkeypatch.setitem(sys.modules, "cpm_kernels", theirs)
+    modules, environment = {name for name in sys.modules}, dict(os.environ)
+    libraries = kernels_cuda.load_libraries()
+    assert libraries.nvrtc.__file__.startswith(os.path.dirname(theirs.__spec__.origin))
+    assert sys.modules["cpm_kernels"] is theirs
+    added = {name for name in set(sys.modules) - modules if "cpm_kernels" in name or name == "pkg_resources"}
+    assert all(name.startswith(kernels_cuda._PRIVATE) for name in added)
+    assert dict(os.environ) == environment
+
+
+def test_a_missing_library_is_said_with_its_remedy(monkeypatch):
+    def missing():
+        raise ImportError("cpm_kernels is not installed")
+
+    monkeypatch.setattr(kernels_cuda, "load_launcher", missing)
+    monkeypatch.setattr(kernels_cuda, "_properties", lambda device: (90, 132, 100000))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(torch.cuda, "device", lambda index: warnings.catch_warnings())
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(kernels_cuda, "_availability", {})
+    gpu = torch.device("cuda", 0)
+    with pytest.warns(UserWarning, match="cpm_kernels is not installed.*pip install cpm_kernels"):
+        assert not kernels_cuda.available(gpu, torch.float16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not kernels_cuda.available(gpu, torch.float16)  # said once
+
+
+def test_not_available_elsewhere(monkeypatch):
+    assert not kernels_cuda.available(torch.device("cpu"), torch.float16)
+    assert not kernels_cuda.available(torch.device("cuda", 0), torch.float32)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert not kernels_cuda.available(torch.device("cuda", 0), torch.float16)
+
+
+def test_compiled_modules_are_kept(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(
+        kernels_cuda, "compile_source", lambda *given: compiled.append(given) or f"code {len(compiled)}".encode()
+    )
+    old, new = types.SimpleNamespace(version=(12, 9)), types.SimpleNamespace(version=(13, 0))
+    assert kernels_cuda._module_code(old, "rows", False, 90) == b"code 1"
+    assert kernels_cuda._module_code(old, "rows", False, 90) == b"code 1"
+    for other in (
+        (new, "rows", False, 90),
+        (old, "step", False, 90),
+        (old, "rows", True, 90),
+        (old, "rows", False, 80),
+    ):
+        assert kernels_cuda._module_code(*other) == f"code {len(compiled)}".encode()
+    assert len(compiled) == 5
+    monkeypatch.setitem(kernels_cuda._SOURCES, "rows", "changed")
+    assert kernels_cuda._module_code(old, "rows", False, 90) == b"code 6"
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # no folder can be made there
+    assert kernels_cuda._module_code(old, "rows", False, 90) == b"code 7"
+
+
+# --- On a GPU ---
+
+SHAPES = [(4096, 4096), (256, 16384), (200, 4096), (17, 64), (96, 160), (33, 48), (130, 250), (1000, 1056)]
+
+
+def problem(bits, dtype, n, k, seed=0):
+    torch.manual_seed(seed)
+    weight = torch.randint(-128, 128, (n, k * bits // 8), dtype=torch.int8, device="cuda")
+    scale = (torch.rand(n, device="cuda") * 1e-3 + 1e-4).to(dtype)
+    bias = torch.randn(n, device="cuda").to(dtype)
+    return weight, scale, bias, dequantize_weight(weight, scale.double(), bits, torch.float64)
+
+
+def poison():
+    """Fills what the allocator hands out next with NaN, so that an unwritten result is seen."""
+    del [torch.full((size,), torch.nan, device="cuda") for size in (1 << 12, 1 << 16, 1 << 20, 1 << 24)][:]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+class TestProducts:
+    pytestmark = on_gpu
+
+    def test_against_float64(self, n, k, bits, dtype):
+        weight, scale, bias, exact = problem(bits, dtype, n, k)
+        for m in (1, 2, 3, 5, 8, 9, 17, 33, 64, 65, 128, 130):
+            x = torch.randn(m, k, device="cuda").to(dtype)
+            expected = x.double() @ exact.T + bias.double()
+            plain = x @ dequantize_weight(weight, scale, bits, dtype).T + bias
+            poison()
+            got = kernels_cuda.linear(x, weight, scale, bias, bits)
+            assert distance(got, expected) < max(TOLERANCE[dtype], 1.05 * distance(plain, expected)), m
+            assert torch.equal(got, kernels_cuda.linear(x, weight, scale, bias, bits))  # no races
+            bare = kernels_cuda.linear(x, weight, scale, None, bits)
+            assert distance(bare, expected - bias.double()) < 2 * TOLERANCE[dtype]
+
+    def test_what_follows_the_product(self, n, k, bits, dtype):
+        weight, scale, bias, exact = problem(bits, dtype, n, k)
+        for m in (1, 4, 16, 130):
+            x, residual = torch.randn(m, k, device="cuda").to(dtype), torch.randn(m, n, device="cuda").to(dtype)
+            expected = x.double() @ exact.T + bias.double()
+            got = kernels_cuda.product(x, weight, scale, bias, bits, residual=residual, alpha=7.5)
+            assert distance(got, expected + 7.5 * residual.double()) < 2 * TOLERANCE[dtype]
+            got = kernels_cuda.product(x, weight, scale, bias, bits, gelu=True)
+            assert distance(got, torch.nn.functional.gelu(expected, approximate="tanh")) < 4 * TOLERANCE[dtype]
+
+    def test_input_gradient(self, n, k, bits, dtype):
+        weight, scale, _, exact = problem(bits, dtype, n, k)
+        grad_y = torch.randn(5, n, device="cuda").to(dtype)
+        got = kernels_cuda.input_gradient(grad_y, weight, scale, bits)
+        assert distance(got, grad_y.double() @ exact) < 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+class TestOperations:
+    pytestmark = on_gpu
+
+    def test_head(self, dtype):
+        weight = torch.randn(1000, 4096, device="cuda").to(dtype)
+        x = torch.randn(1, 4096, device="cuda").to(dtype)
+        got = kernels_cuda.product(x, weight, None, bits=16)
+        assert distance(got, x.double() @ weight.double().T) < TOLERANCE[dtype]
+
+    @pytest.mark.parametrize("k", [64, 192, 4096, 16384])
+    def test_layer_norm(self, k, dtype):
+        x = (torch.randn(3, k, device="cuda") * 3 + 1).to(dtype)
+        weight, bias = torch.randn(2, k, device="cuda").to(dtype)
+        expected = torch.nn.functional.layer_norm(x.double(), (k,), weight.double(), bias.double(), 1e-5)
+        assert distance(kernels_cuda.layer_norm(x, weight, bias, 1e-5), expected) < TOLERANCE[dtype]
+
+    @pytest.mark.parametrize(
+        ("head_dim", "heads", "batch", "length", "prefix", "parts"),
+        [
+            (128, 32, 1, 300, 0, 8),
+            (128, 32, 3, 1, 0, 4),
+            (16, 4, 4, 37, 8, 3),
+            (32, 6, 2, 100, 0, 1),
+            (64, 5, 2, 515, 0, 32),
+        ],
+    )
+    def test_step(self, head_dim, heads, batch, length, prefix, parts, dtype):
+        """Embedding, rotation, attention over a cache and its new key."""
+        torch.manual_seed(0)
+        ids, table = torch.randint(0, 50, (batch,), device="cuda"), torch.randn(50, 64, device="cuda").to(dtype)
+        positions = torch.randint(0, 2000, (batch, 2), device="cuda")
+        padding = (torch.arange(batch, device="cuda") % max(1, length // 3)).int()
+        frequencies = (1 / 10000 ** (torch.arange(0, head_dim // 2, 2, device="cuda") / (head_dim // 2))).half().float()
+        hidden, cosines, sines = kernels_cuda.begin_step(ids, table, positions, frequencies, head_dim)
+        assert torch.equal(hidden, table[ids])
+        angles = rotary_embedding(positions[..., None], head_dim, dtype)
+        for got, expected in zip((cosines, sines), angles, strict=True):
+            assert (got - expected.float().flatten(1)).abs().max() < 2 * TOLERANCE[dtype]
+
+        caches = torch.randn(2, batch, heads, length + 9, head_dim, device="cuda").to(dtype)
+        qkv = torch.randn(batch, heads * 3 * head_dim, device="cuda").to(dtype)
+        query, key, value = qkv.view(batch, 1, heads, -1).chunk(3, dim=-1)
+        query, key = (apply_rotary(x.double(), *(angle.double() for angle in angles)) for x in (query, key))
+        keys, values = caches.double().clone()
+        keys[:, :, length], values[:, :, length] = key[:, 0], value[:, 0].double()
+        slot = torch.tensor([length], dtype=torch.int32, device="cuda")
+        got = kernels_cuda.attend(qkv, cosines, sines, *caches, slot, padding, prefix, 2, parts)
+        again = kernels_cuda.attend(qkv, cosines, sines, *caches, slot, padding, prefix, 2, parts)
+        assert torch.equal(got, again)
+        assert distance(caches[0], keys) < TOLERANCE[dtype]
+        assert torch.equal(caches[1].double(), values)
+        places = torch.arange(length + 1, device="cuda")
+        seen = (places < prefix) | (places >= prefix + padding[:, None])
+        scores = query.transpose(1, 2) @ keys[:, :, : length + 1].transpose(2, 3) / head_dim**0.5
+        probs = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(dim=-1)
+        expected = (probs @ values[:, :, : length + 1]).transpose(1, 2).flatten(1)
+        assert distance(got, expected) < 4 * TOLERANCE[dtype]  # query and key are rounded, too
+
+        kernels_cuda.end_step(hidden, positions, torch.ones_like(positions), slot)
+        assert slot.item() == length + 1
+
+    @pytest.mark.parametrize(("head_dim", "rows"), [(128, 2), (16, 2), (32, 1)])
+    def test_split_rotate(self, head_dim, rows, dtype):
+        batch, length, heads = 2, 7, 3
+        qkv = torch.randn(batch, length, heads, 3 * head_dim, device="cuda").to(dtype)
+        angles = rotary_embedding(torch.randint(0, 2000, (batch, rows, length), device="cuda"), head_dim, dtype)
+        keys, values = torch.zeros(2, batch, heads, 12, head_dim, dtype=dtype, device="cuda")
+        got = kernels_cuda.split_rotate(qkv, *angles, keys, values, 2)
+        query, key, value = qkv.chunk(3, dim=-1)
+        exact = [angle.double() for angle in angles]
+        assert distance(got, apply_rotary(query.double(), *exact).transpose(1, 2)) < TOLERANCE[dtype]
+        assert distance(keys[:, :, 2:9], apply_rotary(key.double(), *exact).transpose(1, 2)) < TOLERANCE[dtype]
+        assert torch.equal(values[:, :, 2:9], value.transpose(1, 2))
+        assert not keys[:, :, :2].any()
+        assert not keys[:, :, 9:].any()
