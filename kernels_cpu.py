@@ -373,6 +373,8 @@ def build(flags: tuple[str, ...] = (*FLAGS, OPENMP)) -> Path:
         os.close(handle)
         try:
             _run([*command, *flags, "-x", "c", "-", "-o", unfinished, "-lm"], SOURCE)
+            with open(unfinished, "r+b") as file:
+                os.fsync(file.fileno())  # half a library would kill its process
             os.replace(unfinished, path)  # whole or not at all, also beside other processes
         finally:
             Path(unfinished).unlink(missing_ok=True)
