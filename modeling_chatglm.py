@@ -147,13 +147,17 @@ class GrowingLayer(DynamicLayer):
 
     _room = 256  # columns
 
+    def lazy_initialization(self, *args) -> None:
+        """Called before the first keys are stored."""
+        super().lazy_initialization(*args)
+        self._buffers = {}
+
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Append [B, H, S, D] to each; returns all keys and values, [B, H, T + S, D]."""
         if key_states.requires_grad or torch.compiler.is_compiling():
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self._buffers = {}
         self.keys = self._append("keys", self.keys, key_states)
         self.values = self._append("values", self.values, value_states)
         return self.keys, self.values
@@ -217,7 +221,7 @@ class ChatGLMAttention(nn.Module):
         if stored:
             query, key, value = past_key_values.write_prompt(self.layer_idx, qkv, *position_embeddings)
         else:
-            if has_cpu_kernels(qkv) and self.head_dim in CPU_HEAD_DIMS:
+            if has_cpu_kernels(self, qkv) and self.head_dim in CPU_HEAD_DIMS:
                 query, key, value = cpu_library().rotary_(qkv, *position_embeddings).chunk(3, dim=-1)
             else:
                 query, key, value = qkv.chunk(3, dim=-1)
@@ -253,7 +257,7 @@ class ChatGLMAttention(nn.Module):
         # ALL_ATTENTION_FUNCTIONS.get_interface(…). What is called here exists in both.
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get(name, eager_attention_forward)
         dtype = query.dtype
-        if is_plain_cpu(query) and name in ("eager", "sdpa"):
+        if is_plain_cpu(self, query) and name in ("eager", "sdpa"):
             if query.shape[2] == 1 and not output_attentions and self.head_dim in CPU_HEAD_DIMS and cpu_library():
                 return cpu_library().attention(query, key, value, mask, self.scaling), None
             # PyTorch's attention in half is slow on a CPU, and rounds more.
@@ -522,6 +526,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             for index, layer in enumerate(past_key_values.layers):
                 if type(layer) is DynamicLayer and not layer.is_initialized:
                     past_key_values.layers[index] = GrowingLayer()
+            if past_key_values.layer_class_to_replicate is DynamicLayer:
+                past_key_values.layer_class_to_replicate = GrowingLayer
 
         # Keys that are there already: an int, but a tensor (not to be waited for) in a static cache that is in use.
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0

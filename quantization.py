@@ -241,15 +241,18 @@ class QuantizedLinear(nn.Linear):
         return f"{super().extra_repr()}, bits={self.bits}"
 
 
-def is_plain_cpu(tensor: torch.Tensor) -> bool:
-    """Whether code that neither autograd nor torch.compile sees may work on the tensor, in float32."""
-    is_plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+def is_plain_cpu(module: nn.Module, tensor: torch.Tensor) -> bool:
+    """Whether code that neither autograd nor torch.compile sees may work on the module's tensor, in float32.
+
+    Not in training, where checkpointing may compute without gradients what it computes again with them.
+    """
+    is_plain = not (module.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
     return is_plain and tensor.device.type == "cpu" and tensor.dtype != torch.float64
 
 
-def has_cpu_kernels(tensor: torch.Tensor) -> bool:
+def has_cpu_kernels(module: nn.Module, tensor: torch.Tensor) -> bool:
     """Whether there are kernels for it that neither autograd nor torch.compile sees."""
-    return is_plain_cpu(tensor) and cpu_library() is not None
+    return is_plain_cpu(module, tensor) and cpu_library() is not None
 
 
 def _is_plain(module: nn.Module, kind: type, x: torch.Tensor) -> bool:
@@ -279,7 +282,7 @@ def apply_linear(
         y = cuda_product(x.reshape(-1, linear.in_features), weight, scale, linear.bias, bits, gelu, given, alpha)
         return y.view(*x.shape[:-1], n)
     y = linear(x)
-    if gelu and has_cpu_kernels(y) and y.is_contiguous():
+    if gelu and has_cpu_kernels(linear, y) and y.is_contiguous():
         cpu_library().gelu_(y)
     elif gelu:
         y = nn.functional.gelu(y, approximate="tanh")
