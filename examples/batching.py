@@ -140,7 +140,7 @@ class RowCache:
         self.prefix = config.pre_seq_len or 0
         self.lengths: list[int] = []
         self._limit = columns + self.prefix
-        self._dtype = model.get_input_embeddings().weight.dtype
+        self._dtype = model.dtype
         devices = [block.attention.dense.weight.device for block in model.transformer.layers]
         head_dim = config.hidden_size // config.num_attention_heads
         on_cpu = all(device.type == "cpu" for device in devices)
