@@ -9,6 +9,7 @@ some seconds once per machine. The library is kept in `$XDG_CACHE_HOME/chatglm_i
 Environment: `CC` names the compiler, `CHATGLM_CPU_KERNEL=0` turns the kernels off.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -367,8 +368,9 @@ def build(flags: tuple[str, ...] = (*FLAGS, OPENMP)) -> Path:
     path = cache_folder() / f"cpu-{key}.so"
     if not path.exists():
         for left in path.parent.glob("*.tmp"):  # by processes that were killed
-            if time.time() - left.stat().st_mtime > 3600:
-                left.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime > 3600:
+                    left.unlink()
         handle, unfinished = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
         os.close(handle)
         try:
