@@ -1135,7 +1135,7 @@ def test_opcheck(bits, dtype):
     for given, added in ((x, bias), (x.clone().requires_grad_(), None)):
         torch.library.opcheck(torch.ops.chatglm_int8.quantized_linear.default, (given, weight, scale, added, bits))
     grad = normal(3, 20).to(dtype)
-    torch.library.opcheck(torch.ops.chatglm_int8.quantized_linear_backward.default, (grad, weight, scale, bits))
+    torch.library.opcheck(torch.ops.chatglm_int8.quantized_linear_input_gradient.default, (grad, weight, scale, bits))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
