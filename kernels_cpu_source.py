@@ -94,6 +94,7 @@ static inline floats zeros(void) { return _mm512_setzero_ps(); }
 static inline floats all(float f) { return _mm512_set1_ps(f); }
 static inline floats load(const float *p) { return _mm512_loadu_ps(p); }
 static inline void store(float *p, floats v) { _mm512_storeu_ps(p, v); }
+static inline floats add(floats a, floats b) { return _mm512_add_ps(a, b); }
 static inline floats multiply_add(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b, c); }
 static inline float total(floats v) { return _mm512_reduce_add_ps(v); }
 static inline floats load_half(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
@@ -133,6 +134,7 @@ static inline floats zeros(void) { return _mm256_setzero_ps(); }
 static inline floats all(float f) { return _mm256_set1_ps(f); }
 static inline floats load(const float *p) { return _mm256_loadu_ps(p); }
 static inline void store(float *p, floats v) { _mm256_storeu_ps(p, v); }
+static inline floats add(floats a, floats b) { return _mm256_add_ps(a, b); }
 static inline floats multiply_add(floats a, floats b, floats c) { return _mm256_fmadd_ps(a, b, c); }
 static inline float total(floats v) {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -177,6 +179,7 @@ static inline floats zeros(void) { return vdupq_n_f32(0); }
 static inline floats all(float f) { return vdupq_n_f32(f); }
 static inline floats load(const float *p) { return vld1q_f32(p); }
 static inline void store(float *p, floats v) { vst1q_f32(p, v); }
+static inline floats add(floats a, floats b) { return vaddq_f32(a, b); }
 static inline floats multiply_add(floats a, floats b, floats c) { return vfmaq_f32(c, a, b); }
 static inline float total(floats v) { return vaddvq_f32(v); }
 static inline floats load_half(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
@@ -225,6 +228,7 @@ static inline floats zeros(void) { floats v; EACH(FLOATS) v.of[i] = 0; return v;
 static inline floats all(float f) { floats v; EACH(FLOATS) v.of[i] = f; return v; }
 static inline floats load(const float *p) { floats v; EACH(FLOATS) v.of[i] = p[i]; return v; }
 static inline void store(float *p, floats v) { EACH(FLOATS) p[i] = v.of[i]; }
+static inline floats add(floats a, floats b) { EACH(FLOATS) a.of[i] += b.of[i]; return a; }
 static inline floats multiply_add(floats a, floats b, floats c) { EACH(FLOATS) c.of[i] += a.of[i] * b.of[i]; return c; }
 static inline float total(floats v) { float sum = 0; EACH(FLOATS) sum += v.of[i]; return sum; }
 static inline floats load_half(const uint16_t *p) { floats v; EACH(FLOATS) v.of[i] = from_half(p[i]); return v; }
@@ -291,7 +295,7 @@ static float dot_int8(const int8_t *w, const float *x, int64_t K) {
             sum[i % 4] = multiply_add(load_int8(w + k + i * FLOATS), load(x + k + i * FLOATS), sum[i % 4]);
     }
     for (; k < K; k++) rest += (float)w[k] * x[k];
-    return rest + (total(sum[0]) + total(sum[1])) + (total(sum[2]) + total(sum[3]));
+    return rest + total(add(add(sum[0], sum[1]), add(sum[2], sum[3])));
 }
 
 /* x holds the even columns, then the odd ones; `bytes` of each. */
@@ -309,7 +313,7 @@ static float dot_int4(const int8_t *w, const float *x, int64_t bytes) {
         }
     }
     for (; at < bytes; at++) rest += (float)high_half(w[at]) * x[at] + (float)low_half(w[at]) * x[bytes + at];
-    return rest + (total(sum[0]) + total(sum[1])) + (total(sum[2]) + total(sum[3]));
+    return rest + total(add(add(sum[0], sum[1]), add(sum[2], sum[3])));
 }
 
 /* sum[i] = weight row · x[i], for `count` rows of x that lie K floats apart. */
@@ -556,12 +560,36 @@ static void fill_panel(const struct job *j, int64_t n, int64_t rows, int64_t blo
     }
 }
 
+/* The scales and biases (0 if there are none) of `height` output features from n on, CHUNK at most. */
+static void read_vectors(const struct job *j, int64_t n, int64_t height, float *scale, float *bias) {
+    read_floats((const char *)j->scale + n * size_of(j->scale_dtype), j->scale_dtype, height, scale);
+    if (j->bias) read_floats((const char *)j->bias + n * size_of(j->bias_dtype), j->bias_dtype, height, bias);
+    else memset(bias, 0, (size_t)height * sizeof *bias);
+}
+
+/* y[begin:end] for one row, given as `read_row` does. */
+static void multiply_row(const struct job *j, int64_t begin, int64_t end, const float *x) {
+    int64_t bytes = j->K * j->bits / 8;
+    float scale[CHUNK], bias[CHUNK], line[CHUNK];
+    for (int64_t n0 = begin; n0 < end; n0 += CHUNK) {
+        int64_t height = least(CHUNK, end - n0);
+        const int8_t *w = j->weight + n0 * bytes;
+        if (j->bits == 8)
+            for (int64_t n = 0; n < height; n++) line[n] = dot_int8(w + n * bytes, x, j->K);
+        else
+            for (int64_t n = 0; n < height; n++) line[n] = dot_int4(w + n * bytes, x, bytes);
+        read_vectors(j, n0, height, scale, bias);
+        for (int64_t n = 0; n < height; n++) line[n] = line[n] * scale[n] + bias[n];
+        write_floats(line, height, j->x_dtype, j->y, n0);
+    }
+}
+
 /* y[:, begin:end] for several rows. `sums` holds [chunk / TILE_N][padded_M / PADDED_M][TILE_N][PADDED_M] floats,
    `panel` TILE_N · BLOCK digits. */
 static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64_t chunk,
                           float (*sums)[TILE_N][PADDED_M], digit_t *panel) {
     int64_t m_tiles = j->padded_M / PADDED_M;
-    float scale[CHUNK], bias[CHUNK] = {0}, lines[PADDED_M][CHUNK];
+    float scale[CHUNK], bias[CHUNK], lines[PADDED_M][CHUNK];
     for (int64_t n0 = begin; n0 < end; n0 += chunk) {
         int64_t height = least(chunk, end - n0);
         memset(sums, 0, (size_t)((height + TILE_N - 1) / TILE_N * m_tiles) * sizeof *sums);
@@ -587,8 +615,7 @@ static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64
                         multiply_tile(j, weights, stride, step, block, m, (float(*)[PADDED_M]) & tile[0][m % PADDED_M]);
                     }
                 }
-        read_floats((const char *)j->scale + n0 * size_of(j->scale_dtype), j->scale_dtype, height, scale);
-        if (j->bias) read_floats((const char *)j->bias + n0 * size_of(j->bias_dtype), j->bias_dtype, height, bias);
+        read_vectors(j, n0, height, scale, bias);
         for (int64_t m0 = 0; m0 < j->M; m0 += PADDED_M) { /* sums are [n, m], y is [m, n] */
             for (int64_t n = 0; n < height; n++) {
                 const float *row = sums[n / TILE_N * m_tiles + m0 / PADDED_M][n % TILE_N];
@@ -667,13 +694,7 @@ int chatglm_linear(const void *x, int x_dtype, const int8_t *weight, int bits, c
             int64_t begin = part_begin(tiles) * TILE_N, end = least(part_end(tiles) * TILE_N, N);
             if (one) {
                 read_row(j.x, x_dtype, 0, K, bits, row, spare);
-                for (int64_t n = begin; n < end; n++) {
-                    const int8_t *w = weight + n * (K * bits / 8);
-                    float sum = bits == 8 ? dot_int8(w, row, K) : dot_int4(w, row, K / 2);
-                    sum *= element(scale, scale_dtype, n);
-                    if (bias) sum += element(bias, bias_dtype, n);
-                    write_floats(&sum, 1, x_dtype, y, n);
-                }
+                multiply_row(&j, begin, end, row);
             } else {
                 for (int64_t i = part_begin(j.M); i < part_end(j.M); i++) {
                     read_row(j.x, x_dtype, i, K, bits, row, spare);
