@@ -1,6 +1,6 @@
 """Times generation in the shape of ChatGLM-6B-INT8 on a GPU, with random weights made there.
 
-    python benchmarks/generate_cuda.py [--layers 28]
+    CHATGLM_CUDA_KERNEL=1 python benchmarks/generate_cuda.py [--layers 28]
 
 Decode speed is that of the tokens after the first: the time of 129 new tokens less that of 1, best of 3. `sampled` is
 `generate` as `chat` calls it. `public` expands every weight to FP16 at every call, without graphs, as the published
