@@ -185,6 +185,23 @@ class Library:
             raise MemoryError(f"No memory to multiply an activation [{rows}, {columns}].")
         return y
 
+    @staticmethod
+    def can_attend(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> bool:
+        """Whether `attention` takes these."""
+        batch, heads, one, width = query.shape
+        length = key.shape[2]
+        tensors = (query, key, value) if mask is None else (query, key, value, mask)
+        return (
+            one == 1
+            and width in HEAD_DIMS
+            and key.shape == value.shape == (batch, heads, length, width)
+            and (mask is None or mask.shape in ((batch, 1, 1, length), (1, 1, 1, length)))
+            and query.dtype in _DTYPES
+            and all(t.dtype == query.dtype and t.device.type == "cpu" and t.stride(-1) == 1 for t in tensors)
+        )
+
     def attention(
         self,
         query: torch.Tensor,
@@ -207,24 +224,15 @@ class Library:
         Raises:
             ValueError, MemoryError: as `linear`.
         """
-        batch, heads, one, width = query.shape
-        length = key.shape[2]
         tensors = (query, key, value) if mask is None else (query, key, value, mask)
-        if (
-            one != 1
-            or width % 16
-            or width > 256
-            or key.shape != (batch, heads, length, width)
-            or value.shape != key.shape
-            or (mask is not None and mask.shape not in ((batch, 1, 1, length), (1, 1, 1, length)))
-            or query.dtype not in _DTYPES
-            or any(t.dtype != query.dtype or t.device.type != "cpu" or t.stride(-1) != 1 for t in tensors)
-        ):
+        if not self.can_attend(*tensors):
             got = [f"{t.dtype} {list(t.shape)} on {t.device}" for t in tensors]
             raise ValueError(
                 "A kernel for query [B, H, 1, D], key and value [B, H, T, D] and mask [B, 1, 1, T] of one dtype on the "
                 f"CPU, D a multiple of 16 and 256 at most, the last dimension contiguous, got {', '.join(got)}."
             )
+        batch, heads, _, width = query.shape
+        length = key.shape[2]
         context = torch.empty(batch, 1, heads, width, dtype=query.dtype)
         failed = self._attention(
             query.data_ptr(),
@@ -248,6 +256,19 @@ class Library:
             raise MemoryError(f"No memory for the scores of {length} keys.")
         return context
 
+    @staticmethod
+    def can_rotate(qkv: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> bool:
+        """Whether `rotary_` takes these."""
+        *rows, _, triple = qkv.shape
+        parts, width = cosine.shape[-2], triple // 3
+        return (
+            cosine.shape == sine.shape == (*rows, 1, parts, width // parts)
+            and width <= HEAD_DIMS[-1]
+            and width % (2 * parts) == 0
+            and qkv.dtype in _DTYPES
+            and all(t.dtype == qkv.dtype and t.device.type == "cpu" and t.is_contiguous() for t in (qkv, cosine, sine))
+        )
+
     def rotary_(
         self, qkv: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, threads: int | None = None
     ) -> torch.Tensor:
@@ -261,22 +282,13 @@ class Library:
         Raises:
             ValueError: other tensors.
         """
-        *rows, heads, triple = qkv.shape
-        width = triple // 3
-        shape = (*rows, 1, cosine.shape[-2], width // cosine.shape[-2])
-        if (
-            cosine.shape != shape
-            or sine.shape != shape
-            or width > 256
-            or width % (2 * shape[-2])
-            or qkv.dtype not in _DTYPES
-            or any(t.dtype != qkv.dtype or t.device.type != "cpu" or not t.is_contiguous() for t in (qkv, cosine, sine))
-        ):
+        if not self.can_rotate(qkv, cosine, sine):
             got = [f"{t.dtype} {list(t.shape)} on {t.device}" for t in (qkv, cosine, sine)]
             raise ValueError(
                 "A kernel for qkv [B, S, H, 3·D], cosine and sine [B, S, 1, R, D/R] of one dtype on the CPU, all "
                 f"contiguous, D even in each part and 256 at most, got {', '.join(got)}."
             )
+        *rows, heads, triple = qkv.shape
         self._rotary(
             qkv.data_ptr(),
             cosine.data_ptr(),
@@ -284,8 +296,8 @@ class Library:
             _DTYPES[qkv.dtype],
             math.prod(rows),
             heads,
-            width,
-            shape[-2],
+            triple // 3,
+            cosine.shape[-2],
             threads or torch.get_num_threads(),
         )
         return qkv

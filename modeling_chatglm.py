@@ -40,7 +40,6 @@ from transformers.utils import logging
 from .checkpoint import check_checkpoint, read_prefix
 from .configuration_chatglm import ChatGLMConfig
 from .cuda_graphs import StepCache, can_record, draw
-from .kernels_cpu import HEAD_DIMS as CPU_HEAD_DIMS
 from .kernels_cpu import library as cpu_library
 from .quantization import (
     HalfEmbedding,
@@ -221,7 +220,7 @@ class ChatGLMAttention(nn.Module):
         if stored:
             query, key, value = past_key_values.write_prompt(self.layer_idx, qkv, *position_embeddings)
         else:
-            if has_cpu_kernels(self, qkv) and self.head_dim in CPU_HEAD_DIMS:
+            if has_cpu_kernels(self, qkv) and cpu_library().can_rotate(qkv, *position_embeddings):
                 query, key, value = cpu_library().rotary_(qkv, *position_embeddings).chunk(3, dim=-1)
             else:
                 query, key, value = qkv.chunk(3, dim=-1)
@@ -258,7 +257,7 @@ class ChatGLMAttention(nn.Module):
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get(name, eager_attention_forward)
         dtype = query.dtype
         if is_plain_cpu(self, query) and name in ("eager", "sdpa"):
-            if query.shape[2] == 1 and not output_attentions and self.head_dim in CPU_HEAD_DIMS and cpu_library():
+            if not output_attentions and cpu_library() and cpu_library().can_attend(query, key, value, mask):
                 return cpu_library().attention(query, key, value, mask, self.scaling), None
             # PyTorch's attention in half is slow on a CPU, and rounds more.
             query, key, value = query.float(), key.float(), value.float()

@@ -276,3 +276,21 @@ def test_a_new_model_has_sane_weights():
         weight = weight.dequantize() if bits else weight.weight
         assert weight.std().item() == pytest.approx(0.02, rel=0.1)
         assert model(torch.tensor([[1, 2, 63, 60, 3]])).logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_step_with_tensors_that_the_kernels_do_not_take(golden_model):
+    """Per-head masks, positions of one sequence for all, and autocast's mixture of dtypes."""
+    model = golden_model("int8")
+    ids = torch.tensor([[7, 8, 9, 501, 504], [7, 8, 10, 501, 504]])
+    first = model(ids, use_cache=True)
+    step, positions = torch.tensor([[9], [9]]), model.get_position_ids(torch.cat((ids, ids[:, :1]), dim=1))[:1, :, -1:]
+    expected = model(step, position_ids=positions.expand(2, -1, -1), past_key_values=first.past_key_values).logits
+    first.past_key_values.crop(-1)
+    mask = torch.zeros(2, model.config.num_attention_heads, 1, 6)
+    got = model(step, position_ids=positions, past_key_values=first.past_key_values, attention_mask=mask).logits
+    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
+    for dtype in (torch.float32, torch.bfloat16):
+        mixed = golden_model("int8", dtype)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert mixed.generate(ids[:1], do_sample=False, max_new_tokens=4).shape == (1, 9)
