@@ -41,6 +41,10 @@ from .checkpoint import check_checkpoint, read_prefix
 from .configuration_chatglm import ChatGLMConfig
 from .cuda_graphs import StepCache, can_record, draw
 from .kernels_cpu import library as cpu_library
+
+# Early transformers 5 brings along only what this very file imports, so the kernels of the others stand here.
+from .kernels_cpu_source import SOURCE  # noqa: F401
+from .kernels_cuda import available  # noqa: F401
 from .quantization import (
     HalfEmbedding,
     HalfLinear,
