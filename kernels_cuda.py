@@ -1206,9 +1206,9 @@ def product(
         return y if residual is None else y.add_(residual, alpha=alpha)
     module, name, grid, block, shared, sums = plan
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    scratch = ()
     if module != "rows":
-        parts = torch.empty(sums, dtype=torch.float32, device=x.device)
-        scratch = (parts, _get_tickets(x.device))
+        scratch = (torch.empty(sums, dtype=torch.float32, device=x.device), _get_tickets(x.device))
     if residual is not None:
         residual = residual.contiguous()
     given = (weight, x, scale, bias, residual, float(alpha), int(gelu), y, *scratch, m, n, k)
