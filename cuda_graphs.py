@@ -150,8 +150,10 @@ class StepCache(Cache):
         self.recording = False
         with _idle_lock:
             graph = _idle.pop(model, None)
-        if graph is not None and (len(graph.ids) != len(padding) or graph.ids.device != padding.device):
-            graph = None
+        if graph is not None:
+            keys = graph.buffers[0][0]
+            if (keys.shape[0], keys.device, keys.dtype) != (len(padding), padding.device, model.dtype):
+                graph = None
         if graph is not None:
             torch.cuda.current_stream(padding.device).wait_stream(graph.stream)  # a last step may still be running
             for layer, buffers in zip(self.layers, graph.buffers, strict=True):
@@ -196,9 +198,8 @@ class StepCache(Cache):
         """Attention of a step that is being recorded, for qkv [B, 1, H·3·D]: [B, 1, H·D]."""
         keys, values = self.layers[layer_idx].buffers
         heads = keys.shape[0] * keys.shape[1]
-        parts = max(1, min(16, keys.shape[2] // 64, 1024 // heads))
         graph = self._graph
-        given = (graph.slot, graph.padding, self._prefix, self._rows, parts)
+        given = (graph.slot, graph.padding, self._prefix, self._rows, max(1, min(16, 1024 // heads)))
         return attend(qkv[:, 0].contiguous(), cosines, sines, keys, values, *given)[:, None]
 
     @torch.no_grad()

@@ -638,14 +638,16 @@ __device__ __forceinline__ float2 lane_part(const float2* heads, int i, int part
 template <int D>
 __device__ __forceinline__ void attend(const u16* qkv, const float* cosines, const float* sines,
         u16* keys, u16* values, const int* slot, const int* padding, int P, int H, int T, int R,
-        float* parts, u32* tickets, u16* out) {
+        int most, float* parts, u32* tickets, u16* out) {
     constexpr int LANES = D / 8, GROUPS = 128 / LANES, AHEAD = 8;
     __shared__ float q[D], sums[GROUPS], maxima[GROUPS], outs[GROUPS][D], weights[MOST_PARTS];
     __shared__ uint4 new_key[D / 8];
     __shared__ bool is_last;
     const int head = blockIdx.y, b = head / H, lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
     start_next();
-    const int n = *slot + 1, per = (n + gridDim.x - 1) / gridDim.x;
+    // How keys are cut depends on their number, not on T, so that the same question gets the same sums.
+    const int n = *slot + 1, per = (n + 64 * most - 1) / (64 * most) * 64, used = (n + per - 1) / per;
+    if (blockIdx.x >= used) return;
     const int begin = blockIdx.x * per, end = min(begin + per, n), hidden_to = P + padding[b];
     const u16* mine = qkv + (size_t)head * 3 * D;
     u16* cache_k = keys + (size_t)head * T * D;
@@ -674,7 +676,7 @@ __device__ __forceinline__ void attend(const u16* qkv, const float* cosines, con
     }
     __syncthreads();
     const uint4 new_value = ((const uint4*)(mine + 2 * D))[lane];
-    if (begin < n && end == n && group == 0) {
+    if (end == n && group == 0) {
         ((uint4*)(cache_k + (size_t)(n - 1) * D))[lane] = new_key[lane];
         ((uint4*)(cache_v + (size_t)(n - 1) * D))[lane] = new_value;
     }
@@ -723,22 +725,22 @@ __device__ __forceinline__ void attend(const u16* qkv, const float* cosines, con
         float o = 0;
 #pragma unroll
         for (int j = 0; j < GROUPS; j++) o += outs[j][i] * __expf(maxima[j] - top);
-        if (gridDim.x == 1) out[(size_t)head * D + i] = to_u16(o / total);
+        if (used == 1) out[(size_t)head * D + i] = to_u16(o / total);
         else part[blockIdx.x * D + i] = o;
     }
-    if (gridDim.x == 1) return;
+    if (used == 1) return;
     if (threadIdx.x == 0) heads[blockIdx.x] = make_float2(top, total);
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-        is_last = atomicAdd(&tickets[head], 1) == gridDim.x - 1;
+        is_last = atomicAdd(&tickets[head], 1) == used - 1;
         if (is_last) tickets[head] = 0;
     }
     __syncthreads();
     if (!is_last) return;
     __threadfence();
     if (threadIdx.x < 32) {   // a lane a part
-        const float2 h = lane_part(heads, threadIdx.x, gridDim.x);
+        const float2 h = lane_part(heads, threadIdx.x, used);
         float largest_part = h.x;
 #pragma unroll
         for (int i = 16; i; i /= 2) largest_part = fmaxf(largest_part, __shfl_xor_sync(~0u, largest_part, i));
@@ -752,15 +754,15 @@ __device__ __forceinline__ void attend(const u16* qkv, const float* cosines, con
     for (int i = threadIdx.x; i < D; i += 128) {
         float o = 0;
 #pragma unroll 8
-        for (int s = 0; s < gridDim.x; s++) o += __ldcg(part + s * D + i) * weights[s];
+        for (int s = 0; s < used; s++) o += __ldcg(part + s * D + i) * weights[s];
         out[(size_t)head * D + i] = to_u16(o);
     }
 }
 #define ATTEND(D) \
 extern "C" __global__ void __launch_bounds__(128) attend_##D(const u16* qkv, const float* cosines, const float* sines, \
         u16* keys, u16* values, const int* slot, const int* padding, int P, int H, int T, int R, \
-        float* parts, u32* tickets, u16* out) { \
-    attend<D>(qkv, cosines, sines, keys, values, slot, padding, P, H, T, R, parts, tickets, out); \
+        int most, float* parts, u32* tickets, u16* out) { \
+    attend<D>(qkv, cosines, sines, keys, values, slot, padding, P, H, T, R, most, parts, tickets, out); \
 }
 ATTEND(16)
 ATTEND(32)
@@ -1264,7 +1266,7 @@ HEAD_DIMS = (16, 32, 64, 128)
 MOST_PARTS = 32
 
 
-def attend(qkv, cosines, sines, keys, values, slot, padding, prefix: int, rows: int, parts: int) -> torch.Tensor:
+def attend(qkv, cosines, sines, keys, values, slot, padding, prefix: int, rows: int, most: int) -> torch.Tensor:
     """Attention of one token for each of B sequences; stores its key and value at place `slot` of the caches.
 
     Args:
@@ -1273,17 +1275,18 @@ def attend(qkv, cosines, sines, keys, values, slot, padding, prefix: int, rows: 
         keys, values: caches [B, H, T, D], of which the first `slot` places are filled.
         padding: int32 [B]: so many places after the first `prefix` are seen by nobody.
         rows: of positions, R.
-        parts: into how many the keys are cut, to be worked on at the same time; at most `MOST_PARTS`.
+        most: into how many parts the keys are cut at most, to be worked on at the same time; up to `MOST_PARTS`.
 
     Returns:
         [B, H · D].
     """
     batch, heads, places, head_dim = keys.shape
     out = torch.empty(batch, heads * head_dim, dtype=qkv.dtype, device=qkv.device)
+    parts = min(most, -(-places // 64))
     sums = torch.empty(batch * heads * parts * (head_dim + 2), dtype=torch.float32, device=qkv.device)
     given = (qkv, cosines, sines, keys, values, slot, padding, prefix, heads, places, rows)
     grid = (parts, batch * heads, 1)
-    given = (*given, sums, _get_tickets(qkv.device), out)
+    given = (*given, most, sums, _get_tickets(qkv.device), out)
     _launch(qkv, "step", f"attend_{head_dim}", grid, 128, 0, *given)
     return out
 

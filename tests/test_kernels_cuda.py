@@ -232,7 +232,7 @@ class TestOperations:
         assert distance(kernels_cuda.layer_norm(x, weight, bias, 1e-5), expected) < TOLERANCE[dtype]
 
     @pytest.mark.parametrize(
-        ("head_dim", "heads", "batch", "length", "prefix", "parts"),
+        ("head_dim", "heads", "batch", "length", "prefix", "most"),
         [
             (128, 32, 1, 300, 0, 8),
             (128, 32, 3, 1, 0, 4),
@@ -241,7 +241,7 @@ class TestOperations:
             (64, 5, 2, 515, 0, 32),
         ],
     )
-    def test_step(self, head_dim, heads, batch, length, prefix, parts, dtype):
+    def test_step(self, head_dim, heads, batch, length, prefix, most, dtype):
         """Embedding, rotation, attention over a cache and its new key."""
         torch.manual_seed(0)
         ids, table = torch.randint(0, 50, (batch,), device="cuda"), torch.randn(50, 64, device="cuda").to(dtype)
@@ -261,9 +261,11 @@ class TestOperations:
         keys, values = caches.double().clone()
         keys[:, :, length], values[:, :, length] = key[:, 0], value[:, 0].double()
         slot = torch.tensor([length], dtype=torch.int32, device="cuda")
-        got = kernels_cuda.attend(qkv, cosines, sines, *caches, slot, padding, prefix, 2, parts)
-        again = kernels_cuda.attend(qkv, cosines, sines, *caches, slot, padding, prefix, 2, parts)
+        got = kernels_cuda.attend(qkv, cosines, sines, *caches, slot, padding, prefix, 2, most)
+        again = kernels_cuda.attend(qkv, cosines, sines, *caches, slot, padding, prefix, 2, most)
         assert torch.equal(got, again)
+        roomy = torch.cat((caches, torch.full_like(caches, torch.nan).repeat(1, 1, 1, 9, 1)), dim=3)
+        assert torch.equal(got, kernels_cuda.attend(qkv, cosines, sines, *roomy, slot, padding, prefix, 2, most))
         assert distance(caches[0], keys) < TOLERANCE[dtype]
         assert torch.equal(caches[1].double(), values)
         places = torch.arange(length + 1, device="cuda")
