@@ -45,6 +45,7 @@ from .kernels_cpu import library as cpu_library
 # Early transformers 5 brings along only what this very file imports, so the kernels of the others stand here.
 from .kernels_cpu_source import SOURCE  # noqa: F401
 from .kernels_cuda import available  # noqa: F401
+from .kernels_cuda_source import SOURCES  # noqa: F401
 from .quantization import (
     HalfEmbedding,
     HalfLinear,
@@ -301,9 +302,9 @@ class GLMBlock(GradientCheckpointingLayer):
         self, hidden_states: torch.Tensor, prefix: torch.Tensor | None = None, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, S, hidden] → [B, S, hidden] and the attention probabilities; arguments as of `ChatGLMAttention`."""
-        normed = apply_layer_norm(self.input_layernorm, hidden_states)
+        normed = apply_layer_norm(self.input_layernorm, hidden_states, before=self.attention.query_key_value)
         hidden_states, probs = self.attention(normed, prefix, residual=normed, alpha=self.alpha, **kwargs)
-        normed = apply_layer_norm(self.post_attention_layernorm, hidden_states)
+        normed = apply_layer_norm(self.post_attention_layernorm, hidden_states, before=self.mlp.dense_h_to_4h)
         return self.mlp(normed, residual=normed, alpha=self.alpha), probs
 
 

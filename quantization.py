@@ -21,6 +21,7 @@ from .kernels_cuda import input_gradient as cuda_input_gradient
 from .kernels_cuda import layer_norm as cuda_layer_norm
 from .kernels_cuda import linear as cuda_linear
 from .kernels_cuda import product as cuda_product
+from .kernels_cuda import takes_row as cuda_takes_row
 
 # On a CPU the float copy of a weight is made in slices of at most this many numbers: 8 MB of fp32 stay in the cache,
 # and are memory that the allocator has at hand. Elsewhere slices are 32 times as large, to keep launches few.
@@ -289,12 +290,15 @@ def apply_linear(
     return y if residual is None else alpha * residual + y
 
 
-def apply_layer_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """`norm(x)` over the last dimension, by a kernel where there is one."""
+def apply_layer_norm(norm: nn.Module, x: torch.Tensor, before: nn.Module | None = None) -> torch.Tensor:
+    """`norm(x)` over the last dimension, by a kernel where there is one; `before` is the linear that takes it next."""
     width = x.shape[-1]
     if width % 8 or width > 16384 or not _is_plain(norm, nn.LayerNorm, x) or norm.weight.dtype != x.dtype:
         return norm(x)
-    return cuda_layer_norm(x, norm.weight, norm.bias, norm.eps)
+    # For one row, the linear's kernel does it.
+    deferred = x.numel() == width and before is not None and _is_plain(before, QuantizedLinear, x)
+    deferred = deferred and cuda_takes_row(before.weight, width, before.bits)
+    return cuda_layer_norm(x, norm.weight, norm.bias, norm.eps, deferred)
 
 
 def quantize_linears(module: nn.Module, bits: int) -> None:

@@ -97,7 +97,7 @@ def main() -> None:
         print(
             f"four shapes, {rows:3} rows, {name}: {time * 1e3:7.1f} µs, {stored / time / 1e6 / limit:.3f} of the limit"
         )
-    heads = [torch.randn(130528, 4096, device=device, dtype=torch.float16) for _ in range(2)]
+    heads = [torch.randn(130528, 4096, device=device, dtype=torch.float16) for _ in range(6)]
     x = torch.randn(1, 4096, device=device).half()
     for name, call in (
         ("kernel", lambda head: kernels_cuda.product(x, head, None, bits=16)),

@@ -137,8 +137,12 @@ def test_recorded_steps(name, dtype, cases, golden_model, monkeypatch, steps):
     assert len(steps) >= 199
     assert torch.equal(recorded, unrecorded)
     assert torch.equal(recorded, model.generate(ids, do_sample=False, max_new_tokens=200, eos_token_id=511))
-    agree = (recorded[:, : ids.shape[1] + 8] == ordinary[:, : ids.shape[1] + 8]).all()
-    assert agree  # further on rounding may tell them apart
+    # Rounding may tell the two apart, but only where the ordinary path has scores that are about as good.
+    with torch.no_grad():
+        scores = model(recorded).logits[0, ids.shape[1] - 1 : -1].float()
+    lost = scores.max(dim=1).values - scores.gather(1, recorded[0, ids.shape[1] :, None])[:, 0]
+    assert (lost <= (0.02 if dtype == torch.float16 else 0.2) * scores.std()).all()
+    assert torch.equal(recorded[:, : ids.shape[1] + 1], ordinary[:, : ids.shape[1] + 1])
 
 
 def test_recorded_steps_of_a_padded_batch(golden_model, monkeypatch, steps, cases):

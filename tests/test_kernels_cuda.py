@@ -60,13 +60,13 @@ def test_compiles(major, architecture, monkeypatch, fresh_libraries):
     nvrtc = kernels_cuda.load_libraries().nvrtc
     assert nvrtc.version[0] == major
     # In bfloat16 the tiles differ in what they share with the rows.
-    jobs = [(name, 0) for name in kernels_cuda._SOURCES]
-    jobs += [(name, 1) for name in ("rows", "step", "tiles_8_16", "tiles_4_16") if architecture >= 80]
+    jobs = [(name, 0) for name in kernels_cuda.SOURCES]
+    jobs += [(name, 1) for name in ("rows", "prompt", "step_128", "tiles_8_16", "tiles_4_16") if architecture >= 80]
 
     def compile_one(job):
         name, bf16 = job
         options = ["--std=c++17", f"-DBF16={bf16}", f"--gpu-architecture=sm_{architecture}"]
-        return kernels_cuda.compile_source(nvrtc, kernels_cuda._SOURCES[name], options)
+        return kernels_cuda.compile_source(nvrtc, kernels_cuda.SOURCES[name], options)
 
     with ThreadPoolExecutor() as pool:
         for job, code in zip(jobs, pool.map(compile_one, jobs), strict=True):
@@ -115,7 +115,7 @@ def test_a_missing_library_is_said_with_its_remedy(monkeypatch):
         raise ImportError("cpm_kernels is not installed")
 
     monkeypatch.setattr(kernels_cuda, "load_launcher", missing)
-    monkeypatch.setattr(kernels_cuda, "_properties", lambda device: (90, 132, 100000))
+    monkeypatch.setattr(kernels_cuda, "_properties", lambda device: (90, 132, 233472, 232448))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(synchronize=lambda: None))
     monkeypatch.setattr(torch.cuda, "device", lambda index: warnings.catch_warnings())
@@ -147,13 +147,13 @@ def test_compiled_modules_are_kept(tmp_path, monkeypatch):
     assert kernels_cuda._module_code(old, "rows", False, 90) == b"code 1"
     for other in (
         (new, "rows", False, 90),
-        (old, "step", False, 90),
+        (old, "prompt", False, 90),
         (old, "rows", True, 90),
         (old, "rows", False, 80),
     ):
         assert kernels_cuda._module_code(*other) == f"code {len(compiled)}".encode()
     assert len(compiled) == 5
-    monkeypatch.setitem(kernels_cuda._SOURCES, "rows", "changed")
+    monkeypatch.setitem(kernels_cuda.SOURCES, "rows", "changed")
     assert kernels_cuda._module_code(old, "rows", False, 90) == b"code 6"
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # no folder can be made there
@@ -275,7 +275,7 @@ class TestOperations:
         expected = (probs @ values[:, :, : length + 1]).transpose(1, 2).flatten(1)
         assert distance(got, expected) < 4 * TOLERANCE[dtype]  # query and key are rounded, too
 
-        kernels_cuda.end_step(hidden, positions, torch.ones_like(positions), slot)
+        kernels_cuda.end_step(hidden, positions, torch.ones_like(positions), slot, head_dim)
         assert slot.item() == length + 1
 
     @pytest.mark.parametrize(("head_dim", "rows"), [(128, 2), (16, 2), (32, 1)])

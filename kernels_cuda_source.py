@@ -1,0 +1,959 @@
+"""CUDA C++ of the GPU kernels, which `kernels_cuda` has compiled for the GPU that runs it.
+
+Letters as there.
+"""
+
+# Types and the two operations that every kernel needs: eight bytes or nibbles to numbers, and a product of 16 × 16
+# weights with 16 × 8 activations on the tensor cores. No header is included, which makes NVRTC twice as fast.
+_COMMON = r"""
+typedef unsigned int u32;
+typedef unsigned short u16;   // the bits of a half or a bfloat16
+
+#if BF16
+__device__ __forceinline__ float to_float(u16 v) { return __uint_as_float((u32)v << 16); }
+__device__ __forceinline__ u16 to_u16(float f) { u16 r; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(f)); return r; }
+#else
+__device__ __forceinline__ float to_float(u16 v) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v)); return f; }
+__device__ __forceinline__ u16 to_u16(float f) { u16 r; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(f)); return r; }
+#endif
+__device__ __forceinline__ float low(u32 v) { return to_float((u16)v); }
+__device__ __forceinline__ float high(u32 v) { return to_float((u16)(v >> 16)); }
+__device__ __forceinline__ u32 pack(float a, float b) { return (u32)to_u16(a) | ((u32)to_u16(b) << 16); }
+
+// Programmatic dependent launch: a kernel may start, and read weights, while the one before it still runs; what that
+// one wrote may be read only after wait(). Both do nothing in an ordinary launch.
+__device__ __forceinline__ void start_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+#if __CUDA_ARCH__ >= 750
+#define LINE ".L2::128B"   // have the L2 cache fetch whole lines
+#else
+#define LINE ""
+#endif
+// 16 bytes that are read once; zeros if they are not inside.
+__device__ __forceinline__ uint4 load_stream(const void* p, bool inside = true) {
+    uint4 v;
+    asm volatile("{ .reg .pred inside; setp.ne.s32 inside, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0;"
+        " mov.u32 %3, 0; @inside ld.global.nc.L1::no_allocate" LINE ".v4.u32 {%0,%1,%2,%3}, [%4]; }"
+        : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w) : "l"(p), "r"((int)inside));
+    return v;
+}
+
+// 16 bytes on their way into shared memory, or zeros; on older devices at once.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool inside) {
+#if __CUDA_ARCH__ >= 800
+    u32 address = (u32)__cvta_generic_to_shared(to);
+    int bytes = inside ? 16 : 0;   // the rest is filled with zeros
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+        :: "r"(address), "l"(from), "r"(bytes) : "memory");
+#else
+    *(uint4*)to = inside ? *(const uint4*)from : make_uint4(0, 0, 0, 0);
+#endif
+}
+__device__ __forceinline__ void commit() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int LEFT> __device__ __forceinline__ void wait_copies() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" :: "n"(LEFT) : "memory");
+#endif
+}
+
+// Four weights of a word, in order, as two pairs. A byte b in the low bits of 0x6400 is the half 1024 + b.
+__device__ __forceinline__ void widen8(u32 w, u32* out) {
+#if BF16
+    // 0x4300 is 128 with a unit in its last place: seven bits fit, and the sign bit is subtracted as 0 or 128.
+    u32 a = __byte_perm(w, 0x43434343, 0x4140), b = __byte_perm(w, 0x43434343, 0x4342);
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out[0]) : "r"(a & 0xff80ff80), "r"(0xbf80bf80), "r"(a & 0xff7fff7f));
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out[1]) : "r"(b & 0xff80ff80), "r"(0xbf80bf80), "r"(b & 0xff7fff7f));
+#else
+    w ^= 0x80808080;
+    u32 a = __byte_perm(w, 0x64646464, 0x4140), b = __byte_perm(w, 0x64646464, 0x4342);
+    asm("sub.f16x2 %0, %1, %2;" : "=r"(out[0]) : "r"(a), "r"(0x64806480));
+    asm("sub.f16x2 %0, %1, %2;" : "=r"(out[1]) : "r"(b), "r"(0x64806480));
+#endif
+}
+// Eight nibbles of a word, in order (the even column is the high nibble), as four pairs.
+__device__ __forceinline__ void widen4(u32 w, u32* out) {
+    w ^= 0x88888888;
+    const u32 s = w >> 4;
+#if BF16
+    const u32 magic = 0x43004300;   // 128 + n
+#else
+    const u32 magic = 0x64006400;   // 1024 + n
+#endif
+    u32 p[4] = {__byte_perm(s, w, 0x4440), __byte_perm(s, w, 0x5541), __byte_perm(s, w, 0x6662),
+                __byte_perm(s, w, 0x7773)};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        u32 v = (p[i] & 0x000f000f) | magic;
+#if BF16
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out[i]) : "r"(v), "r"(0x3f803f80), "r"(0xc308c308));
+#else
+        asm("sub.f16x2 %0, %1, %2;" : "=r"(out[i]) : "r"(v), "r"(0x64086408));
+#endif
+    }
+}
+
+// d[row g, columns 2t, 2t+1], d[row g+8, …] += a · b, g = lane / 4, t = lane % 4. a: pairs of k (row g, 2t), (row g+8,
+// 2t), (row g, 2t+8), (row g+8, 2t+8); b: pairs (2t, column g), (2t+8, column g).
+#if __CUDA_ARCH__ >= 750
+__device__ __forceinline__
+#else
+__device__ __noinline__   // it is long
+#endif
+void multiply(float* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#if BF16
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+        " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#elif __CUDA_ARCH__ >= 800
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+        " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#elif __CUDA_ARCH__ >= 750
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(b0));
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a2), "r"(a3), "r"(b1));
+#else
+    // Volta's tensor cores have another layout: ordinary arithmetic, right but slow. Lane 4c + s has column c of b.
+    const int g4 = threadIdx.x & 28, t = threadIdx.x & 3;
+#pragma unroll 1
+    for (int s = 0; s < 4; s++) {
+        u32 r0 = __shfl_sync(~0u, a0, g4 + s), r1 = __shfl_sync(~0u, a1, g4 + s);
+        u32 r2 = __shfl_sync(~0u, a2, g4 + s), r3 = __shfl_sync(~0u, a3, g4 + s);
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            u32 q0 = __shfl_sync(~0u, b0, (2 * t + c) * 4 + s), q1 = __shfl_sync(~0u, b1, (2 * t + c) * 4 + s);
+            d[c] += low(r0) * low(q0) + high(r0) * high(q0) + low(r2) * low(q1) + high(r2) * high(q1);
+            d[c + 2] += low(r1) * low(q0) + high(r1) * high(q0) + low(r3) * low(q1) + high(r3) * high(q1);
+        }
+    }
+#endif
+}
+
+__device__ __forceinline__ float gelu(float v) {   // the tanh form
+    float u = 0.7978845608028654f * v * (1.0f + 0.044715f * v * v);
+    return v / (1.0f + __expf(-2.0f * u));
+}
+
+// What becomes of a sum: scale and bias of row n, then GELU, or alpha times a residual. An Operation has these, too.
+struct Epilogue {
+    const u16* scale;      // [N] or null
+    const u16* bias;       // [N] or null
+    const u16* residual;   // [M, N] or null
+    float alpha;
+    int gelu;
+    void* output;          // [M, N]
+};
+struct Finish { u16 scale, bias, residual; };   // not converted yet, so that nobody waits for them
+template <class E> __device__ __forceinline__ Finish prepare(const E& e, int m, int n, int M, int N) {
+    Finish f = {0, 0, 0};
+    if (m < M && n < N) {
+        if (e.scale) f.scale = e.scale[n];
+        if (e.bias) f.bias = e.bias[n];
+        if (e.residual) f.residual = e.residual[(size_t)m * N + n];
+    }
+    return f;
+}
+template <class E>
+__device__ __forceinline__ void finish(const E& e, const Finish& f, float sum, int m, int n, int N) {
+    if (e.scale) sum *= to_float(f.scale);
+    sum += to_float(f.bias);
+    if (e.gelu) sum = gelu(sum);
+    ((u16*)e.output)[(size_t)m * N + n] = to_u16(sum + e.alpha * to_float(f.residual));
+}
+"""
+
+# One row of x: a block of 8 warps, two to a multiprocessor, owns 16 weight rows at a time, each warp every eighth 64
+# bytes of them. RING copies of 16 bytes to shared memory are under way for each thread and row at any time, from before
+# the kernel's turn (weights depend on nothing) to its end, over the boundaries of tiles and of operations. A thread
+# reads what it has copied itself. x is in shared memory, too; the sums of the 16 rows come from the tensor cores, whose
+# 8 columns are all alike then.
+# Grid: any; block: 256; weight, its rows and x aligned to 16 bytes.
+_ONE_ROW = r"""
+// An operation on one token. `kernels_cuda.Operation` is the same struct.
+struct Operation {
+    const void* input;          // x [K]; qkv [B, H * 3 * D]; ids [B]
+    void* output;               // y [N]; [B, H * D]; hidden [B, N]
+    const unsigned char* weight;
+    const u16* scale;
+    const u16* bias;
+    const u16* residual;
+    const u16* norm_weight;     // [K] or null: x is normalised first,
+    const u16* norm_bias;
+    u16* normed;                // [K], and stored here
+    float* cosines;             // [B, D]
+    float* sines;
+    const float* frequencies;   // [D / 2R]
+    long long* positions;       // [B, R]
+    const long long* advance;
+    u16* keys;                  // [B, H, T, D]
+    u16* values;
+    int* slot;
+    const int* padding;         // [B]
+    float* parts;
+    u32* tickets;
+    int bits, N, K, gelu, H, T, R, prefix, most;
+    float alpha, epsilon;
+};
+
+#define WARPS 8
+#if __CUDA_ARCH__ >= 800
+#define RING 4
+#else
+#define RING 2
+#endif
+#define TURN (RING * WARPS * 64)   // bytes of a row that a block has under way
+
+struct Ring {
+    uint4* place;             // this thread's, in shared memory; every 256th is its own
+    const unsigned char* p;   // where this thread's bytes of a turn begin, in row g
+    size_t stride;            // from there to row g + 8
+    int left, rows_left;      // bytes of the row, and rows, from there on
+    __device__ __forceinline__ void point_at(const Operation& op, int tile, int turn) {
+        const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+        const int row_bytes = op.K * op.bits / 8, byte = turn * TURN + warp * 64 + t * 16, n = tile * 16 + g;
+        p = op.weight + (size_t)n * row_bytes + byte;
+        stride = 8 * (size_t)row_bytes;
+        left = row_bytes - byte;
+        rows_left = op.N - n;
+    }
+    __device__ __forceinline__ void fetch(int r) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const bool inside = r * WARPS * 64 < left && h * 8 < rows_left;
+            copy_async(place + (r * 2 + h) * 256, inside ? p + h * stride + r * WARPS * 64 : p, inside);
+        }
+        commit();
+    }
+};
+
+// The sum of every thread's v, of a block of at most 16 warps; `shared` was not read since the last barrier.
+__device__ __forceinline__ float block_sum(float v, float* shared) {
+#pragma unroll
+    for (int i = 16; i; i /= 2) v += __shfl_xor_sync(~0u, v, i);
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
+    __syncthreads();
+    v = 0;
+    for (int i = 0; i < blockDim.x / 32; i++) v += shared[i];
+    return v;
+}
+// LayerNorm of x [K] in shared memory, of which each thread has every blockDim'th 16 bytes; the variance is taken
+// around the mean. Block 0 stores the result in `normed`, too.
+__device__ __forceinline__ void normalise(uint4* x, const uint4* weight, const uint4* bias, const Operation& op,
+                                          float* shared) {
+    float sum = 0;
+    for (int i = threadIdx.x; i < op.K / 8; i += blockDim.x) {
+        const uint4 v = x[i];
+        sum += low(v.x) + high(v.x) + low(v.y) + high(v.y) + low(v.z) + high(v.z) + low(v.w) + high(v.w);
+    }
+    const float mean = block_sum(sum, shared) / op.K;
+    sum = 0;
+    for (int i = threadIdx.x; i < op.K / 8; i += blockDim.x) {
+        const uint4 v = x[i];
+        const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const float a = low(words[j]) - mean, b = high(words[j]) - mean;
+            sum += a * a + b * b;
+        }
+    }
+    const float scale = rsqrtf(block_sum(sum, shared + 16) / op.K + op.epsilon);
+    for (int i = threadIdx.x; i < op.K / 8; i += blockDim.x) {
+        const uint4 v = x[i], w = weight[i], b = bias[i];
+        const u32 words[4] = {v.x, v.y, v.z, v.w}, ws[4] = {w.x, w.y, w.z, w.w}, bs[4] = {b.x, b.y, b.z, b.w};
+        u32 out[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            out[j] = pack((low(words[j]) - mean) * scale * low(ws[j]) + low(bs[j]),
+                          (high(words[j]) - mean) * scale * high(ws[j]) + high(bs[j]));
+        x[i] = make_uint4(out[0], out[1], out[2], out[3]);
+        if (op.normed && blockIdx.x == 0) ((uint4*)op.normed)[i] = x[i];
+    }
+}
+
+// y = LayerNorm(x) . weight, with what follows a product.
+template <int BITS> __device__ __forceinline__ void linear(const Operation& op) {
+    constexpr int CHUNK = 128 / BITS;   // weights in 16 bytes
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+    const int turns = (op.K * BITS / 8 + TURN - 1) / TURN, tiles = (op.N + 15) / 16;
+    extern __shared__ uint4 ring_and_x[];
+    __shared__ float part[2][WARPS][16], sums[32];
+    uint4* x = ring_and_x + RING * 512;
+    uint4* norm = x + turns * (TURN / BITS);   // its weights; x is padded
+    Ring ring;
+    ring.place = ring_and_x + threadIdx.x;
+    start_next();
+    ring.point_at(op, blockIdx.x, 0);
+#pragma unroll
+    for (int r = 0; r < RING; r++) ring.fetch(r);
+    for (int i = threadIdx.x; i < op.K / 8 && op.norm_weight; i += WARPS * 32) {
+        norm[i] = ((const uint4*)op.norm_weight)[i];
+        norm[op.K / 8 + i] = ((const uint4*)op.norm_bias)[i];
+    }
+    wait();
+    for (int i = threadIdx.x; i < turns * (TURN / BITS); i += WARPS * 32)
+        x[i] = i * 8 < op.K ? __ldcg((const uint4*)op.input + i) : make_uint4(0, 0, 0, 0);
+    // Each thread needs nothing but what it has stored itself.
+    if (op.norm_weight) normalise(x, norm, norm + op.K / 8, op, sums);
+    __syncthreads();
+    const uint4* my_x = x + (warp * 4 + t) * CHUNK / 8;
+    int buffer = 0;   // sums of every second tile have another
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, buffer ^= 1) {
+        float even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0};
+        // One thread finishes one sum; what it needs for that is loaded early.
+        const int n = tile * 16 + threadIdx.x;
+        const Finish end = prepare(op, threadIdx.x / 16, n, 1, op.N);
+        for (int turn = 0; turn < turns; turn++) {
+            if (turn + 1 < turns) ring.point_at(op, tile, turn + 1);
+            else ring.point_at(op, tile + gridDim.x, 0);
+            const uint4* turn_x = my_x + turn * (TURN / BITS);
+#pragma unroll
+            for (int r = 0; r < RING; r++) {
+                const uint4* xs = turn_x + r * WARPS * 4 * CHUNK / 8;
+                wait_copies<RING - 1>();
+                const uint4 first = ring.place[r * 512], second = ring.place[r * 512 + 256];
+                const u32 w[4] = {first.x, first.y, first.z, first.w}, v[4] = {second.x, second.y, second.z, second.w};
+#pragma unroll
+                for (int j = 0; j < CHUNK / 8; j++) {   // 8 weights of either row
+                    const uint4 b = xs[j];
+                    u32 c[4], d[4];
+                    if (BITS == 8) {
+                        widen8(w[2 * j], c); widen8(w[2 * j + 1], c + 2);
+                        widen8(v[2 * j], d); widen8(v[2 * j + 1], d + 2);
+                    } else if (BITS == 4) {
+                        widen4(w[j], c); widen4(v[j], d);
+                    } else {
+#pragma unroll
+                        for (int i = 0; i < 4; i++) { c[i] = w[i]; d[i] = v[i]; }
+                    }
+                    multiply(even, c[0], d[0], c[1], d[1], b.x, b.y);
+                    multiply(odd, c[2], d[2], c[3], d[3], b.z, b.w);
+                }
+                ring.fetch(r);
+            }
+        }
+        if (t == 0) {
+            part[buffer][warp][g] = even[0] + odd[0];
+            part[buffer][warp][g + 8] = even[2] + odd[2];
+        }
+        __syncthreads();
+        if (threadIdx.x < 16 && n < op.N) {
+            float sum = 0;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) sum += part[buffer][w][threadIdx.x];
+            finish(op, end, sum, 0, n, op.N);
+        }
+    }
+}
+"""
+_ROW_KERNELS = r"""
+#define ROW(BITS) \
+extern "C" __global__ void __launch_bounds__(256, 2) row_##BITS(const __grid_constant__ Operation op) { \
+    linear<BITS>(op); \
+}
+ROW(8)
+ROW(4)
+ROW(16)
+"""
+
+# 2 to 8 rows: likewise, with 16 · HEIGHT weight rows to a block.
+_ROWS = r"""
+template <int BITS, int HEIGHT>
+__device__ __forceinline__ void rows(const unsigned char* __restrict__ weight, const u16* x,
+                                     const Epilogue& e, int M, int N, int K) {
+    constexpr int COLUMNS = 8, DEPTH = RING / HEIGHT;
+    constexpr int CHUNK = 128 / BITS;                  // weights in 16 bytes
+    constexpr int STEP = 4 * CHUNK;                    // weights in 64 bytes
+    constexpr int SPAN = DEPTH * WARPS * 64;            // bytes of a row that are under way
+    constexpr int TILE = 16 * HEIGHT;
+    extern __shared__ uint4 shared_x[];
+    __shared__ float part[2][WARPS][TILE * COLUMNS];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+    const size_t row_bytes = (size_t)K * BITS / 8;
+    const int turns = (row_bytes + SPAN - 1) / SPAN;   // of a tile
+    const int tiles = (N + TILE - 1) / TILE;
+    const int stride = turns * (SPAN * 8 / BITS) + 8;
+
+    uint4 ring[DEPTH][2 * HEIGHT];
+    // Where this thread's bytes of a turn begin, in row g, and how many weights there are from there on.
+    const unsigned char* p;
+    int left, rows_left;
+    auto point_at = [&](int tile, int turn) {
+        const int k = (turn * DEPTH * WARPS + warp) * STEP + t * CHUNK, n = tile * TILE + g;
+        p = weight + n * row_bytes + (size_t)k * BITS / 8;
+        left = K - k;
+        rows_left = N - n;
+    };
+    auto fetch = [&](int r) {
+#pragma unroll
+        for (int h = 0; h < 2 * HEIGHT; h++)
+            ring[r][h] = load_stream(p + h * 8 * row_bytes + r * WARPS * 64,
+                                     r * WARPS * STEP < left && h * 8 < rows_left);
+    };
+
+    start_next();
+    point_at(blockIdx.x, 0);
+#pragma unroll
+    for (int r = 0; r < DEPTH; r++) fetch(r);
+    wait();
+    for (int i = threadIdx.x; i < M * (stride / 8); i += WARPS * 32) {
+        const int m = i / (stride / 8), k = (i % (stride / 8)) * 8;
+        copy_async(&shared_x[i], k < K ? x + (size_t)m * K + k : x, k < K);
+    }
+    commit();
+    wait_copies<0>();
+    __syncthreads();
+    const u16* my_x = (u16*)shared_x + min(g, M - 1) * stride + warp * STEP + t * CHUNK;
+
+    int buffer = 0;
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, buffer ^= 1) {
+        float even[HEIGHT][4], odd[HEIGHT][4];
+#pragma unroll
+        for (int h = 0; h < HEIGHT; h++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) even[h][i] = odd[h][i] = 0;
+        // One thread finishes one sum; what it needs for that is loaded early.
+        const int m = threadIdx.x / TILE, n = tile * TILE + threadIdx.x % TILE;
+        const Finish end = prepare(e, m, n, M, N);
+        for (int turn = 0; turn < turns; turn++) {
+            const bool last = turn + 1 == turns;
+            point_at(last ? tile + gridDim.x : tile, last ? 0 : turn + 1);
+            const uint4* turn_x = (const uint4*)(my_x + turn * (SPAN * 8 / BITS));
+#pragma unroll
+            for (int r = 0; r < DEPTH; r++) {
+                const uint4* xs = turn_x + r * WARPS * STEP / 8;
+                u32 w[2 * HEIGHT][4];
+#pragma unroll
+                for (int h = 0; h < 2 * HEIGHT; h++) {
+                    w[h][0] = ring[r][h].x; w[h][1] = ring[r][h].y; w[h][2] = ring[r][h].z; w[h][3] = ring[r][h].w;
+                }
+#pragma unroll
+                for (int j = 0; j < CHUNK / 8; j++) {   // 8 weights of every row
+                    const uint4 b = xs[j];
+#pragma unroll
+                    for (int h = 0; h < HEIGHT; h++) {
+                        u32 c[4], d[4];
+                        if (BITS == 8) {
+                            widen8(w[2 * h][2 * j], c); widen8(w[2 * h][2 * j + 1], c + 2);
+                            widen8(w[2 * h + 1][2 * j], d); widen8(w[2 * h + 1][2 * j + 1], d + 2);
+                        } else {
+                            widen4(w[2 * h][j], c); widen4(w[2 * h + 1][j], d);
+                        }
+                        multiply(even[h], c[0], d[0], c[1], d[1], b.x, b.y);
+                        multiply(odd[h], c[2], d[2], c[3], d[3], b.z, b.w);
+                    }
+                }
+                fetch(r);
+            }
+        }
+        float* mine = part[buffer][warp];
+#pragma unroll
+        for (int h = 0; h < HEIGHT; h++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                mine[(2 * t + i % 2) * TILE + h * 16 + i / 2 * 8 + g] = even[h][i] + odd[h][i];
+        __syncthreads();
+        if (m < M && n < N) {
+            float sum = 0;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) sum += part[buffer][w][threadIdx.x];
+            finish(e, end, sum, m, n, N);
+        }
+    }
+}
+#define ROWS(NAME, BITS, HEIGHT) \
+extern "C" __global__ void __launch_bounds__(256, 2) NAME(const unsigned char* weight, const u16* x, \
+        const u16* scale, const u16* bias, const u16* residual, float alpha, int use_gelu, u16* y, \
+        int M, int N, int K) { \
+    const Epilogue e = {scale, bias, residual, alpha, use_gelu, y}; \
+    rows<BITS, HEIGHT>(weight, x, e, M, N, K); \
+}
+ROWS(rows_8, 8, 1)
+ROWS(rows_4, 4, 2)
+"""
+
+# Many rows: a block owns 64 · HEIGHT weight rows (blockIdx.x), MT rows of x (blockIdx.z), and a part of K (blockIdx.y).
+# Weights and x come through shared memory, STAGES - 1 steps ahead; each thread widens the weights that it copied
+# itself, once for all MT rows. With several parts of K, the block that comes last adds them up, in their order.
+# Block: 128; alignment as above.
+_TILES = r"""
+template <int BITS, int MT, int HEIGHT, int STAGES>
+__device__ __forceinline__ void tiles(const unsigned char* __restrict__ weight, const u16* x,
+                                      const Epilogue& e, float* parts, u32* tickets, int M, int N, int K) {
+    constexpr int CHUNK = 128 / BITS, HALF = 4 * CHUNK, STEP = 2 * HALF, NT = MT / 8, STRIDE = (STEP + 8) / 8;
+    constexpr int THREADS = 128, WEIGHTS = 4 * HEIGHT * THREADS, STAGE = WEIGHTS + MT * STRIDE;   // in 16 bytes
+    extern __shared__ uint4 shared[];
+    __shared__ bool is_last;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+    const size_t row_bytes = (size_t)K * BITS / 8;
+    const int row = (blockIdx.x * 4 + warp) * 16 * HEIGHT + g, column = blockIdx.z * MT;
+    const int all_steps = (K + STEP - 1) / STEP, per_part = (all_steps + gridDim.y - 1) / gridDim.y;
+    const int begin = blockIdx.y * per_part, end = min(begin + per_part, all_steps);
+
+    // A step is 128 bytes of each row, in two halves; the thread has 16 bytes of each, in 2 · HEIGHT rows.
+    const unsigned char* my_weight = weight + row * row_bytes + t * 16;
+    auto copy_weights = [&](int step, int slot) {
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int h = 0; h < 2 * HEIGHT; h++) {
+                const int k = step * STEP + i * HALF + t * CHUNK;
+                const bool inside = step < end && k < K && row + h * 8 < N;
+                copy_async(&shared[slot * STAGE + (i * 2 * HEIGHT + h) * THREADS + threadIdx.x],
+                           inside ? my_weight + h * 8 * row_bytes + step * 128 + i * 64 : weight, inside);
+            }
+    };
+    auto copy_x = [&](int step, int slot) {
+#pragma unroll
+        for (int i = threadIdx.x; i < MT * STEP / 8; i += THREADS) {
+            const int m = i / (STEP / 8), c = i % (STEP / 8), k = step * STEP + c * 8;
+            const bool inside = step < end && column + m < M && k < K;
+            copy_async(&shared[slot * STAGE + WEIGHTS + m * STRIDE + c],
+                       inside ? x + (size_t)(column + m) * K + k : x, inside);
+        }
+        commit();
+    };
+
+    start_next();
+    for (int s = 0; s < STAGES - 1; s++) copy_weights(begin + s, s);
+    wait();
+    for (int s = 0; s < STAGES - 1; s++) copy_x(begin + s, s);   // the first group has all the weights, too
+
+    float sums[HEIGHT][NT][4];
+#pragma unroll
+    for (int h = 0; h < HEIGHT; h++)
+#pragma unroll
+        for (int c = 0; c < NT; c++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) sums[h][c][i] = 0;
+
+    int slot = 0;
+    for (int step = begin; step < end; step++) {
+        wait_copies<STAGES - 2>();
+        __syncthreads();
+        const int free = slot == 0 ? STAGES - 1 : slot - 1;
+        copy_weights(step + STAGES - 1, free);
+        copy_x(step + STAGES - 1, free);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const uint4* here = shared + slot * STAGE + half * 2 * HEIGHT * THREADS;
+            const uint4* xs = shared + slot * STAGE + WEIGHTS + g * STRIDE + (half * HALF + t * CHUNK) / 8;
+            u32 words[2 * HEIGHT][4];
+#pragma unroll
+            for (int h = 0; h < 2 * HEIGHT; h++) {
+                const uint4 w = here[h * THREADS + threadIdx.x];
+                words[h][0] = w.x; words[h][1] = w.y; words[h][2] = w.z; words[h][3] = w.w;
+            }
+#pragma unroll
+            for (int j = 0; j < CHUNK / 8; j++) {   // 8 weights of every row
+                u32 a[2 * HEIGHT][4];
+#pragma unroll
+                for (int h = 0; h < 2 * HEIGHT; h++) {
+                    if (BITS == 8) { widen8(words[h][2 * j], a[h]); widen8(words[h][2 * j + 1], a[h] + 2); }
+                    else widen4(words[h][j], a[h]);
+                }
+#pragma unroll
+                for (int c = 0; c < NT; c++) {
+                    const uint4 b = xs[c * 8 * STRIDE + j];
+#pragma unroll
+                    for (int h = 0; h < HEIGHT; h++) {
+                        u32 (&p)[4] = a[2 * h], (&q)[4] = a[2 * h + 1];
+                        multiply(sums[h][c], p[0], q[0], p[1], q[1], b.x, b.y);
+                        multiply(sums[h][c], p[2], q[2], p[3], q[3], b.z, b.w);
+                    }
+                }
+            }
+        }
+        slot = slot == STAGES - 1 ? 0 : slot + 1;
+    }
+
+    // The sums leave the registers, for memory if other parts are to be added, and are finished by a loop.
+    constexpr int COUNT = HEIGHT * NT * 4;
+    const size_t tile = (size_t)blockIdx.z * gridDim.x + blockIdx.x;
+    wait_copies<0>();
+    __syncthreads();
+    float* kept = (gridDim.y > 1 ? parts + tile * gridDim.y * COUNT * THREADS : (float*)shared) + threadIdx.x;
+#pragma unroll
+    for (int h = 0; h < HEIGHT; h++)
+#pragma unroll
+        for (int c = 0; c < NT; c++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                kept[((size_t)blockIdx.y * COUNT + (h * NT + c) * 4 + i) * THREADS] = sums[h][c][i];
+    if (gridDim.y > 1) {
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            is_last = atomicAdd(&tickets[tile], 1) == gridDim.y - 1;
+            if (is_last) tickets[tile] = 0;   // for the next launch
+        }
+        __syncthreads();
+        if (!is_last) return;
+        __threadfence();
+    }
+    const int count = gridDim.y;
+#pragma unroll 1
+    for (int c = 0; c < NT; c++) {
+        float total[HEIGHT][4];
+        Finish ends[HEIGHT][4];
+#pragma unroll
+        for (int h = 0; h < HEIGHT; h++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                total[h][i] = 0;
+                ends[h][i] = prepare(e, column + c * 8 + 2 * t + i % 2, row + h * 16 + i / 2 * 8, M, N);
+            }
+        const float* from = kept + c * 4 * THREADS;
+#pragma unroll 4
+        for (int part = 0; part < count; part++, from += COUNT * THREADS)
+#pragma unroll
+            for (int h = 0; h < HEIGHT; h++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const float* at = from + (h * NT * 4 + i) * THREADS;
+                    total[h][i] += count > 1 ? __ldcg(at) : *at;
+                }
+#pragma unroll
+        for (int h = 0; h < HEIGHT; h++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int n = row + h * 16 + i / 2 * 8, m = column + c * 8 + 2 * t + i % 2;
+                if (n < N && m < M) finish(e, ends[h][i], total[h][i], m, n, N);
+            }
+    }
+}
+#define TILES(NAME, BITS, MT, HEIGHT, STAGES, BLOCKS) \
+extern "C" __global__ void __launch_bounds__(128, BLOCKS) NAME(const unsigned char* weight, const u16* x, \
+        const u16* scale, const u16* bias, const u16* residual, float alpha, int use_gelu, u16* y, \
+        float* parts, u32* tickets, int M, int N, int K) { \
+    const Epilogue e = {scale, bias, residual, alpha, use_gelu, y}; \
+    tiles<BITS, MT, HEIGHT, STAGES>(weight, x, e, parts, tickets, M, N, K); \
+}
+"""
+
+# What remains of a product when the weight is expanded for cuBLAS.
+_EXPAND = r"""
+// The float weight q · scale [N, K]: a thread widens 8 weights of 4 rows; grid.x over the row, grid.y over rows.
+template <int BITS>
+__device__ __forceinline__ void expand(const unsigned char* __restrict__ weight, const u16* __restrict__ scale,
+                                       u16* __restrict__ out, int N, int K) {
+    const int k = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    const size_t row_bytes = (size_t)K * BITS / 8;
+    if (k >= K) return;
+    if (K % 8 == 0) {
+        for (int first = blockIdx.y * 4; first < N; first += gridDim.y * 4) {
+            uint2 v[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const unsigned char* p = weight + (first + i) * row_bytes + k * BITS / 8;
+                v[i] = make_uint2(0, 0);
+                if (first + i < N) {
+                    if (BITS == 8) v[i] = *(const uint2*)p;
+                    else v[i].x = *(const u32*)p;
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                if (first + i >= N) break;
+                const float s = to_float(scale[first + i]);
+                u32 w[4];
+                if (BITS == 8) { widen8(v[i].x, w); widen8(v[i].y, w + 2); }
+                else widen4(v[i].x, w);
+                *(uint4*)(out + (size_t)(first + i) * K + k) =
+                    make_uint4(pack(low(w[0]) * s, high(w[0]) * s), pack(low(w[1]) * s, high(w[1]) * s),
+                               pack(low(w[2]) * s, high(w[2]) * s), pack(low(w[3]) * s, high(w[3]) * s));
+            }
+        }
+    } else {
+        for (int n = blockIdx.y; n < N; n += gridDim.y)
+            for (int i = k; i < min(k + 8, K); i++) {
+                const unsigned char* p = weight + n * row_bytes;
+                int v;
+                if (BITS == 8) v = (signed char)p[i];
+                else v = (i & 1) ? (int)((u32)p[i / 2] << 28) >> 28 : (int)((u32)p[i / 2] << 24) >> 28;
+                out[(size_t)n * K + i] = to_u16(v * to_float(scale[n]));
+            }
+    }
+}
+extern "C" __global__ void expand_8(const unsigned char* weight, const u16* scale, u16* out, int N, int K) {
+    expand<8>(weight, scale, out, N, K);
+}
+extern "C" __global__ void expand_4(const unsigned char* weight, const u16* scale, u16* out, int N, int K) {
+    expand<4>(weight, scale, out, N, K);
+}
+"""
+
+# The small operations of a step of one token for each of B sequences, and of a prompt.
+_ATTENTION = r"""
+// Begins a step: the embedding of ids [B] -> hidden [B, N]; cosines and sines [B, D] of positions [B, R], rounded as
+// the model's dtype rounds them. A block a sequence, `b`.
+template <int D>
+__device__ __forceinline__ void begin(const Operation& op, int b) {
+    const u16* row = (const u16*)op.weight + ((const long long*)op.input)[b] * op.N;
+    for (int k = threadIdx.x * 8; k < op.N; k += blockDim.x * 8)
+        *(uint4*)((u16*)op.output + (size_t)b * op.N + k) = *(const uint4*)(row + k);
+    for (int i = threadIdx.x; i < D; i += blockDim.x) {
+        const int part = D / op.R;
+        const float position = (float)op.positions[b * op.R + i / part], frequency = op.frequencies[i % (part / 2)];
+#if BF16
+        const float angle = position * frequency;
+#else
+        const float angle = to_float(to_u16(to_float(to_u16(position)) * frequency));
+#endif
+        op.cosines[b * D + i] = to_float(to_u16(cosf(angle)));
+        op.sines[b * D + i] = to_float(to_u16(sinf(angle)));
+    }
+}
+// Ends it: the N positions move on, and so does the slot. One block.
+__device__ __forceinline__ void end(const Operation& op) {
+    for (int i = threadIdx.x; i < op.N; i += blockDim.x) op.positions[i] += op.advance[i];
+    if (threadIdx.x == 0) *op.slot += 1;
+}
+
+#define MOST_PARTS 32
+// How the n keys, the new one among them, are cut into parts for several blocks. It depends on their number, not on T,
+// so that the same question gets the same sums.
+struct Cut {
+    int n, per, used;
+    __device__ __forceinline__ Cut(const Operation& op) {
+        n = *op.slot + 1;
+        per = (n + 64 * op.most - 1) / (64 * op.most) * 64;
+        used = (n + per - 1) / per;
+    }
+};
+// Keys and values that a thread has loaded; D / 8 threads share a key.
+template <int D> struct Keys {
+    static constexpr int LANES = D / 8, GROUPS = 256 / LANES, AHEAD = 128 / GROUPS;
+    uint4 k[AHEAD], v[AHEAD];
+    __device__ __forceinline__ void fetch(const Operation& op, const Cut& cut, int head, int base, int end) {
+        const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
+#pragma unroll
+        for (int a = 0; a < AHEAD; a++) {
+            const int j = base + a * GROUPS + group;
+            const size_t place = ((size_t)head * op.T + j) * LANES + lane;
+            k[a] = v[a] = make_uint4(0, 0, 0, 0);
+            if (j < end && j < cut.n - 1) {
+                k[a] = ((const uint4*)op.keys)[place];
+                v[a] = ((const uint4*)op.values)[place];
+            }
+        }
+    }
+};
+template <int D> struct AttendShared {
+    float q[D], sums[Keys<D>::GROUPS], maxima[Keys<D>::GROUPS], outs[Keys<D>::GROUPS][D], weights[MOST_PARTS];
+    uint4 new_key[D / 8];
+    bool is_last;
+};
+
+// One part of the keys for the query of one head of B * H: rotates query and key, stores key and value at `slot`, and
+// attends to the keys up to there but those of the padding (prefix <= j < prefix + padding[b]). The last block of a
+// head adds up its parts. The first keys of the part, older ones, are loaded already.
+template <int D>
+__device__ __forceinline__ void attend(const Operation& op, const Cut& cut, int head, int part_index, Keys<D>& keys,
+                                       AttendShared<D>& s) {
+    constexpr int LANES = Keys<D>::LANES, GROUPS = Keys<D>::GROUPS, AHEAD = Keys<D>::AHEAD;
+    const int b = head / op.H, lane = threadIdx.x % LANES, group = threadIdx.x / LANES, n = cut.n;
+    const int begin = part_index * cut.per, end = min(begin + cut.per, n), hidden_to = op.prefix + op.padding[b];
+    const u16* mine = (const u16*)op.input + (size_t)head * 3 * D;
+    for (int i = threadIdx.x; i < D; i += blockDim.x) {
+        const int half = D / op.R / 2;
+        const bool first = i % (2 * half) < half;
+        const int other = first ? i + half : i - half;
+        const float c = op.cosines[b * D + i], t = first ? -op.sines[b * D + i] : op.sines[b * D + i];
+        s.q[i] = to_float(to_u16(to_float(mine[i]) * c + to_float(mine[other]) * t)) * rsqrtf((float)D);
+        ((u16*)s.new_key)[i] = to_u16(to_float(mine[D + i]) * c + to_float(mine[D + other]) * t);
+    }
+    const uint4 new_value = ((const uint4*)(mine + 2 * D))[lane];
+    __syncthreads();
+    if (end == n && group == 0) {
+        const size_t place = ((size_t)head * op.T + n - 1) * LANES + lane;
+        ((uint4*)op.keys)[place] = s.new_key[lane];
+        ((uint4*)op.values)[place] = new_value;
+    }
+    float my_q[8], acc[8], largest = -1e30f, sum = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) { my_q[i] = s.q[lane * 8 + i]; acc[i] = 0; }
+    for (int base = begin; base < end; base += GROUPS * AHEAD) {
+        if (base > begin) keys.fetch(op, cut, head, base, end);
+        float score[AHEAD], top = largest;
+#pragma unroll
+        for (int a = 0; a < AHEAD; a++) {
+            const int j = base + a * GROUPS + group;
+            if (j == n - 1) { keys.k[a] = s.new_key[lane]; keys.v[a] = new_value; }
+            const uint4 k = keys.k[a];
+            float dot = my_q[0] * low(k.x) + my_q[1] * high(k.x) + my_q[2] * low(k.y) + my_q[3] * high(k.y)
+                      + my_q[4] * low(k.z) + my_q[5] * high(k.z) + my_q[6] * low(k.w) + my_q[7] * high(k.w);
+#pragma unroll
+            for (int i = LANES / 2; i; i /= 2) dot += __shfl_xor_sync(~0u, dot, i);
+            score[a] = j < end && (j < op.prefix || j >= hidden_to) ? dot : -1e30f;
+            top = fmaxf(top, score[a]);
+        }
+        const float shrink = __expf(largest - top);
+        largest = top;
+        sum *= shrink;
+#pragma unroll
+        for (int i = 0; i < 8; i++) acc[i] *= shrink;
+#pragma unroll
+        for (int a = 0; a < AHEAD; a++) {
+            const float p = score[a] > -1e29f ? __expf(score[a] - top) : 0.0f;
+            const uint4 v = keys.v[a];
+            sum += p;
+            acc[0] += p * low(v.x); acc[1] += p * high(v.x); acc[2] += p * low(v.y); acc[3] += p * high(v.y);
+            acc[4] += p * low(v.z); acc[5] += p * high(v.z); acc[6] += p * low(v.w); acc[7] += p * high(v.w);
+        }
+    }
+    if (lane == 0) { s.sums[group] = sum; s.maxima[group] = largest; }
+#pragma unroll
+    for (int i = 0; i < 8; i++) s.outs[group][lane * 8 + i] = acc[i];
+    __syncthreads();
+    float top = -1e30f, total = 0;
+    for (int i = 0; i < GROUPS; i++) top = fmaxf(top, s.maxima[i]);
+    for (int i = 0; i < GROUPS; i++) total += s.sums[i] * __expf(s.maxima[i] - top);
+    // Of every part: D sums of values; and beside all of them, its largest score and its sum of weights.
+    u16* out = (u16*)op.output + (size_t)head * D;
+    float* parts = op.parts + (size_t)head * op.most * (D + 2);
+    float2* heads = (float2*)(parts + op.most * D);
+    for (int i = threadIdx.x; i < D; i += blockDim.x) {
+        float o = 0;
+#pragma unroll 16
+        for (int j = 0; j < GROUPS; j++) o += s.outs[j][i] * __expf(s.maxima[j] - top);
+        if (cut.used == 1) out[i] = to_u16(o / total);
+        else parts[part_index * D + i] = o;
+    }
+    if (cut.used == 1) return;
+    if (threadIdx.x == 0) heads[part_index] = make_float2(top, total);
+    __syncthreads();
+    if (threadIdx.x == 0) {   // what the block has written comes before its ticket, and what it reads after
+        u32 ticket;
+        __threadfence();
+        asm volatile("atom.add.relaxed.gpu.global.u32 %0, [%1], 1;" : "=r"(ticket) : "l"(op.tickets + head) : "memory");
+        __threadfence();
+        s.is_last = ticket == cut.used - 1;
+        if (s.is_last) op.tickets[head] = 0;
+    }
+    __syncthreads();
+    if (!s.is_last) return;
+    if (threadIdx.x < 32) {   // a lane a part
+        const float2 h = threadIdx.x < cut.used ? __ldcg(heads + threadIdx.x) : make_float2(-1e30f, 0.0f);
+        float largest_part = h.x;
+#pragma unroll
+        for (int i = 16; i; i /= 2) largest_part = fmaxf(largest_part, __shfl_xor_sync(~0u, largest_part, i));
+        const float w = __expf(h.x - largest_part);
+        float all = h.y * w;
+#pragma unroll
+        for (int i = 16; i; i /= 2) all += __shfl_xor_sync(~0u, all, i);
+        s.weights[threadIdx.x] = w / all;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < D; i += blockDim.x) {
+        float o = 0;
+#pragma unroll 8
+        for (int p = 0; p < cut.used; p++) o += __ldcg(parts + p * D + i) * s.weights[p];
+        out[i] = to_u16(o);
+    }
+}
+"""
+_STEP_KERNELS = r"""
+extern "C" __global__ void begin_step(const __grid_constant__ Operation op) {
+    start_next();
+    wait();
+    begin<HEAD_DIM>(op, blockIdx.x);
+}
+extern "C" __global__ void end_step(const __grid_constant__ Operation op) {
+    start_next();
+    wait();
+    end(op);
+}
+// Grid: parts of the keys, at most; heads. Slot and older keys were there before the step began.
+extern "C" __global__ void __launch_bounds__(256) attend_step(const __grid_constant__ Operation op) {
+    __shared__ AttendShared<HEAD_DIM> shared;
+    start_next();
+    const Cut cut(op);
+    if (blockIdx.x >= cut.used) return;
+    Keys<HEAD_DIM> keys;
+    const int begin = blockIdx.x * cut.per;
+    keys.fetch(op, cut, blockIdx.y, begin, min(begin + cut.per, cut.n));
+    wait();
+    attend<HEAD_DIM>(op, cut, blockIdx.y, blockIdx.x, keys, shared);
+}
+
+"""
+_PROMPT = r"""
+// y = LayerNorm(x), a block a row; K % 8 == 0.
+extern "C" __global__ void __launch_bounds__(512) layer_norm(const u16* x, const u16* weight, const u16* bias, u16* y,
+                                                             float epsilon, int K) {
+    extern __shared__ uint4 row[];
+    __shared__ float sums[32];
+    Operation op = {};
+    op.epsilon = epsilon;
+    op.K = K;
+    start_next();
+    wait();
+    for (int i = threadIdx.x; i < K / 8; i += blockDim.x) row[i] = ((const uint4*)x)[(size_t)blockIdx.x * (K / 8) + i];
+    normalise(row, (const uint4*)weight, (const uint4*)bias, op, sums);
+    for (int i = threadIdx.x; i < K / 8; i += blockDim.x) ((uint4*)y)[(size_t)blockIdx.x * (K / 8) + i] = row[i];
+}
+
+// A prompt's queries, keys and values out of qkv [B, S, H, 3·D], rotated by cosines and sines [B, S, D]:
+// queries [B, H, S, D] and, into the places from `place` on, caches [B, H, T, D]. A thread for 8 numbers; D % 16 == 0.
+extern "C" __global__ void split_rotate(const u16* __restrict__ qkv, const u16* __restrict__ cosines,
+        const u16* __restrict__ sines, u16* queries, u16* keys, u16* values, int B, int S, int H, int D, int R, int T,
+        int place) {
+    const int lanes = D / 8, i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= B * S * H * lanes) return;
+    const int k = i % lanes * 8, h = i / lanes % H, s = i / lanes / H % S, b = i / lanes / H / S;
+    const int half = D / R / 2;
+    const size_t token = (size_t)b * S + s;
+    const u16* mine = qkv + (token * H + h) * 3 * D;
+    u16 q[8], key[8];
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        const bool first = (k + j) % (2 * half) < half;
+        const int other = first ? k + j + half : k + j - half;
+        const float c = to_float(cosines[token * D + k + j]);
+        const float n = first ? -to_float(sines[token * D + k + j]) : to_float(sines[token * D + k + j]);
+        q[j] = to_u16(to_float(mine[k + j]) * c + to_float(mine[other]) * n);
+        key[j] = to_u16(to_float(mine[D + k + j]) * c + to_float(mine[D + other]) * n);
+    }
+    const size_t head = (size_t)b * H + h, to = (head * T + place + s) * D + k;
+    *(uint4*)(queries + (head * S + s) * D + k) = *(uint4*)q;
+    *(uint4*)(keys + to) = *(uint4*)key;
+    *(uint4*)(values + to) = *(const uint4*)(mine + 2 * D + k);
+}
+"""
+
+# Of the kernels tiles_BITS_MT: (HEIGHT, STAGES, blocks that a multiprocessor holds at once).
+TILE_SHAPES = {
+    (8, 8): (1, 4, 4),
+    (8, 16): (1, 4, 4),
+    (8, 32): (2, 3, 3),
+    (8, 64): (2, 3, 2),
+    (4, 8): (1, 4, 4),
+    (4, 16): (1, 3, 4),
+    (4, 32): (2, 2, 3),
+    (4, 64): (2, 2, 2),
+}
+HEAD_DIMS = (16, 32, 64, 128)
+SOURCES = {
+    "rows": _COMMON + _ONE_ROW + _ROW_KERNELS + _ROWS,
+    "prompt": _COMMON + _ONE_ROW + _EXPAND + _PROMPT,
+}
+for _head_dim in HEAD_DIMS:
+    _defined = f"#define HEAD_DIM {_head_dim}\n"
+    SOURCES[f"step_{_head_dim}"] = _defined + _COMMON + _ONE_ROW + _ATTENTION + _STEP_KERNELS
+for (_bits, _width), (_height, _stages, _blocks) in TILE_SHAPES.items():  # modules of their own: few are ever needed
+    _name = f"tiles_{_bits}_{_width}"
+    SOURCES[_name] = _COMMON + _TILES + f"TILES({_name}, {_bits}, {_width}, {_height}, {_stages}, {_blocks})\n"
