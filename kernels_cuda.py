@@ -191,9 +191,22 @@ def _module(name: str, bf16: bool, architecture: int):
 
 @functools.cache
 def _function(name: str, module: str, bf16: bool, device: int):
-    """A `KernelFunction`; `device` is the current one."""
+    """A `KernelFunction` for one device, the current one."""
     architecture, *_ = _properties(device)
-    return load_launcher().KernelFunction(_module(module, bf16, architecture), name)
+    function = load_launcher().KernelFunction(_module(module, bf16, architecture), name)
+    prepare, handle = function._prepare_func, function._prepare_func()
+
+    def prepare_once() -> (
+        ctypes.c_void_p
+    ):  # for each thread: making the device's context current takes as long as a launch
+        ready = _local.__dict__.setdefault("ready", set())
+        if device not in ready:
+            ready.add(device)
+            prepare()
+        return handle
+
+    function._prepare_func = prepare_once
+    return function
 
 
 @functools.cache
@@ -294,13 +307,12 @@ def _launch(like: torch.Tensor, module: str, name: str, grid: tuple, block: int,
     if torch.cuda.current_device() != index:
         with torch.cuda.device(index):
             return _launch(like, module, name, grid, block, shared, *arguments)
-    architecture, *_ = _properties(index)
     function = _function(name, module, like.dtype == torch.bfloat16, index)
     if shared > _SHARED_LIMIT:
         _allow_shared(function, index)
     stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(index))
     values = [_argument(value) for value in arguments]
-    if architecture >= 90 and torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_current_stream_capturing() and _properties(index)[0] >= 90:
         # cpm_kernels has no launch with attributes. In a graph the next kernel may begin before this one has ended.
         cuda = load_libraries().cuda
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
@@ -449,17 +461,20 @@ def product(
     """
     x = x.contiguous()
     residual = residual if residual is None else residual.contiguous()
-    m, k, n = x.shape[0], x.shape[1], weight.shape[0]
-    scale, bias = (value if value is None or value.dtype == x.dtype else value.to(x.dtype) for value in (scale, bias))
+    (m, k), n = x.shape, weight.shape[0]
+    scale = scale if scale is None or scale.dtype == x.dtype else scale.to(x.dtype)
+    bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
     if m == 0:
         return x.new_empty(0, n)
     aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0 and weight.is_contiguous()
     plan = _plan(m, n, k, bits, x.device.index) if aligned else None
     if plan is None:
         wide = weight if bits == 16 else expand(weight.contiguous(), scale, bits)
-        y = x @ wide.T if bias is None else torch.addmm(bias, x, wide.T)
-        if gelu:
-            y = torch.nn.functional.gelu(y, approximate="tanh")
+        if gelu and bias is not None:
+            y = torch._addmm_activation(bias, x, wide.T, use_gelu=True)  # in its tanh form, on a GPU
+        else:
+            y = x @ wide.T if bias is None else torch.addmm(bias, x, wide.T)
+            y = torch.nn.functional.gelu(y, approximate="tanh") if gelu else y
         return y if residual is None else y.add_(residual, alpha=alpha)
     module, name, grid, block, shared, sums = plan
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)

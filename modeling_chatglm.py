@@ -953,6 +953,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         pad = generation_config._pad_token_tensor if _has_end(stopping_criteria) else None
         flag = torch.zeros((), dtype=torch.bool, pin_memory=True)
         ended = torch.cuda.Event()
+        # The end is looked for beside the next step; criteria of the user's own may expect the stream that they know.
+        own = any(not type(criterion).__module__.startswith("transformers.") for criterion in stopping_criteria)
+        side = torch.cuda.current_stream(input_ids.device) if own else torch.cuda.Stream(input_ids.device)
         before_top, top = logits_processor, None
         if generation_config.do_sample and [type(processor) for processor in logits_processor[-2:]] == [
             TopKLogitsWarper,
@@ -974,9 +977,11 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             mask = model_kwargs.get("attention_mask")
             if mask is not None and not cache.knows_position():  # a recorded step needs none
                 model_kwargs["attention_mask"] = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
-            unfinished = unfinished & ~stopping_criteria(input_ids, None)
-            flag.copy_(unfinished.any(), non_blocking=True)
-            ended.record()
+            side.wait_stream(torch.cuda.current_stream(input_ids.device))
+            with torch.cuda.stream(side):
+                unfinished = unfinished & ~stopping_criteria(input_ids, None)
+                flag.copy_(unfinished.any(), non_blocking=True)
+                ended.record()
             limit = stopping_criteria.max_length
             if limit is None or input_ids.shape[1] < limit:
                 inputs = self.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
