@@ -701,7 +701,7 @@ def create_app(settings: Settings, scheduler: Scheduler | None = None) -> FastAP
         limit = min(form.max_length, scheduler.max_length)
         history = [tuple(pair) for pair in form.history]
         model, tokenizer = scheduler.model, scheduler.tokenizer
-        inputs = await service.encode(lambda: model._chat_inputs(tokenizer, form.prompt, history, limit, {}))
+        inputs = await service.encode(lambda: model.build_inputs(tokenizer, form.prompt, history, limit))
         prompt = inputs["input_ids"][0].tolist()
         sampling = Sampling(limit - len(prompt), temperature=form.temperature, top_p=form.top_p)
         answers = scheduler.submit(prompt, [sampling])
