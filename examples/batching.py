@@ -443,8 +443,8 @@ class Scheduler:
 
     def _choose(self, answers: list[Answer], logits: torch.Tensor) -> list[bool]:
         """Choose and send a token for each answer from its scores [B, V]; returns which have ended with it."""
-        scores = logits.float()
-        scores = self._finite(None, scores)
+        scores = self._finite(None, logits.float())
+        scores[:, len(self.tokenizer) :] = -torch.inf  # embeddings have spare rows, which stand for no text
         raw = scores
         eos = self.model.config.eos_token_id
         short = [row for row, answer in enumerate(answers) if answer._count < answer.sampling.min_new_tokens]

@@ -63,7 +63,8 @@ def generated(model, prompt: list[int], sampling: Sampling) -> list[int]:
 
 @contextlib.contextmanager
 def scheduling(model, tokenizer=None, **options):
-    scheduler = Scheduler(model, tokenizer, **options)
+    # Of a tokenizer, only the length counts here.
+    scheduler = Scheduler(model, tokenizer or range(model.config.vocab_size), **options)
     try:
         yield scheduler
     finally:
@@ -144,6 +145,18 @@ def test_penalties_and_logprobs(golden_model):
     assert plain[0].logprob is None
 
 
+def test_ids_without_text_are_never_chosen(golden_model):
+    """However hot the sampling is, and not among the likeliest either: embeddings have more rows than vocabularies."""
+    model = golden_model("base", attention="sdpa")
+    (prompt,) = prompts_for(model, 1)
+    known = model.config.vocab_size // 2
+    sampling = Sampling(40, temperature=1e30, top_p=1.0, top_k=0, seed=1, top_logprobs=20)
+    with scheduling(model, tokenizer=range(known)) as scheduler:
+        (answer,) = answers_of(scheduler, [(prompt, sampling)])
+    assert len(answer) == 40
+    assert all(index < known for token in answer for index in (token.id, *dict(token.top)))
+
+
 def test_cancelled_answers_leave_before_the_next_step(golden_model, monkeypatch):
     model = golden_model("base", attention="sdpa")
     model.config.eos_token_id = -1  # nothing ends by itself
@@ -160,7 +173,7 @@ def test_cancelled_answers_leave_before_the_next_step(golden_model, monkeypatch)
             first.cancel()
             seen = len(rows)
             ids = [token.id async for token in second]
-            assert len([token async for token in first]) <= 2
+            assert len([token async for token in first]) <= seen + 1
             assert first.finish_reason == "cancelled"
             queued_ids = [token.id async for token in queued]
             assert len(ids) == len(queued_ids) == 60
@@ -200,7 +213,7 @@ def test_time_limit_and_close(golden_model):
     model = golden_model("base", attention="sdpa")
     model.config.eos_token_id = -1
     (prompt,) = prompts_for(model, 1)
-    scheduler = Scheduler(model, None, max_batch=1, time_limit=0.05)
+    scheduler = Scheduler(model, range(model.config.vocab_size), max_batch=1, time_limit=0.05)
 
     async def late():
         answers = scheduler.submit(prompt, [Sampling(10_000)] * 2)
