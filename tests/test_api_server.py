@@ -536,11 +536,11 @@ def test_openai_client_errors(client):
         create(model="chatglm", messages=user("Hello"), tools=[{"type": "function", "function": {"name": "f"}}])
     assert tools.value.code == "unknown_parameter"
     for messages, told in (
-        ([{"role": "tool", "content": "4", "tool_call_id": "1"}], "tool_call_id"),
-        ([{"role": "developer", "content": "x"}], 'role "developer"'),
+        ([{"role": "tool", "content": "4", "tool_call_id": "1"}], "messages.0.role"),
+        ([{"role": "developer", "content": "x"}], "messages.0.role"),
         ([{"role": "assistant", "content": "x"}], '"user"'),
         ([{"role": "user", "content": ""}], "empty"),
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "content"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "content.0.type"),
     ):
         with pytest.raises(openai.BadRequestError, match=told):
             create(model="chatglm", messages=messages)
