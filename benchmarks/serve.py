@@ -48,11 +48,11 @@ def serve_random(layers: int, device: str | None, dtype: str, port: int) -> None
 
     from chatglm_int8 import ChatGLMTokenizer
 
-    model = random_model(layers)
+    model = random_model(layers, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     # As embedding and head are one matrix, the likeliest token would always be the last one again.
     torch.nn.init.normal_(model.transformer.final_layernorm.weight)
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = model if dtype == "auto" else model.to(getattr(torch, dtype))
+    if dtype != "auto":
+        model.to(getattr(torch, dtype))
     vocabulary = ROOT / "ice_text.model"
     missing = model.config.vocab_size - len(ChatGLMTokenizer(vocabulary, num_image_tokens=0))
     tokenizer = ChatGLMTokenizer(vocabulary, num_image_tokens=missing)
