@@ -31,6 +31,7 @@ import openai  # noqa: E402
 import schemathesis  # noqa: E402
 import uvicorn  # noqa: E402
 from batching import AnswerText, Busy, Failed, RowCache, Sampling, Scheduler, TimeLimit  # noqa: E402
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper  # noqa: E402
 
 CHAT = "/v1/chat/completions"
 QUERIES = ["你好", "Hello", "What can you do?", "中国的首都是哪里？", "Tell me a joke", "你是谁", "Thank you", "谢谢"]
@@ -108,17 +109,28 @@ def test_batched_answers_are_those_of_generate(name, golden_model, monkeypatch):
     assert len({len(ids) for ids in got}) > 3
 
 
-def test_random_numbers_are_those_of_multinomial():
-    """Rows drawn in one kernel take the same numbers, and as many, as torch.multinomial on each of them."""
-    probs = torch.rand(3, 5000, generator=torch.Generator().manual_seed(1)).softmax(dim=-1)
-    for row, seed in enumerate((3, 4, 5)):
-        ours, theirs = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
-        noise = torch.empty(3, 5000)
-        for _ in range(5):
-            noise[row].exponential_(generator=ours)
-            assert int((probs / noise)[row].argmax()) == int(
-                torch.multinomial(probs[row : row + 1], 1, generator=theirs)
-            )
+@pytest.mark.parametrize("warpers", [(1.0, 0, 1.0), (0.95, 50, 0.7), (1.7, 20, 0.9), (1.3, 4990, 0.8)])
+def test_rows_are_drawn_as_by_multinomial(warpers):
+    """Warped as transformers does it, with the same random numbers, and as many, as torch.multinomial on each row."""
+    temperature, top_k, top_p = warpers
+    steps = 3 * torch.randn(20, 3, 5000, generator=torch.Generator().manual_seed(1))
+    expected = [[], [], []]
+    for row in range(3):
+        generator = torch.Generator().manual_seed(row)
+        for scores in steps[:, row : row + 1]:
+            for warp in (
+                TemperatureLogitsWarper(temperature),
+                TopKLogitsWarper(top_k or 5000),
+                TopPLogitsWarper(top_p),
+            ):
+                scores = warp(None, scores)
+            expected[row].append(int(torch.multinomial(scores.softmax(dim=-1), 1, generator=generator)))
+    generators = [torch.Generator().manual_seed(row) for row in range(3)]
+    got = []
+    for scores in steps:
+        noise = torch.stack([torch.empty(5000).exponential_(generator=generator) for generator in generators])
+        got.append(batching._draw(scores, noise, *warpers).tolist())
+    assert [list(row) for row in zip(*got, strict=True)] == expected
 
 
 def test_penalties_and_logprobs(golden_model):
