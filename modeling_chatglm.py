@@ -1102,7 +1102,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             ValueError: an empty query, one that is too long by itself, or another model's tokenizer.
         """
         history = list(history or [])
-        inputs = self._chat_inputs(tokenizer, query, history, max_length, kwargs)
+        inputs = self.build_inputs(tokenizer, query, history, None if kwargs.get("max_new_tokens") else max_length)
         settings = _chat_settings(max_length, do_sample, top_p, temperature, logits_processor, kwargs)
         output_ids = self.generate(**inputs, num_beams=num_beams, **settings)
         settings["logits_processor"][-1].report()
@@ -1129,7 +1129,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             whose bytes are spread over tokens appears with its last one.
         """
         history = list(history or [])
-        inputs = self._chat_inputs(tokenizer, query, history, max_length, kwargs)
+        inputs = self.build_inputs(tokenizer, query, history, None if kwargs.get("max_new_tokens") else max_length)
         settings = _chat_settings(max_length, do_sample, top_p, temperature, logits_processor, kwargs)
         decoder = tokenizer.decode_stream()
         text = ""
@@ -1148,8 +1148,27 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         response = response.strip().replace("[[训练时间]]", "2023年")
         return _TOUCHING_CJK.sub(lambda mark: _FULL_WIDTH[mark.group()], response)
 
-    def _chat_inputs(self, tokenizer, query: str, history: list, max_length: int, kwargs: dict) -> dict:
-        """The encoded prompt, with as many of the last rounds as leave room for an answer."""
+    def build_inputs(
+        self,
+        tokenizer,
+        query: str,
+        history: list[tuple[str, str]] | None = None,
+        max_length: int | None = 2048,
+    ) -> dict[str, torch.Tensor]:
+        """The prompt that `chat` gives to `generate`: the query behind as many of the last rounds as leave room.
+
+        Args:
+            tokenizer, query, history: as of `chat`.
+            max_length: tokens of prompt and answer together, of which at least one is the answer's; None: the model's
+                `max_sequence_length`, which is a limit in any case.
+
+        Returns:
+            `input_ids` and `attention_mask`, int64 [1, S] on the model's device.
+
+        Raises:
+            ValueError: an empty query, one that is too long by itself, or another model's tokenizer.
+        """
+        history = list(history or [])
         if not query.strip():
             raise ValueError(f"The query is empty: got {query!r}. Ask something.")
         config = self.config
@@ -1159,9 +1178,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
                 f"The tokenizer has [gMASK] and <sop> at {marks}, the model's configuration at "
                 f"{[config.gmask_token_id, config.bos_token_id]}: use the ice_text.model of this model."
             )
-        limit = config.max_sequence_length
-        if kwargs.get("max_new_tokens") is None:
-            limit = min(limit, max_length)
+        limit = config.max_sequence_length if max_length is None else min(config.max_sequence_length, max_length)
 
         def encode(first_round: int) -> dict:
             messages = []

@@ -22,16 +22,16 @@ from chatglm_int8 import ChatGLMConfig, ChatGLMForConditionalGeneration
 from chatglm_int8.quantization import QuantizedLinear
 
 
-def random_model(layers: int) -> ChatGLMForConditionalGeneration:
+def random_model(layers: int, device: str = "cpu") -> ChatGLMForConditionalGeneration:
     """A half model of the 6B shape with random weights, INT8 in the blocks."""
     with torch.device("meta"):
         model = ChatGLMForConditionalGeneration(ChatGLMConfig(num_layers=layers)).half()
-    model = model.to_empty(device="cpu")
+    model = model.to_empty(device=device)
     model.tie_weights()
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, QuantizedLinear):
-                torch.from_numpy(module.weight.numpy().view("int64")).random_()
+                module.weight.view(torch.int64).random_()
                 module.weight_scale.fill_(0.02 * 3**0.5 / 127)
                 module.bias.zero_()
             elif isinstance(module, torch.nn.LayerNorm):

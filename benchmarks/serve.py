@@ -2,10 +2,12 @@
 
     python benchmarks/serve.py [--model FOLDER] [--device DEVICE] [--dtype DTYPE] [--clients 16] [--seconds 30]
     python benchmarks/serve.py --soak [--clients 64] [--seconds 180]
+    python benchmarks/serve.py --random 28 --fixed [--device cuda]
 
 It starts examples/api_server.py, asks it over HTTP from this process, and prints a table. The soak asks for answers of
 5 to 200 tokens; a third of the requests hang up in the middle, and every answer that is read to its end is compared
-with the one that the server gave when it was asked nothing else.
+with the one that the server gave when it was asked nothing else. `--random` measures random weights in the shape of
+ChatGLM-6B-INT8, made in memory.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from pathlib import Path
 import httpx
 
 ROOT = Path(__file__).resolve().parent.parent
+BATCH, QUEUE = 16, 128  # of the server
 
 
 def read_questions() -> list[str]:
@@ -35,19 +38,41 @@ def read_questions() -> list[str]:
     return sorted(set(questions))
 
 
-class Server:
-    """examples/api_server.py on a free port."""
+def serve_random(layers: int, device: str | None, dtype: str, port: int) -> None:
+    """What api_server.py does, for a model of random weights and a vocabulary that has a text for each of its ids."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    import api_server
+    import torch
+    import uvicorn
+    from generate import random_model
 
-    def __init__(self, arguments: list[str]):
+    from chatglm_int8 import ChatGLMTokenizer
+
+    model = random_model(layers, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    # As embedding and head are one matrix, the likeliest token would always be the last one again.
+    torch.nn.init.normal_(model.transformer.final_layernorm.weight)
+    if dtype != "auto":
+        model.to(getattr(torch, dtype))
+    vocabulary = ROOT / "ice_text.model"
+    missing = model.config.vocab_size - len(ChatGLMTokenizer(vocabulary, num_image_tokens=0))
+    tokenizer = ChatGLMTokenizer(vocabulary, num_image_tokens=missing)
+    for name in ("bos_token_id", "eos_token_id", "mask_token_id", "gmask_token_id", "pad_token_id"):
+        setattr(model.config, name, getattr(tokenizer, name))
+    settings = api_server.Settings(max_batch=BATCH, max_queue=QUEUE)
+    scheduler = api_server.Scheduler(model, tokenizer, BATCH, QUEUE)
+    uvicorn.run(api_server.create_app(settings, scheduler), port=port, log_level="warning")
+
+
+class Server:
+    """A server on a free port, which its command gets as `--port`."""
+
+    def __init__(self, command: list[str]):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        script = str(ROOT / "examples" / "api_server.py")
         start = time.monotonic()
-        self.process = subprocess.Popen(
-            [sys.executable, script, "--port", str(port), *arguments], stdout=subprocess.DEVNULL
-        )
+        self.process = subprocess.Popen([sys.executable, *command, "--port", str(port)], stdout=subprocess.DEVNULL)
         while True:
             try:
                 httpx.get(self.url + "/health").raise_for_status()
@@ -220,6 +245,9 @@ async def soak(server: Server, clients: int, seconds: float) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Load on the API server.")
     parser.add_argument("--model", default=str(ROOT), metavar="FOLDER")
+    parser.add_argument(
+        "--random", type=int, metavar="LAYERS", help="random weights instead of a folder; the 6B has 28"
+    )
     parser.add_argument("--device")
     parser.add_argument("--dtype", help="of the server; auto by default, float32 for the soak")
     parser.add_argument("--clients", type=int, help="16, or 64 for the soak")
@@ -227,12 +255,20 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=64, help="of an answer, without --soak (default: 64)")
     parser.add_argument("--fixed", action="store_true", help="answers that fill --max-tokens, as of random weights")
     parser.add_argument("--soak", action="store_true")
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)  # with which this starts itself, for --random
     arguments = parser.parse_args()
-    options = ["--model", arguments.model, "--max-batch", "16", "--max-queue", "128"]
-    options += ["--dtype", arguments.dtype or ("float32" if arguments.soak else "auto")]
-    options += ["--device", arguments.device] if arguments.device else []
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, options {' '.join(options)}")
-    server = Server(options)
+    dtype = arguments.dtype or ("float32" if arguments.soak else "auto")
+    if arguments.port:
+        serve_random(arguments.random, arguments.device, dtype, arguments.port)
+        return 0
+    options = ["--dtype", dtype] + (["--device", arguments.device] if arguments.device else [])
+    if arguments.random:
+        command = [__file__, "--random", str(arguments.random), *options]
+    else:
+        command = [str(ROOT / "examples" / "api_server.py"), "--model", arguments.model, *options]
+        command += ["--max-batch", str(BATCH), "--max-queue", str(QUEUE)]
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores: {' '.join(command)}")
+    server = Server(command)
     print(f"answers /health after {server.started_in:.1f} s, {server.memory():.0f} MB")
     try:
         if arguments.soak:

@@ -44,6 +44,7 @@ except ModuleNotFoundError as error:
 logger = logging.getLogger("chatglm")
 
 BODY_SECONDS = 30  # for a client to send its body
+NO_JSON = "The body is not JSON in UTF-8, or has numbers or nesting beyond reason."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,7 @@ class TextPart(Form):
 
 
 class Message(Form):
-    role: str = Field(description='"system" (at most once, first), then "user" and "assistant" in turn.')
+    role: Literal["system", "user", "assistant"] = Field(description="system once at most, then user and assistant.")
     content: str | list[TextPart]
 
 
@@ -208,13 +209,19 @@ def as_api_error(error: Exception, request: Request | None = None) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestValidationError):
-        mistake = error.errors()[0]
-        names = [str(part) for part in mistake["loc"] if part not in ("body", "path", "query")]
-        param = ".".join(names)[:200] or None
-        if mistake["type"] == "extra_forbidden":
+        # Of what may be a text or a list, both are reported: the deeper mistake is that of the form that was meant.
+        mistake = max(error.errors(), key=lambda mistake: len(mistake["loc"]))
+        kind, names = mistake["type"], [str(part) for part in mistake["loc"][1:]]  # the first is "body" or "path"
+        if kind == "string_type" and names[-1:] == ["str"]:
+            names.pop()
+        param = ".".join(name for name in names if not name.startswith("list["))[:200] or None
+        if kind == "extra_forbidden":
             return ApiError(400, f"This server has no argument {param}: leave it out.", param, "unknown_parameter")
-        if mistake["type"] == "json_invalid":
-            return ApiError(400, "The body is not valid JSON.")
+        if kind == "json_invalid":
+            return ApiError(400, NO_JSON)
+        if kind == "model_attributes_type":
+            how = "" if param else ", sent with Content-Type: application/json"
+            return ApiError(400, f"{param or 'The body'} has to be a JSON object{how}.", param)
         return ApiError(400, f"{param or 'The body'}: {mistake['msg']}.", param)
     if isinstance(error, Busy):
         return ApiError(
@@ -232,7 +239,7 @@ def as_api_error(error: Exception, request: Request | None = None) -> ApiError:
             where = f"{request.method} {request.url.path[:200]}"
             what = "There is no such path" if error.status_code == 404 else "The method does not fit the path"
             return ApiError(error.status_code, f"{what}: {where}.", headers=error.headers)
-        return ApiError(error.status_code, str(error.detail), headers=error.headers)
+        return ApiError(error.status_code, NO_JSON if error.status_code == 400 else str(error.detail))
     return ApiError(500, "The server failed to answer this request.")
 
 
@@ -416,15 +423,17 @@ class Service:
         self._tokenizer = scheduler.tokenizer
         self._one_encoder = anyio.CapacityLimiter(1)
 
-    async def encode(self, make: Callable[[], Any]) -> Any:
-        """Runs an encoding of text, which may be long, beside the event loop; its ValueErrors are the client's."""
+    async def encode(self, param: str, make: Callable[[], Any]) -> Any:
+        """Runs an encoding of `param`, which may be long, beside the event loop; its ValueErrors are the client's."""
         try:
             return await anyio.to_thread.run_sync(make, limiter=self._one_encoder)
         except ValueError as error:
-            raise ApiError(400, str(error)) from None
+            raise ApiError(400, str(error), param) from None
 
     def chat_prompt(self, form: ChatForm) -> list[int]:
         messages = [message.model_dump() for message in form.messages]
+        if messages[-1]["role"] != "user":
+            raise ValueError(f'The last message has role "{messages[-1]["role"]}": end with one of role "user".')
         return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
     def text_prompt(self, text: str) -> list[int]:
@@ -656,7 +665,7 @@ def create_app(settings: Settings, scheduler: Scheduler | None = None) -> FastAP
     @app.post("/v1/chat/completions")
     async def chat_completions(form: ChatForm, request: Request):
         service: Service = app.state.service
-        prompt = await service.encode(lambda: service.chat_prompt(form))
+        prompt = await service.encode("messages", lambda: service.chat_prompt(form))
         return await service.complete(request, form, [prompt])
 
     @app.post("/v1/completions")
@@ -665,7 +674,7 @@ def create_app(settings: Settings, scheduler: Scheduler | None = None) -> FastAP
         texts = [form.prompt] if isinstance(form.prompt, str) else form.prompt
         if not texts or "" in texts:
             raise ApiError(400, "There is no prompt, or an empty one.", "prompt")
-        prompts = await service.encode(lambda: [service.text_prompt(text) for text in texts])
+        prompts = await service.encode("prompt", lambda: [service.text_prompt(text) for text in texts])
         return await service.complete(request, form, prompts)
 
     def model_card() -> dict:
@@ -701,7 +710,7 @@ def create_app(settings: Settings, scheduler: Scheduler | None = None) -> FastAP
         limit = min(form.max_length, scheduler.max_length)
         history = [tuple(pair) for pair in form.history]
         model, tokenizer = scheduler.model, scheduler.tokenizer
-        inputs = await service.encode(lambda: model._chat_inputs(tokenizer, form.prompt, history, limit, {}))
+        inputs = await service.encode("prompt", lambda: model.build_inputs(tokenizer, form.prompt, history, limit))
         prompt = inputs["input_ids"][0].tolist()
         sampling = Sampling(limit - len(prompt), temperature=form.temperature, top_p=form.top_p)
         answers = scheduler.submit(prompt, [sampling])

@@ -34,6 +34,7 @@ GREEDY_BELOW = 1e-5  # a temperature; dividing scores by much less overflows
 FIRST_COLUMNS = 128  # of a cache that grows
 PREFILL_TOKENS = 2048  # prompts read together have this many tokens at most, padding counted
 PREFILL_WASTE = 1.5  # and this many times the tokens that they have without padding
+TIES = 64  # room for scores that equal the top_k-th, which are kept too; in half precision there are some
 
 
 class Busy(Exception):
@@ -443,8 +444,8 @@ class Scheduler:
 
     def _choose(self, answers: list[Answer], logits: torch.Tensor) -> list[bool]:
         """Choose and send a token for each answer from its scores [B, V]; returns which have ended with it."""
-        scores = logits.float()
-        scores = self._finite(None, scores)
+        scores = self._finite(None, logits.float())
+        scores[:, len(self.tokenizer) :] = -torch.inf  # embeddings have spare rows, which stand for no text
         raw = scores
         eos = self.model.config.eos_token_id
         short = [row for row, answer in enumerate(answers) if answer._count < answer.sampling.min_new_tokens]
@@ -462,13 +463,10 @@ class Scheduler:
             if answer.sampling.warpers is not None:
                 groups.setdefault(answer.sampling.warpers, []).append(row)
         for warpers, rows in groups.items():
-            probs = _warp(scores[rows], *warpers).softmax(dim=-1)
-            # torch.multinomial draws one number for each probability and takes the largest ratio: so done, rows with
-            # generators of their own still make one kernel.
-            noise = torch.empty_like(probs)
+            noise = torch.empty_like(scores[: len(rows)])
             for place, row in enumerate(rows):
                 noise[place].exponential_(generator=answers[row]._generator)
-            tokens[rows] = (probs / noise).argmax(dim=-1)
+            tokens[rows] = _draw(scores[rows], noise, *warpers)
 
         reports = self._logprobs(answers, raw, tokens)
         ended = []
@@ -535,15 +533,25 @@ def _prefill_group(waiting: collections.deque[Answer], rows: int) -> list[Answer
     return group
 
 
-def _warp(scores: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
-    """Scores [B, V] as `generate` would warp them, in its order."""
+def _draw(scores: torch.Tensor, noise: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
+    """Ids [B] drawn from scores [B, V], warped as `generate` does it.
+
+    `noise` [B, V] is exponentially distributed: torch.multinomial draws one such number for each probability, too, and
+    takes the largest ratio. So done, rows with generators of their own still make one kernel.
+    """
+    ids = None
+    if 0 < top_k < scores.shape[-1] - TIES:
+        # The rest has no probability, and to sort all of a large vocabulary for top_p takes long.
+        scores, ids = scores.topk(top_k + TIES, dim=-1)
+        noise = noise.gather(1, ids)
     if temperature != 1:
         scores = TemperatureLogitsWarper(temperature)(None, scores)
     if top_k:
         scores = TopKLogitsWarper(top_k)(None, scores)
     if top_p < 1:
         scores = TopPLogitsWarper(top_p)(None, scores)
-    return scores
+    chosen = (scores.softmax(dim=-1) / noise).argmax(dim=-1)
+    return chosen if ids is None else ids.gather(1, chosen[:, None]).squeeze(1)
 
 
 class AnswerText:

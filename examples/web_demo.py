@@ -133,7 +133,7 @@ class Chat:
         limit = min(int(max_length), self.scheduler.max_length)
         try:
             yield as_messages([*rounds, (query, "")]), [*rounds, (query, "")], *_buttons(running=True)
-            inputs = await asyncio.to_thread(model._chat_inputs, tokenizer, query, rounds, limit, {})
+            inputs = await asyncio.to_thread(model.build_inputs, tokenizer, query, rounds, limit)
             prompt = inputs["input_ids"][0].tolist()
             sampling = Sampling(limit - len(prompt), temperature=temperature, top_p=top_p)
             (turn.answer,) = self.scheduler.submit(prompt, [sampling])

@@ -66,7 +66,7 @@ class Scripted:
         self.answers: list[ScriptedAnswer] = []
         self.asked: list[tuple] = []
 
-    def _chat_inputs(self, tokenizer, query, history, max_length, kwargs):
+    def build_inputs(self, tokenizer, query, history, max_length):
         if query == "too long":
             raise ValueError("The query has 9999 tokens.")
         self.asked.append((query, list(history)))
