@@ -9,8 +9,8 @@ weights. The data is one JSON object a line (or a JSON list of them) with a prom
 history of earlier rounds, [[question, answer], …]. All arguments of transformers' TrainingArguments can be given.
 
 The same command goes on where it was stopped, from the last checkpoint that is complete, with the losses that it would
-have had. OUTPUT_DIR gets the adapter, prefix or model, `loss.png`, and with `--do-predict` the answers to the validation
-prompts, with BLEU-4 and ROUGE. `merge.py` puts adapters and prefixes into model folders.
+have had. OUTPUT_DIR gets the adapter, prefix or model, `loss.png`, and with `--do-predict` answers to the prompts of
+the validation file, with BLEU-4 and ROUGE. `merge.py` puts adapters and prefixes into model folders.
 """
 
 import dataclasses
@@ -110,7 +110,9 @@ def read_rows(path: str | os.PathLike) -> Iterator[tuple[str, dict]]:
         numbered = ((place, _parsed(place, line)) for place, line in lines if line.strip())
     for place, row in numbered:
         if not isinstance(row, dict):
-            raise ValueError(f"{place}: expected an object with columns, got {json.dumps(row, ensure_ascii=False)!s:.60}")
+            raise ValueError(
+                f"{place}: expected an object with columns, got {json.dumps(row, ensure_ascii=False)!s:.60}"
+            )
         yield place, row
 
 
@@ -250,7 +252,8 @@ def build_model(settings: Settings, training: TrainingArguments) -> torch.nn.Mod
             target_modules=settings.lora_targets,
         )
         model = peft.get_peft_model(model, lora)
-    if settings.method != "full" and training.gradient_checkpointing:
+    checkpointing = training.gradient_checkpointing or getattr(training, "activation_checkpointing", False)
+    if settings.method != "full" and checkpointing:
         model.enable_input_require_grads()
     return model
 
@@ -307,7 +310,9 @@ def where_to_resume(settings: Settings, training: TrainingArguments) -> str | No
     note = folder / "finetune.json"
     if found and note.is_file():
         before = json.loads(note.read_text(encoding="utf-8"))
-        changed = [f"{name} was {before.get(name)!r}, is {run[name]!r}" for name in run if before.get(name) != run[name]]
+        changed = [
+            f"{name} was {before.get(name)!r}, is {run[name]!r}" for name in run if before.get(name) != run[name]
+        ]
         if changed:
             raise ValueError(
                 f"{folder} holds checkpoints of another run ({'; '.join(changed)}): give another --output-dir, or the "
@@ -354,7 +359,9 @@ def predict(trainer: Trainer, tokenizer: ChatGLMTokenizer, examples: list[dict],
     """Greedy answers: the examples' `prompt` and `response`, and the model's `predicted`."""
     arguments, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model).eval()
     size = arguments.per_device_eval_batch_size
-    mine = sorted(examples, key=lambda example: len(example["input_ids"]))[arguments.process_index :: arguments.world_size]
+    mine = sorted(examples, key=lambda example: len(example["input_ids"]))[
+        arguments.process_index :: arguments.world_size
+    ]
     rows = []
     for start in tqdm(range(0, len(mine), size), desc="answering", disable=arguments.process_index > 0):
         batch = mine[start : start + size]
