@@ -76,9 +76,14 @@ class Settings:
 
 def parse_arguments() -> tuple[Settings, TrainingArguments]:
     parser = HfArgumentParser((Settings, TrainingArguments), description=__doc__.splitlines()[0])
-    # Losses that are not finite must be seen.
+    # A checkpoint that is being written needs the one before it; losses that are not finite must be seen.
     parser.set_defaults(
-        report_to="none", logging_steps=10, save_total_limit=2, logging_nan_inf_filter=False, prediction_loss_only=True
+        report_to="none",
+        logging_steps=10,
+        save_total_limit=2,
+        logging_nan_inf_filter=False,
+        prediction_loss_only=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
     )
     method = parser.parse_known_args()[0].method
     parser.set_defaults(learning_rate=LEARNING_RATES[method], remove_unused_columns=False)
@@ -214,8 +219,6 @@ def build_model(settings: Settings, training: TrainingArguments) -> torch.nn.Mod
     Raises:
         OSError, ValueError: a folder that can't be loaded, or can't be trained like this.
     """
-    if not os.path.isdir(settings.model):
-        raise FileNotFoundError(f"There is no folder {settings.model}: give a ChatGLM checkpoint folder with --model.")
     config = ChatGLMConfig.from_pretrained(settings.model)
     if settings.max_length > config.max_sequence_length:
         raise ValueError(f"--max-length is {settings.max_length}, but the model reads {config.max_sequence_length}.")
@@ -408,6 +411,8 @@ def main() -> None:
             raise ValueError("--do-predict needs the whole model in each process: use it without FSDP or DeepSpeed.")
         if training.do_predict and not settings.validation_file:
             raise ValueError("--do-predict answers the prompts of --validation-file: give one.")
+        if not os.path.isdir(settings.model):
+            raise FileNotFoundError(f"There is no folder {settings.model}: give a checkpoint folder with --model.")
         tokenizer = ChatGLMTokenizer.from_pretrained(settings.model)
         examples = read_examples(settings.train_file, tokenizer, settings, quiet)
         validation = None
@@ -428,7 +433,7 @@ def main() -> None:
         train_dataset=examples,
         eval_dataset=validation,
         data_collator=Collator(tokenizer),
-        processing_class=tokenizer if settings.method == "full" else None,
+        processing_class=tokenizer,
         callbacks=[LossPlot()],
     )
     trainer.train(resume_from_checkpoint=resumed)
