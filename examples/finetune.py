@@ -348,7 +348,8 @@ class LossPlot(TrainerCallback):
             points = [(entry["step"], entry[name]) for entry in state.log_history if name in entry]
             if points:
                 axes.plot(*zip(*points, strict=True), label=label)
-        axes.legend()
+        if axes.has_data():
+            axes.legend()
         figure.savefig(Path(args.output_dir) / "loss.png", dpi=120)
 
     on_train_end = on_save
@@ -407,8 +408,6 @@ def main() -> None:
     settings, training = parse_arguments()
     quiet = training.process_index > 0
     try:
-        if training.do_predict and (training.fsdp or training.deepspeed):
-            raise ValueError("--do-predict needs the whole model in each process: use it without FSDP or DeepSpeed.")
         if training.do_predict and not settings.validation_file:
             raise ValueError("--do-predict answers the prompts of --validation-file: give one.")
         if not os.path.isdir(settings.model):
@@ -436,6 +435,10 @@ def main() -> None:
         processing_class=tokenizer,
         callbacks=[LossPlot()],
     )
+    if (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled) and (
+        training.do_predict or settings.method == "ptuning"
+    ):
+        sys.exit("finetune.py: --method ptuning and --do-predict need a whole model in each process: use ddp.yaml.")
     trainer.train(resume_from_checkpoint=resumed)
     trainer.save_model()
     trainer.save_state()
