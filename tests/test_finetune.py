@@ -397,6 +397,56 @@ def test_two_processes_have_the_losses_of_one(method, tiny, tiny_float, tmp_path
     assert [loss for _, loss in losses(tmp_path / "two")] == pytest.approx([loss for _, loss in expected], rel=1e-4)
 
 
+SHARDED = """if True:
+    import sys
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    from chatglm_int8 import ChatGLMForConditionalGeneration
+
+    dist.init_process_group("gloo")
+    ids = torch.tensor([[7, 8, 2657, 2660, 9, 10, 11], [70, 80, 2657, 2660, 90, 100, 2661]])
+    labels = ids.clone()
+    labels[:, :4] = -100
+    losses = {}
+    for sharded in (False, True):
+        model = ChatGLMForConditionalGeneration.from_pretrained(sys.argv[1], dtype=torch.float32).train()
+        rows = slice(None)
+        if sharded:
+            for block in model.transformer.layers:
+                fully_shard(block)
+            fully_shard(model)
+            assert hasattr(model.lm_head.weight, "to_local")  # a DTensor
+            assert model.lm_head.weight is model.transformer.word_embeddings.weight
+            rows = slice(dist.get_rank(), dist.get_rank() + 1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        losses[sharded] = []
+        for _ in range(4):
+            loss = model(ids[rows], labels=labels[rows], use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            mean = loss.detach().clone()
+            if sharded:
+                dist.all_reduce(mean)
+                mean /= 2
+            losses[sharded].append(mean.item())
+    torch.testing.assert_close(torch.tensor(losses[True]), torch.tensor(losses[False]), rtol=1e-4, atol=0)
+    assert losses[True][-1] < losses[True][0] - 0.1
+    dist.destroy_process_group()
+"""
+
+
+def test_sharded_weights_have_the_losses_of_whole_ones(tiny_float, tmp_path):
+    """FSDP's `fully_shard` over blocks, embedding and head, in two processes. (accelerate has no FSDP on CPUs.)"""
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, script, tiny_float], env=environment, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
 def test_configurations_are_understood(path, monkeypatch):
     """accelerate reads each without a complaint about unknown keys, and names the block that exists."""
