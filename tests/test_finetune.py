@@ -186,7 +186,7 @@ def test_refused_arguments(arguments, message, tiny, tmp_path, monkeypatch):
     ("method", "arguments"),
     [
         ("lora", ["--num-train-epochs", 16, "--learning-rate", 5e-3]),
-        ("ptuning", ["--num-train-epochs", 40, "--learning-rate", 0.15, "--pre-seq-len", 16]),
+        ("ptuning", ["--num-train-epochs", 45, "--learning-rate", 0.2, "--pre-seq-len", 64]),
     ],
 )
 def test_a_few_dialogues_are_learnt(method, arguments, tokenizer, tmp_path, monkeypatch):
