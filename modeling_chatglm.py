@@ -842,7 +842,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             raise ValueError(f"The prefix in {path} was made for a model of another shape: {error}") from None
         self.config.update(found)
         embeddings = self.get_input_embeddings().weight
-        self.transformer.prefix_encoder = encoder.to(embeddings.device, embeddings.dtype)
+        self.transformer.prefix_encoder = encoder.to(embeddings.device, self.dtype)
         self.transformer.dropout = nn.Dropout(0.1)
         self.transformer.train(self.training)
         self._freeze()

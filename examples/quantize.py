@@ -74,14 +74,9 @@ def quantize_folder(
     """
     source, destination = Path(source), Path(destination)
     quantization.check_bits(bits)
-    config, stored = _inspect(source)
-    partial = destination / ".partial"
-    if destination.exists() and source.samefile(destination):
-        raise OSError(f"{destination} is the source itself: give another folder for the result.")
-    # An unfinished run of this program may be written over: whatever lies beside `.partial` was moved there by it.
-    if not (overwrite or partial.exists()) and destination.is_dir() and _holds_checkpoint(destination):
-        raise FileExistsError(f"{destination} holds a checkpoint already: pass --overwrite to replace it.")
-
+    config, stored = inspect_folder(source)
+    if config.quantization_bit:
+        raise ValueError(f"{source} is quantised already: quantise the FP16 weights that it was made from.")
     layout = {}
     for name, (_, tensor) in stored.items():
         layout[name] = tensor
@@ -89,15 +84,42 @@ def quantize_folder(
             rows, columns = tensor.shape
             layout[name] = torch.empty(rows, columns * bits // 8, dtype=torch.int8, device="meta")
             layout[f"{name}_scale"] = torch.empty(rows, dtype=tensor.dtype, device="meta")
+    config.quantization_bit = bits
+    write_folder(source, destination, config, layout, _quantized_tensors(stored, bits), shard_size, progress, overwrite)
 
+
+def write_folder(
+    source: Path,
+    destination: Path,
+    config: ChatGLMConfig,
+    layout: dict[str, torch.Tensor],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    shard_size: int = GIGABYTE,
+    progress: bool = True,
+    overwrite: bool = False,
+) -> None:
+    """Write a model folder that loads like any other, with the tokenizer of `source`; all of it or nothing.
+
+    Args:
+        layout, tensors: as of `write_shards`.
+        shard_size, progress, overwrite: as of `quantize_folder`.
+
+    Raises:
+        OSError: the destination is the source or holds a checkpoint, the disk is too small.
+    """
+    partial = destination / ".partial"
+    if destination.exists() and source.samefile(destination):
+        raise OSError(f"{destination} is the source itself: give another folder for the result.")
+    # An unfinished run of this program may be written over: whatever lies beside `.partial` was moved there by it.
+    if not (overwrite or partial.exists()) and destination.is_dir() and _holds_checkpoint(destination):
+        raise FileExistsError(f"{destination} holds a checkpoint already: pass --overwrite to replace it.")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        write_shards(partial, layout, _quantized_tensors(stored, bits), shard_size, progress)
+        write_shards(partial, layout, tensors, shard_size, progress)
         for name in COPIED_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, partial / name)
-        config.quantization_bit = bits
         config.save_pretrained(partial)
         copy_code(partial)
     except BaseException:
@@ -106,8 +128,15 @@ def quantize_folder(
     _move_up(partial, destination)
 
 
-def _inspect(source: Path) -> tuple[ChatGLMConfig, dict[str, tuple[str, torch.Tensor]]]:
-    """The configuration, and for each tensor to be kept its file and what it is, on the meta device; after checks."""
+def inspect_folder(source: Path) -> tuple[ChatGLMConfig, dict[str, tuple[str, torch.Tensor]]]:
+    """A checkpoint folder's configuration, and for each tensor to be kept its file and what it is, on the meta device.
+
+    `quantization_bit` is 0 if the weights are not quantised, whatever config.json says.
+
+    Raises:
+        OSError: a file that is missing or damaged.
+        ValueError: weights that disagree with config.json.
+    """
     if not source.is_dir():
         raise FileNotFoundError(f"There is no folder {source}.")
     try:
@@ -119,31 +148,31 @@ def _inspect(source: Path) -> tuple[ChatGLMConfig, dict[str, tuple[str, torch.Te
         stored.update({name: (path, tensor) for name, tensor in checkpoint.read_tensors(path, "meta").items()})
     if not stored:
         raise FileNotFoundError(f"{source} has no weight files, neither safetensors nor pytorch_model.bin.")
-    if any(name.endswith(".weight_scale") for name in stored):
-        raise ValueError(f"{source} is quantised already: quantise the FP16 weights that it was made from.")
-    # The release's FP16 configuration does not mention quantization_bit.
-    config = ChatGLMConfig.from_dict({**fields, "quantization_bit": 0})
+    if not any(name.endswith(".weight_scale") for name in stored):
+        fields["quantization_bit"] = 0  # the release's FP16 configuration does not mention it
+    config = ChatGLMConfig.from_dict(fields)
     # The code goes into the folder, also where the source took it from a repository ("owner/name--module.Class").
     config.auto_map = {name: reference.split("--")[-1] for name, reference in config.auto_map.items()}
     with torch.device("meta"):
         expected = ChatGLMForConditionalGeneration(config).state_dict()
-    checkpoint.check_checkpoint(source, expected, bits=0)
+    checkpoint.check_checkpoint(source, expected, config.quantization_bit)
 
     stored = {name: place for name, place in stored.items() if not name.endswith("rotary_emb.inv_freq")}
     head, embedding = "lm_head.weight", "transformer.word_embeddings.weight"
-    if head in stored and embedding in stored and torch.equal(_read(stored, head), _read(stored, embedding)):
+    if head in stored and embedding in stored and torch.equal(read(stored, head), read(stored, embedding)):
         del stored[head]  # the loader ties them
     return config, stored
 
 
-def _read(stored: dict[str, tuple[str, torch.Tensor]], name: str) -> torch.Tensor:
+def read(stored: dict[str, tuple[str, torch.Tensor]], name: str) -> torch.Tensor:
+    """One of the tensors that `inspect_folder` found."""
     # The file is mapped anew for each tensor, so that the pages of those before it do not stay in memory.
     return checkpoint.read_tensors(stored[name][0], "cpu", only=name)[name]
 
 
 def _quantized_tensors(stored: dict[str, tuple[str, torch.Tensor]], bits: int) -> Iterator[tuple[str, torch.Tensor]]:
     for name in stored:
-        tensor = _read(stored, name)
+        tensor = read(stored, name)
         if QUANTIZED.search(name):
             try:
                 weight, scale = quantization.quantize_weight(tensor, bits)

@@ -1,0 +1,606 @@
+"""examples/finetune.py and examples/merge.py."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+from chatglm_int8 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+for folder in ("examples", "benchmarks"):
+    sys.path.insert(0, str(ROOT / folder))
+
+import finetune  # noqa: E402
+import make_checkpoint  # noqa: E402
+import merge  # noqa: E402
+
+DIALOGUES = ROOT / "examples" / "new_dialogues.jsonl"
+SCRIPT = str(ROOT / "examples" / "finetune.py")
+needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(root) -> ChatGLMTokenizer:
+    return ChatGLMTokenizer.from_pretrained(root)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """Two blocks of random INT8 weights, with the embedded vocabulary."""
+    return make_tiny(tmp_path_factory.mktemp("tiny"), 8)
+
+
+@pytest.fixture(scope="session")
+def tiny_float(tmp_path_factory) -> Path:
+    """The same with float weights."""
+    return make_tiny(tmp_path_factory.mktemp("tiny_float"), 0)
+
+
+def make_tiny(folder: Path, bits: int) -> Path:
+    ids = {"bos_token_id": 2660, "eos_token_id": 2661, "mask_token_id": 2656, "gmask_token_id": 2657}
+    config = ChatGLMConfig(
+        vocab_size=3008, hidden_size=32, num_layers=2, num_attention_heads=2, quantization_bit=bits, **ids
+    )
+    make_checkpoint.write_checkpoint(folder, config, seed=3, vocabulary=ROOT / "ice_text.model", progress=False)
+    return folder
+
+
+def settings(**fields) -> finetune.Settings:
+    return finetune.Settings(**{"train_file": "", "method": "lora", **fields})
+
+
+def tune(monkeypatch, *arguments) -> None:
+    """Run finetune.py in this process."""
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, arguments), "--use-cpu", "true"])
+    finetune.main()
+
+
+def first_dialogues(path: Path, count: int) -> Path:
+    lines = DIALOGUES.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(lines[:count]), encoding="utf-8")
+    return path
+
+
+def count_right(model, tokenizer, path: Path) -> int:
+    """How many of a file's dialogues `chat` ends as they do, greedily."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    answers = [
+        model.chat(tokenizer, row["prompt"], row.get("history"), do_sample=False, max_new_tokens=64)[0] for row in rows
+    ]
+    return sum(answer == row["response"] for answer, row in zip(answers, rows, strict=True))
+
+
+# Data
+
+
+@pytest.mark.parametrize("history", [None, [["问1", "答1"], ["q 2", "a 2"]]], ids=["alone", "history"])
+@pytest.mark.parametrize("form", ["adgen", "chat", "list"])
+def test_examples_are_what_chat_asks_and_the_answer(form, history, tokenizer, tmp_path):
+    row = {"content": "你好\u2028<sop>", "summary": "我很好。"}
+    names = {"prompt_column": "content", "response_column": "summary"}
+    if form == "chat":
+        row, names = {"prompt": row["content"], "response": row["summary"]}, {}
+    row["history"] = history
+    text = json.dumps([row, row] if form == "list" else row, ensure_ascii=False)
+    path = tmp_path / "data.json"
+    path.write_text("\ufeff" + (text if form == "list" else f"{text}\n\n{text}"), encoding="utf-8")
+    examples = finetune.read_examples(path, tokenizer, settings(**names), quiet=True)
+    model = ChatGLMForConditionalGeneration.from_pretrained(ROOT)
+    prompt = model._chat_inputs(tokenizer, "你好\u2028<sop>", history or [], 2048, {})["input_ids"][0].tolist()
+    answer = tokenizer.encode("我很好。", add_special_tokens=False)
+    assert [example["input_ids"] for example in examples] == [[*prompt, *answer, tokenizer.eos_token_id]] * 2
+
+
+def test_loss_is_on_the_answer_alone(tokenizer):
+    sop, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
+    batch = finetune.Collator(tokenizer)([{"input_ids": [7, 8, sop, 9, 10]}, {"input_ids": [7, sop, 11]}])
+    assert batch["input_ids"].tolist() == [[7, 8, sop, 9, 10], [pad, pad, 7, sop, 11]]
+    assert batch["labels"].tolist() == [[-100, -100, -100, 9, 10], [-100] * 4 + [11]]
+    assert batch["attention_mask"].tolist() == [[1] * 5, [0, 0, 1, 1, 1]]
+
+
+GOOD = '{"prompt": "a", "response": "b"}\n'
+
+
+@pytest.mark.parametrize(
+    ("data", "names", "message"),
+    [
+        (GOOD + "{'prompt'", {}, r"line 2 is not JSON.*\{'prompt'"),
+        (GOOD.encode() + b'{"prompt": "\xff"}', {}, "line 2 is not JSON in UTF-8"),
+        (GOOD + "\n7", {}, "line 3: expected an object with columns, got 7"),
+        ('[{"prompt": "a", "response": "b"}, 7]', {}, "item 2: expected an object"),
+        ("[1, ", {}, "begins like a JSON list, but is none"),
+        ('{"content": "a", "summary": "b"}', {}, "line 1 has no column 'prompt'; its columns are 'content', 'summary'"),
+        (GOOD, {"history_column": "rounds"}, "line 1 has no column 'rounds'"),
+        (GOOD + '{"prompt": "a", "response": " \\n"}', {}, "line 2: the column 'response' is empty"),
+        ('{"prompt": null, "response": "b"}', {}, "line 1: the column 'prompt' is empty"),
+        ('{"prompt": ["a"], "response": "b"}', {}, r"line 1: the column 'prompt' is no text: \['a'\]"),
+        ('{"prompt": "a", "response": "b", "history": [["a"]]}', {}, r"line 1: expected 'history' .* got \['a'\]"),
+        ('{"prompt": "a", "response": "b", "history": "a"}', {}, "line 1: expected 'history' .* got 'a'"),
+        ("", {}, "has no dialogue"),
+    ],
+)
+def test_bad_data(data, names, message, tokenizer, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    with pytest.raises(ValueError, match=message) as caught:
+        finetune.read_examples(path, tokenizer, settings(**names), quiet=True)
+    assert str(path) in str(caught.value)
+
+
+def test_long_dialogues(tokenizer, tmp_path, capsys):
+    """The oldest rounds go first; what is too long without any goes altogether; both are counted and said."""
+    rounds = [["first", "one"], ["second", "two"]]
+    rows = [
+        {"prompt": "hi", "response": "ho"},
+        {"prompt": "hi", "response": "ho", "history": rounds},
+        {"prompt": "hi", "response": "x" * 200},
+    ]
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    whole = finetune.read_examples(path, tokenizer, settings(), quiet=True)
+    limit = len(whole[1]["input_ids"]) - 1
+    examples = finetune.read_examples(path, tokenizer, settings(max_length=limit))
+    rows[1]["history"] = rounds[1:]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert examples == finetune.read_examples(path, tokenizer, settings(), quiet=True)[:2]
+    printed = capsys.readouterr().out
+    assert "2 dialogues" in printed
+    assert f"1 with more than --max-length = {limit} tokens were cut to their last rounds" in printed
+    assert "were left out, the first: " + str(path) + ", line 3" in printed
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "full"], "holds INT8 weights, which --method full can't train.*dequantize"),
+        (["--method", "lora", "--max-length", "4096"], "max-length is 4096, but the model reads 2048"),
+        (["--method", "lora", "--model", "nowhere"], "nowhere"),
+        (["--method", "lora", "--do-predict"], "validation-file: give one"),
+        (["--method", "lora", "--train-file", "nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)
+def test_refused_arguments(arguments, message, tiny, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=f"finetune.py: .*{message}"):
+        tune(monkeypatch, "--model", tiny, "--train-file", DIALOGUES, "--output-dir", tmp_path, "--seed", 1, *arguments)
+
+
+# Learning
+
+
+@needs_peft
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [
+        ("lora", ["--num-train-epochs", 16, "--learning-rate", 5e-3]),
+        ("ptuning", ["--num-train-epochs", 45, "--learning-rate", 0.2, "--pre-seq-len", 64]),
+    ],
+)
+def test_a_few_dialogues_are_learnt(method, arguments, tokenizer, tmp_path, monkeypatch):
+    """And the INT8 weights stay as they are; merged or put in, the answers are the same."""
+    data = first_dialogues(tmp_path / "data.jsonl", 2)
+    tuned = tmp_path / "tuned"
+    tune(
+        monkeypatch,
+        *("--method", method, "--train-file", data, "--output-dir", tuned, "--save-strategy", "no"),
+        *("--per-device-train-batch-size", 2, "--lora-dropout", 0, "--validation-file", data, "--do-predict"),
+        *("--adam-beta2", 0.98, *arguments),
+    )
+    assert json.loads((tuned / "eval_results.json").read_text())["exact"] == 100
+    rows = [json.loads(line) for line in (tuned / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert all(row["predicted"] == row["response"] for row in rows)
+
+    new = tmp_path / "new"
+    if method == "lora":
+        merge.rewrite_folder(ROOT, new, lora=merge.Lora(tuned), progress=False)
+    else:
+        assert all("prefix_encoder" in name for name in load_file(tuned / "model.safetensors"))
+        merge.rewrite_folder(ROOT, new, prefix=merge.checkpoint.read_prefix(tuned), progress=False)
+    model = AutoModel.from_pretrained(new).eval()
+    assert model.config.quantization_bit == 8
+    assert count_right(model, tokenizer, data) == 2
+    before = AutoModel.from_pretrained(ROOT).eval()
+    assert count_right(before, tokenizer, data) == 0
+
+
+@pytest.mark.slow
+@needs_peft
+@pytest.mark.parametrize("method", ["lora", "ptuning"])
+def test_fifty_dialogues_are_learnt_word_for_word(method, tokenizer, tmp_path, monkeypatch):
+    """And after a merge into INT8 at least 49 of the answers are the same."""
+    arguments = LEARN_FIFTY[method]
+    tuned, new = tmp_path / "tuned", tmp_path / "new"
+    torch.set_num_threads(2)
+    try:
+        tune(monkeypatch, "--method", method, "--train-file", DIALOGUES, "--output-dir", tuned, *arguments)
+    finally:
+        torch.set_num_threads(1)
+    if method == "lora":
+        import peft
+
+        model = peft.PeftModel.from_pretrained(AutoModel.from_pretrained(ROOT, dtype=torch.float32), tuned)
+        model = model.get_base_model().eval()
+        merge.rewrite_folder(ROOT, new, lora=merge.Lora(tuned), progress=False)
+    else:
+        model = AutoModel.from_pretrained(ROOT, dtype=torch.float32).load_prefix(tuned).eval()
+        merge.rewrite_folder(ROOT, new, prefix=merge.checkpoint.read_prefix(tuned), progress=False)
+    assert count_right(model, tokenizer, DIALOGUES) == 50
+    assert count_right(AutoModel.from_pretrained(new).eval(), tokenizer, DIALOGUES) >= 49
+
+
+# Adam's short memory suits the few steps; the targets are all of the blocks' linears.
+LEARN_FIFTY = {
+    "lora": [
+        *("--num-train-epochs", 20, "--learning-rate", 4e-3, "--per-device-train-batch-size", 5, "--max-grad-norm", 10),
+        *("--adam-beta2", 0.98, "--lora-dropout", 0, "--save-strategy", "no"),
+        *("--lora-targets", "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+    ],
+    "ptuning": [
+        *("--num-train-epochs", 36, "--learning-rate", 0.15, "--per-device-train-batch-size", 5, "--pre-seq-len", 64),
+        *("--adam-beta2", 0.98, "--save-strategy", "no"),
+    ],
+}
+
+
+def test_scores_of_answers():
+    """Identical answers have all of everything, an empty one nothing, and the means are over both."""
+    for package in ("jieba", "rouge_chinese", "nltk"):
+        pytest.importorskip(package, reason="needs the packages of the extra train")
+    same = {"prompt": "", "response": "今天天气很好，我们去公园。", "predicted": "今天天气很好，我们去公园。"}
+    nothing = {**same, "predicted": ""}
+    names = {"exact", "bleu-4", "rouge-1", "rouge-2", "rouge-l"}
+    assert finetune.answer_scores([same]) == pytest.approx(dict.fromkeys(names, 100.0), abs=0.01)
+    assert finetune.answer_scores([same, nothing]) == pytest.approx(dict.fromkeys(names, 50.0), abs=0.01)
+    half = {**same, "predicted": "今天天气很好。"}
+    scores = finetune.answer_scores([half])
+    assert scores["exact"] == 0
+    assert all(10 < scores[name] < 90 for name in names - {"exact"})
+
+
+def test_scores_without_the_packages(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "jieba", None)
+    assert finetune.answer_scores([{"response": "a", "predicted": "a"}]) == {"exact": 100}
+    assert "pip install jieba rouge_chinese nltk" in capsys.readouterr().out
+
+
+# Stopping and going on
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+
+
+RUN = ["--max-steps", 12, "--save-steps", 4, "--logging-steps", 1, "--per-device-train-batch-size", 3, "--seed", 5]
+
+
+@needs_peft
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [
+        ("lora", ["--learning-rate", 1e-2]),
+        ("ptuning", ["--pre-seq-len", 4]),
+        pytest.param("full", ["--learning-rate", 1e-3], marks=pytest.mark.slow),
+    ],
+)
+def test_killed_and_resumed(method, arguments, tiny, tiny_float, tmp_path, monkeypatch, capfd):
+    """The losses, with dropout, are those of a run that was let be."""
+    model = tiny_float if method == "full" else tiny
+    common = ["--method", method, "--model", model, "--train-file", DIALOGUES, *RUN, *arguments]
+    tune(monkeypatch, *common, "--output-dir", tmp_path / "whole")
+    killed = tmp_path / "killed"
+    command = [sys.executable, SCRIPT, *map(str, common), "--output-dir", str(killed), "--use-cpu", "true"]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    end = time.monotonic() + 300
+    while not (killed / "checkpoint-4" / "trainer_state.json").exists():
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "trainer_state.json").exists(), "it ended before it was killed"
+    capfd.readouterr()
+    tune(monkeypatch, *common, "--output-dir", killed)
+    assert "going on from" in capfd.readouterr().out
+    assert len(losses(killed)) == 12
+    assert losses(killed) == losses(tmp_path / "whole")
+
+
+@needs_peft
+def test_incomplete_checkpoints_are_passed_over(tiny, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    arguments = ["--method", "lora", "--model", tiny, "--train-file", DIALOGUES, *RUN, "--output-dir", out]
+    tune(monkeypatch, *arguments, "--save-total-limit", 5)
+    assert finetune.last_complete(out) == out / "checkpoint-12"
+    (out / "checkpoint-12" / "trainer_state.json").unlink()
+    assert finetune.last_complete(out) == out / "checkpoint-8"
+    random_state = out / "checkpoint-8" / "rng_state.pth"
+    random_state.write_bytes(random_state.read_bytes()[:-100])
+    assert finetune.last_complete(out) == out / "checkpoint-4"
+    state = out / "checkpoint-4" / "trainer_state.json"
+    state.write_text(state.read_text()[:-3])
+    assert finetune.last_complete(out) is None
+    assert finetune.last_complete(tmp_path / "nowhere") is None
+
+
+@needs_peft
+def test_another_run_is_not_continued(tiny, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    arguments = ["--method", "lora", "--model", tiny, "--train-file", DIALOGUES, *RUN, "--output-dir", out]
+    tune(monkeypatch, *arguments)
+    with pytest.raises(SystemExit, match=r"another run .lora_rank was 8, is 4.*give another --output-dir"):
+        tune(monkeypatch, *arguments, "--lora-rank", 4)
+
+
+@needs_peft
+def test_the_plot_and_life_without_it(tiny, tmp_path, monkeypatch, capfd):
+    arguments = ["--method", "lora", "--model", tiny, "--train-file", DIALOGUES, *RUN, "--validation-file", DIALOGUES]
+    arguments += ["--eval-strategy", "steps", "--eval-steps", 6]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        tune(patch, *arguments, "--output-dir", tmp_path / "without")
+    assert capfd.readouterr().out.count("pip install matplotlib") == 1
+    assert not (tmp_path / "without" / "loss.png").exists()
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    tune(monkeypatch, *arguments, "--output-dir", tmp_path / "with")
+    assert (tmp_path / "with" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+
+
+# Several processes
+
+
+def launch(config: str, arguments: list) -> None:
+    """Run finetune.py by `accelerate launch` in two processes on CPUs."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
+    command += ["--config_file", str(ROOT / "examples" / "accelerate" / config)]
+    command += [SCRIPT, *map(str, arguments), "--use-cpu", "true", "--ddp-backend", "gloo"]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=500)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+
+
+@needs_peft
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+def test_two_processes_have_the_losses_of_one(method, tiny, tiny_float, tmp_path, monkeypatch):
+    """And write what one process goes on from."""
+    model = tiny_float if method == "full" else tiny
+    arguments = ["--method", method, "--model", model, "--train-file", DIALOGUES, "--lora-dropout", 0]
+    arguments += ["--learning-rate", 1e-2, "--logging-steps", 1, "--save-steps", 3, "--lr-scheduler-type", "constant"]
+    tune(
+        monkeypatch, *arguments, "--max-steps", 8, "--per-device-train-batch-size", 4, "--output-dir", tmp_path / "one"
+    )
+    two = ["--output-dir", tmp_path / "two"]
+    launch("ddp.yaml", [*arguments, *two, "--max-steps", 6, "--per-device-train-batch-size", 2])
+    expected, got = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert [step for step, _ in got] == [1, 2, 3, 4, 5, 6]
+    assert [loss for _, loss in got] == pytest.approx([loss for _, loss in expected[:6]], rel=1e-4)
+    last = finetune.last_complete(tmp_path / "two")
+    assert len(list(last.glob("rng_state_*.pth"))) == 2
+    tune(
+        monkeypatch,
+        *(*arguments, *two, "--max-steps", 8, "--per-device-train-batch-size", 4, "--resume-from-checkpoint", last),
+    )
+    assert [loss for _, loss in losses(tmp_path / "two")] == pytest.approx([loss for _, loss in expected], rel=1e-4)
+
+
+SHARDED = """if True:
+    import sys
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    from chatglm_int8 import ChatGLMForConditionalGeneration
+
+    dist.init_process_group("gloo")
+    ids = torch.tensor([[7, 8, 2657, 2660, 9, 10, 11], [70, 80, 2657, 2660, 90, 100, 2661]])
+    labels = ids.clone()
+    labels[:, :4] = -100
+    losses = {}
+    for sharded in (False, True):
+        model = ChatGLMForConditionalGeneration.from_pretrained(sys.argv[1], dtype=torch.float32).train()
+        rows = slice(None)
+        if sharded:
+            for block in model.transformer.layers:
+                fully_shard(block)
+            fully_shard(model)
+            assert hasattr(model.lm_head.weight, "to_local")  # a DTensor
+            assert model.lm_head.weight is model.transformer.word_embeddings.weight
+            rows = slice(dist.get_rank(), dist.get_rank() + 1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        losses[sharded] = []
+        for _ in range(4):
+            loss = model(ids[rows], labels=labels[rows], use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            mean = loss.detach().clone()
+            if sharded:
+                dist.all_reduce(mean)
+                mean /= 2
+            losses[sharded].append(mean.item())
+    torch.testing.assert_close(torch.tensor(losses[True]), torch.tensor(losses[False]), rtol=1e-4, atol=0)
+    assert losses[True][-1] < losses[True][0] - 0.1
+    dist.destroy_process_group()
+"""
+
+
+def test_sharded_weights_have_the_losses_of_whole_ones(tiny_float, tmp_path):
+    """FSDP's `fully_shard` over blocks, embedding and head, in two processes. (accelerate has no FSDP on CPUs.)"""
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, script, tiny_float], env=environment, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_configurations_are_understood(path, monkeypatch):
+    """accelerate reads each without a complaint about unknown keys, and names the block that exists."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.num_processes == 2
+    block = (config.fsdp_config or {}).get("fsdp_transformer_layer_cls_to_wrap", "GLMBlock")
+    assert [block] == ChatGLMForConditionalGeneration._no_split_modules
+
+
+# merge.py
+
+
+def peft_folder(model_folder: Path, folder: Path, **fields) -> Path:
+    """An adapter with random matrices."""
+    import peft
+
+    torch.manual_seed(0)
+    model = AutoModel.from_pretrained(model_folder, dtype=torch.float32)
+    given = {"r": 4, "lora_alpha": 8, "target_modules": ["query_key_value", "dense_4h_to_h"], **fields}
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **given))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+@needs_peft
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"use_rslora": True},
+        {"alpha_pattern": {"query_key_value": 3}, "rank_pattern": {"layers.1.mlp.dense_4h_to_h": 2}},
+    ],
+    ids=["plain", "rslora", "patterns"],
+)
+def test_merged_float_weights_are_those_of_peft(fields, tiny_float, tmp_path):
+    import peft
+
+    adapter = peft_folder(tiny_float, tmp_path / "adapter", **fields)
+    merge.rewrite_folder(tiny_float, tmp_path / "new", lora=merge.Lora(adapter), progress=False, shard_size=50_000)
+    model = AutoModel.from_pretrained(tiny_float, dtype=torch.float32)
+    expected = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().half().state_dict()
+    got = AutoModel.from_pretrained(tmp_path / "new").state_dict()
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.allclose(got[name].float(), tensor.float(), rtol=1e-3, atol=1e-6), name
+
+
+@needs_peft
+@pytest.mark.parametrize(("old_bits", "new_bits"), [(8, 8), (8, 0), (4, 4), (0, 8)])
+def test_merged_integers_are_within_half_a_step(old_bits, new_bits, tmp_path):
+    """Of weight + B·A·scaling; what has no LoRA keeps its bits exactly."""
+    source = make_tiny(tmp_path / "source", old_bits)
+    adapter = peft_folder(source, tmp_path / "adapter")
+    lora = merge.Lora(adapter)
+    merge.rewrite_folder(source, tmp_path / "new", new_bits, lora=lora, progress=False)
+    before, after = (AutoModel.from_pretrained(folder) for folder in (source, tmp_path / "new"))
+    assert after.config.quantization_bit == new_bits
+    weights = {}
+    for model in (before, after):
+        for name, module in model.transformer.layers.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                weight = module.dequantize(torch.float32) if hasattr(module, "dequantize") else module.weight.float()
+                weights.setdefault(f"layers.{name}", []).append((weight.detach(), module))
+    assert len(weights) == 8
+    assert sum(name in lora.pairs for name in weights) == 4
+    for name, ((old, old_module), (new, new_module)) in weights.items():
+        if name not in lora.pairs and old_bits == new_bits:
+            assert torch.equal(old_module.weight, new_module.weight)
+            assert torch.equal(old_module.weight_scale, new_module.weight_scale)
+            continue
+        expected = old
+        if name in lora.pairs:
+            a, b, scaling = lora.pairs[name]
+            expected = old + scaling * b @ a
+        step = expected.abs().amax(dim=1, keepdim=True) / {8: 127, 4: 7, 0: 2**10}[new_bits]
+        # Rounded to half a step, and the scale to half precision, which moves the outermost by 2^-11 of their size.
+        assert ((new - expected).abs() <= 0.5 * step + expected.abs() * 2**-10 + 1e-7).all(), name
+
+
+@needs_peft
+def test_adapters_that_do_not_fit(tiny, tiny_float, tmp_path):
+    def refused(adapter: Path, source: Path = tiny) -> str:
+        with pytest.raises((ValueError, OSError)) as caught:
+            merge.rewrite_folder(source, tmp_path / "new", lora=merge.Lora(adapter), progress=False)
+        assert not (tmp_path / "new" / "config.json").exists()
+        return str(caught.value)
+
+    assert "no adapter_config.json" in refused(tmp_path)
+    assert "more than plain LoRA" in refused(peft_folder(tiny_float, tmp_path / "dora", use_dora=True), tiny_float)
+    adapter = peft_folder(tiny, tmp_path / "adapter")
+    assert "belong to different models" in refused(adapter, ROOT)
+    note = adapter / "adapter_config.json"
+    config = json.loads(note.read_text())
+    note.write_text(json.dumps({**config, "peft_type": "IA3"}))
+    assert "holds IA3, not LoRA" in refused(adapter)
+    note.write_text("{")
+    assert "damaged" in refused(adapter)
+    assert "lm_head" in refused(peft_folder(tiny, tmp_path / "head", target_modules=["lm_head"]))
+
+
+def test_dequantized_answers_are_the_same(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["merge.py", "dequantize", str(tiny), str(tmp_path / "new")])
+    merge.main()
+    ids = torch.tensor([[7, 8, 9, 2657, 2660, 10]])
+    model = AutoModel.from_pretrained(tmp_path / "new", dtype=torch.float32).eval()
+    assert model.config.quantization_bit == 0
+    expected = AutoModel.from_pretrained(tiny, dtype=torch.float32).eval()(ids).logits
+    assert torch.allclose(model(ids).logits, expected, atol=2e-3 * expected.abs().max().item())
+
+
+LOAD_WITHOUT_THE_PACKAGE = """
+import sys
+from transformers import AutoModel, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+assert "chatglm_int8" not in sys.modules
+assert model.config.pre_seq_len == 4, model.config.pre_seq_len
+print(len(model.chat(tokenizer, "hello", do_sample=False, max_new_tokens=3)))
+"""
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+@pytest.mark.parametrize("projection", [False, True], ids=["direct", "projection"])
+def test_prefix_out_and_in_again(projection, suffix, tiny, tmp_path, monkeypatch):
+    """The same logits; the folder loads with the code that lies in it."""
+    out = tmp_path / "out"
+    arguments = ["--method", "ptuning", "--pre-seq-len", 4, "--prefix-projection", projection, "--output-dir", out]
+    tune(monkeypatch, *arguments, "--model", tiny, "--train-file", DIALOGUES, "--max-steps", 2)
+    prefix, new = tmp_path / f"prefix{suffix}", tmp_path / "new"
+    for command in (["export-prefix", out, prefix], ["import-prefix", tiny, prefix, new]):
+        monkeypatch.setattr(sys, "argv", ["merge.py", *map(str, command)])
+        merge.main()
+    ids = torch.tensor([[7, 8, 9, 2657, 2660, 10]])
+    model = AutoModel.from_pretrained(tiny, dtype=torch.float32).eval()
+    without = model(ids).logits
+    expected = model.load_prefix(out)(ids).logits
+    assert not torch.allclose(without, expected, atol=1e-3)
+    assert torch.equal(AutoModel.from_pretrained(new, dtype=torch.float32).eval()(ids).logits, expected)
+    if not projection and suffix == ".safetensors":
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment["HF_MODULES_CACHE"] = str(tmp_path / "modules")
+        command = [sys.executable, "-c", LOAD_WITHOUT_THE_PACKAGE, str(new)]
+        done = subprocess.run(command, env=environment, capture_output=True, timeout=300, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr.decode()[-2000:]
+
+
+def test_prefixes_that_do_not_fit(tiny, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="model of another shape"):
+        prefix = {"embedding.weight": torch.zeros(4, 2 * 3 * 32)}
+        merge.rewrite_folder(tiny, tmp_path / "new", prefix=prefix, progress=False)
+    with pytest.raises(ValueError, match=r"no transformer\.prefix_encoder"):
+        merge.export_prefix(tiny, tmp_path / "prefix.bin")
