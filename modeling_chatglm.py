@@ -109,7 +109,8 @@ def rotary_embedding(
     frequencies = (1.0 / 10000.0**exponents).half()
     rounded_to = torch.float16 if dtype == torch.float16 else torch.float32
     angles = position_ids.transpose(1, 2)[..., None].to(rounded_to) * frequencies.to(rounded_to)
-    angles = torch.cat((angles, angles), dim=-1).float().unsqueeze(2)
+    angles = angles.float()  # first: autocast in bfloat16 does not concatenate halves
+    angles = torch.cat((angles, angles), dim=-1).unsqueeze(2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -234,8 +235,8 @@ class ChatGLMAttention(nn.Module):
                 query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
             query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if prefix is not None:
-            key = torch.cat((prefix[0], key), dim=2)
-            value = torch.cat((prefix[1], value), dim=2)
+            key = torch.cat((prefix[0].to(key.dtype), key), dim=2)  # autocast may have given them another dtype
+            value = torch.cat((prefix[1].to(value.dtype), value), dim=2)
         if past_key_values is not None and not stored:
             # The static cache of early transformers 5 keeps no count of its own and reads the slots from here.
             slots = {"cache_position": cache_position}

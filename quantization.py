@@ -304,7 +304,8 @@ def apply_linear(
         cpu_library().gelu_(y)
     elif gelu:
         y = nn.functional.gelu(y, approximate="tanh")
-    return y if residual is None else alpha * residual + y
+    # Autocast may have given the product another dtype than activations have between blocks.
+    return y if residual is None else alpha * residual + y.to(residual.dtype)
 
 
 def apply_layer_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
