@@ -379,8 +379,10 @@ class HalfEmbedding(_StaysHalf, nn.Embedding):
 
 
 class _HalfProduct(torch.autograd.Function):
-    """rows [M, K] · weightᵀ, half [N, K], on the CPU: [M, N] of the rows' dtype, summed in float32. No more of the weight
-    than a slice is made float32, neither here nor for the gradients."""
+    """rows [M, K] · weightᵀ, half [N, K], on the CPU: [M, N] of the rows' dtype, summed in float32.
+
+    No more of the weight than a slice is made float32, neither here nor for the gradients.
+    """
 
     @staticmethod
     def forward(ctx, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

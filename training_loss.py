@@ -68,8 +68,11 @@ class _Unread:
 
 @dataclass
 class TrainingOutput(CausalLMOutputWithPast):
-    """A `CausalLMOutputWithPast` whose `logits` [B, S, V] are computed when they are first read, by attribute, by name or
-    by place, since a training loop reads the loss alone. `items()` and `values()` do not count as reading."""
+    """A `CausalLMOutputWithPast` whose `logits` [B, S, V] are computed when they are first read.
+
+    Training loops read the loss alone. By attribute, by name and by place is reading; `items()` and `values()`, with
+    which libraries go through outputs, have something in the logits' place that is no tensor until then.
+    """
 
     @classmethod
     def make(cls, compute_logits: Callable[[], torch.Tensor], loss: torch.Tensor, **fields) -> "TrainingOutput":
@@ -91,4 +94,4 @@ class TrainingOutput(CausalLMOutputWithPast):
         return self.logits if key == "logits" else super().__getitem__(key)
 
     def get(self, key, default=None):
-        return self[key] if key in self else default
+        return self[key] if key in self.keys() else default
