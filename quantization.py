@@ -157,21 +157,21 @@ def _(grad_y, weight, scale, bits):
     return grad_y.new_empty(grad_y.shape[0], weight.shape[1] * 8 // bits)
 
 
-def _save_for_gradient(ctx, inputs, output):
-    _, weight, scale, _, ctx.bits = inputs
-    ctx.save_for_backward(weight, scale)
+def _keep_for_gradient(ctx, inputs, output):
+    # Not by save_for_backward: checkpointing computes a block again up to the last tensor saved so, and this product,
+    # the last of its block, need not be among that.
+    _, ctx.weight, ctx.scale, _, ctx.bits = inputs
 
 
 def _gradient(ctx, grad_y):
     """The gradient goes to x alone, and no float weight outlives a call."""
-    weight, scale = ctx.saved_tensors
     grad_x = None
     if ctx.needs_input_grad[0]:
-        grad_x = _quantized_linear_input_gradient(grad_y.contiguous(), weight, scale, ctx.bits)
+        grad_x = _quantized_linear_input_gradient(grad_y.contiguous(), ctx.weight, ctx.scale, ctx.bits)
     return grad_x, None, None, None, None
 
 
-_quantized_linear.register_autograd(_gradient, setup_context=_save_for_gradient)
+_quantized_linear.register_autograd(_gradient, setup_context=_keep_for_gradient)
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

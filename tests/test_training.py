@@ -81,6 +81,26 @@ def test_checkpointing_gives_the_same_gradients(reentrant, golden_model):
     assert compared > 30
 
 
+def test_checkpointing_leaves_out_the_last_product(golden_model):
+    """Nothing that gradients need comes after a block's GELU, so its last linear is not computed a second time."""
+    model = golden_model("prefix").quantize(8).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    calls = {"dense_h_to_4h": 0, "dense_4h_to_h": 0}
+
+    def count(name):
+        def hook(*_):
+            calls[name] += 1
+
+        return hook
+
+    for name in calls:
+        getattr(model.transformer.layers[1].mlp, name).register_forward_pre_hook(count(name))
+    ids = torch.tensor([[7, 8, 501, 504, 9, 10, 505]])
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    assert calls == {"dense_h_to_4h": 2, "dense_4h_to_h": 1}
+    assert model.transformer.prefix_encoder.embedding.weight.grad.abs().sum() > 0
+
+
 def test_loss_is_shifted_and_skips_minus_100(golden_model):
     model = golden_model("base")
     ids = torch.tensor([[7, 8, 501, 504, 9, 10]])
@@ -261,6 +281,17 @@ def test_outputs_pass_through_accelerate(golden_model):
     output = convert_outputs_to_fp32(model.forward)(ids, labels=ids, output_hidden_states=True)
     assert output.hidden_states[0].dtype == torch.float32
     assert torch.equal(output.logits, model(ids).logits)
+
+
+def test_replicas_of_data_parallel_give_tensors(golden_model):
+    model = golden_model("base")
+    ids = torch.tensor([[7, 8, 501, 504, 9, 10]])
+    expected = model(ids, labels=ids)
+    model._is_replica = True  # as nn.DataParallel marks its copies, whose outputs it gathers by items
+    output = model(ids, labels=ids, use_cache=False)
+    assert all(isinstance(value, torch.Tensor) for value in output.values())
+    torch.testing.assert_close(output.loss, expected.loss)
+    assert torch.equal(output.logits, expected.logits)
 
 
 def test_a_loss_of_ones_own(golden_model):
