@@ -32,6 +32,7 @@ from transformers import (
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation import GenerationMode
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -52,11 +53,13 @@ from .quantization import (
     QuantizedLinear,
     apply_layer_norm,
     apply_linear,
+    autocast_dtype,
     check_bits,
     has_cpu_kernels,
     is_plain_cpu,
     quantize_linears,
 )
+from .training_loss import TrainingOutput, causal_loss
 
 logger = logging.get_logger(__name__)
 
@@ -107,7 +110,8 @@ def rotary_embedding(
     frequencies = (1.0 / 10000.0**exponents).half()
     rounded_to = torch.float16 if dtype == torch.float16 else torch.float32
     angles = position_ids.transpose(1, 2)[..., None].to(rounded_to) * frequencies.to(rounded_to)
-    angles = torch.cat((angles, angles), dim=-1).float().unsqueeze(2)
+    angles = angles.float()  # first: autocast in bfloat16 does not concatenate halves
+    angles = torch.cat((angles, angles), dim=-1).unsqueeze(2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -232,8 +236,8 @@ class ChatGLMAttention(nn.Module):
                 query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
             query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if prefix is not None:
-            key = torch.cat((prefix[0], key), dim=2)
-            value = torch.cat((prefix[1], value), dim=2)
+            key = torch.cat((prefix[0].to(key.dtype), key), dim=2)  # autocast may have given them another dtype
+            value = torch.cat((prefix[1].to(value.dtype), value), dim=2)
         if past_key_values is not None and not stored:
             # The static cache of early transformers 5 keeps no count of its own and reads the slots from here.
             slots = {"cache_position": cache_position}
@@ -556,7 +560,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         slots = torch.arange(length, device=inputs_embeds.device) + past_length
         mask = None
         if length > 1 or attention_mask is not None or is_static:
-            mask = self._additive_mask(attention_mask, context, slots, key_length, inputs_embeds.dtype)
+            # As attention wants it: of the queries' dtype.
+            mask_dtype = autocast_dtype(inputs_embeds.device.type) or inputs_embeds.dtype
+            mask = self._additive_mask(attention_mask, context, slots, key_length, mask_dtype)
         if is_start and config.pre_seq_len is not None:
             slots = torch.arange(past_length + length, device=inputs_embeds.device)
 
@@ -710,6 +716,8 @@ class FiniteScores(LogitsProcessor):
         )
 
 
+_LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
+
 # Punctuation that takes its full-width form next to a Chinese character.
 _FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
 _TOUCHING_CJK = re.compile(r"(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])")
@@ -769,11 +777,14 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             logits_to_keep: scores for this many last positions only (0 = all), or for these columns.
 
         Returns:
-            `logits` [B, S, V], `loss` (a scalar, fp32) with labels, and what `ChatGLMModel` returns beside.
+            `logits` [B, S, V], `loss` (a scalar, fp32) with labels, and what `ChatGLMModel` returns beside. With labels
+            and gradients the logits are computed when they are read (see `TrainingOutput`).
         """
         recorded = isinstance(past_key_values, StepCache) and past_key_values.knows_position()
         if recorded and position_ids is None and input_ids is not None:  # see `prepare_inputs_for_generation`
             return CausalLMOutputWithPast(logits=past_key_values.step(input_ids), past_key_values=past_key_values)
+        # What the loss takes is not for the blocks.
+        for_loss = {name: kwargs.pop(name) for name in _LOSS_ARGUMENTS if name in kwargs}
         output = self.transformer(
             input_ids,
             position_ids,
@@ -783,21 +794,33 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
-            # What the loss takes is not for the blocks.
-            **{name: value for name, value in kwargs.items() if name != "num_items_in_batch"},
+            **kwargs,
         )
+        hidden_states = output.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.score(output.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        output = CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
+        fields = {name: output[name] for name in ("past_key_values", "hidden_states", "attentions") if name in output}
+        vocab_size = self.config.vocab_size
+        if labels is None:
+            output = CausalLMOutputWithPast(logits=self.score(hidden_states[:, kept]), **fields)
+        elif self.loss_function is not ForCausalLMLoss or torch.compiler.is_compiling() or hasattr(self, "_is_replica"):
+            # A user's own loss; and neither a compiled graph nor DataParallel can hand out what is not computed yet.
+            logits = self.score(hidden_states)
+            loss = self.loss_function(logits, labels, vocab_size=vocab_size, **for_loss, **kwargs)
+            output = CausalLMOutputWithPast(loss=loss, logits=logits[:, kept], **fields)
+        elif torch.is_grad_enabled():
+            loss = causal_loss(self.score, hidden_states, labels, vocab_size, **for_loss)
+            kind = hidden_states.device.type
+            cast_to = autocast_dtype(kind)
+
+            def logits() -> torch.Tensor:
+                with torch.autocast(kind, dtype=cast_to, enabled=cast_to is not None):
+                    return self.score(hidden_states[:, kept])
+
+            output = TrainingOutput.make(logits, loss, **fields)
+        else:
+            logits = self.score(hidden_states)
+            loss = causal_loss(lambda scores: scores, logits, labels, vocab_size, **for_loss)
+            output = CausalLMOutputWithPast(loss=loss, logits=logits[:, kept], **fields)
         return output if return_dict or return_dict is None else output.to_tuple()
 
     def score(self, hidden_states: torch.Tensor) -> torch.Tensor:

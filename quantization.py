@@ -158,21 +158,34 @@ def _(grad_y, weight, scale, bits):
     return grad_y.new_empty(grad_y.shape[0], weight.shape[1] * 8 // bits)
 
 
-def _save_for_gradient(ctx, inputs, output):
-    _, weight, scale, _, ctx.bits = inputs
-    ctx.save_for_backward(weight, scale)
+def _keep_for_gradient(ctx, inputs, output):
+    # Not by save_for_backward: checkpointing computes a block again up to the last tensor saved so, and this product,
+    # the last of its block, need not be among that.
+    _, ctx.weight, ctx.scale, _, ctx.bits = inputs
 
 
 def _gradient(ctx, grad_y):
     """The gradient goes to x alone, and no float weight outlives a call."""
-    weight, scale = ctx.saved_tensors
     grad_x = None
     if ctx.needs_input_grad[0]:
-        grad_x = _quantized_linear_input_gradient(grad_y.contiguous(), weight, scale, ctx.bits)
+        grad_x = _quantized_linear_input_gradient(grad_y.contiguous(), ctx.weight, ctx.scale, ctx.bits)
     return grad_x, None, None, None, None
 
 
-_quantized_linear.register_autograd(_gradient, setup_context=_save_for_gradient)
+_quantized_linear.register_autograd(_gradient, setup_context=_keep_for_gradient)
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that `torch.autocast` has linears compute in now; None where it is off."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def _autocast(x: torch.Tensor) -> torch.Tensor:
+    """What torch's own linear would make of its input: autocast's dtype, but float64 stays."""
+    dtype = autocast_dtype(x.device.type)
+    return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
 
 
 class QuantizedLinear(nn.Linear):
@@ -184,7 +197,8 @@ class QuantizedLinear(nn.Linear):
         bias: float [N] or None.
         bits: 8 or 4.
 
-    The input is [..., K] and the output [..., N], both of the activation's dtype. Gradients reach the input only.
+    The input is [..., K] and the output [..., N], both of the activation's dtype, or of autocast's. Gradients reach the
+    input only.
     """
 
     def __init__(
@@ -227,6 +241,7 @@ class QuantizedLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[-1] != self.in_features:
             raise ValueError(f"Expected an activation [..., {self.in_features}], got {list(x.shape)}.")
+        x = _autocast(x)
         rows = x.reshape(-1, self.in_features)
         # Calling an operator takes 20 µs more than calling a function.
         needed = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
@@ -263,6 +278,9 @@ def _is_plain(module: nn.Module, kind: type, x: torch.Tensor) -> bool:
         and type(module) is kind
         and not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
+        # Checkpointing may compute without gradients what it computes again with them; autocast has its own dtypes.
+        and not module.training
+        and autocast_dtype("cuda") is None
         and not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
         and cuda_available(x.device, x.dtype)
     )
@@ -287,7 +305,8 @@ def apply_linear(
         cpu_library().gelu_(y)
     elif gelu:
         y = nn.functional.gelu(y, approximate="tanh")
-    return y if residual is None else alpha * residual + y
+    # Autocast may have given the product another dtype than activations have between blocks.
+    return y if residual is None else alpha * residual + y.to(residual.dtype)
 
 
 def apply_layer_norm(norm: nn.Module, x: torch.Tensor, before: nn.Module | None = None) -> torch.Tensor:
@@ -363,6 +382,38 @@ class HalfEmbedding(_StaysHalf, nn.Embedding):
     """An embedding whose weight can stay half; its output is of the weight's dtype."""
 
 
+class _HalfProduct(torch.autograd.Function):
+    """rows [M, K] · weightᵀ, half [N, K], on the CPU: [M, N] of the rows' dtype, summed in float32.
+
+    No more of the weight than a slice is made float32, neither here nor for the gradients.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows if weight.requires_grad else None, weight)
+        if rows.shape[0] <= MAX_HALF_ROWS and weight.is_contiguous() and cpu_library():
+            return cpu_library().half_linear(rows, weight)
+        y = torch.empty(rows.shape[0], weight.shape[0], dtype=rows.dtype)
+        rows = rows.float()
+        for part in _slices(weight):
+            y[:, part] = rows @ weight[part].float().T
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y: torch.Tensor):
+        rows, weight = ctx.saved_tensors
+        needs_rows, needs_weight = ctx.needs_input_grad
+        grad_rows = torch.zeros(grad_y.shape[0], weight.shape[1]) if needs_rows else None
+        grad_weight = torch.empty_like(weight) if needs_weight else None
+        for part in _slices(weight):
+            grad = grad_y[:, part].float()
+            if needs_rows:
+                grad_rows += grad @ weight[part].float()
+            if needs_weight:
+                grad_weight[part] = (grad.T @ rows.float()).to(weight.dtype)
+        return grad_rows.to(grad_y.dtype) if needs_rows else None, grad_weight
+
+
 class HalfLinear(_StaysHalf, nn.Linear):
     """A linear layer without bias whose weight can stay half beside activations of another dtype.
 
@@ -375,16 +426,9 @@ class HalfLinear(_StaysHalf, nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight
-        grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        rows = x.reshape(-1, self.in_features)
+        x = _autocast(x)
         on_cpu = x.device.type == "cpu" and weight.dtype in (torch.float16, torch.bfloat16) and x.dtype != torch.float64
-        if grad or not on_cpu or torch.compiler.is_compiling():
+        if not on_cpu or torch.compiler.is_compiling():
             return nn.functional.linear(x, weight.to(x.dtype))
-        if rows.shape[0] <= MAX_HALF_ROWS and weight.is_contiguous() and cpu_library():
-            y = cpu_library().half_linear(rows, weight)
-        else:
-            y = torch.empty(rows.shape[0], self.out_features, dtype=x.dtype)
-            rows = rows.float()
-            for part in _slices(weight):
-                y[:, part] = rows @ weight[part].float().T
+        y = _HalfProduct.apply(x.reshape(-1, self.in_features), weight)
         return y.view(*x.shape[:-1], self.out_features)

@@ -25,10 +25,11 @@ from chatglm_int8.quantization import QuantizedLinear
 NO_END = {"eos_token_id": 130527}  # random weights never say it
 
 
-def build(layers: int) -> ChatGLMForConditionalGeneration:
+def build(layers: int, device: str = "cuda", **fields) -> ChatGLMForConditionalGeneration:
+    """INT8 with random weights, 6B's shape unless fields of the configuration say otherwise."""
     with torch.device("meta"):
-        model = ChatGLMForConditionalGeneration(ChatGLMConfig(num_layers=layers))
-    model = model.half().to_empty(device="cuda").eval()
+        model = ChatGLMForConditionalGeneration(ChatGLMConfig(num_layers=layers, **fields))
+    model = model.half().to_empty(device=device).eval()
     model.tie_weights()
     for name, parameter in model.named_parameters():
         if parameter.dtype == torch.int8:
@@ -42,6 +43,14 @@ def build(layers: int) -> ChatGLMForConditionalGeneration:
         else:
             parameter.data.normal_(0, 0.02)
     return model
+
+
+def widen(model: nn.Module) -> None:
+    """Put FP16 weights of the same values in the place of the quantised ones, layer by layer."""
+    for name, layer in [named for named in model.named_modules() if isinstance(named[1], QuantizedLinear)]:
+        wide = nn.Linear(layer.in_features, layer.out_features, device="meta")
+        wide.weight, wide.bias = nn.Parameter(layer.dequantize(), requires_grad=False), layer.bias
+        model.set_submodule(name, wide)
 
 
 def prompts(config: ChatGLMConfig, length: int, batch: int = 1) -> torch.Tensor:
@@ -118,10 +127,7 @@ def main() -> None:
     without_kernels(model)
     speed = decode_speed(model, ids, 16, 1, do_sample=False)
     print(f"public method: {speed:.0f} tok/s, prefill 512 {prefill(model, ids, False):.1f} ms", flush=True)
-    for name, layer in [named for named in model.named_modules() if isinstance(named[1], QuantizedLinear)]:
-        wide = nn.Linear(layer.in_features, layer.out_features, device="meta")
-        wide.weight, wide.bias = nn.Parameter(layer.dequantize(), requires_grad=False), layer.bias
-        model.set_submodule(name, wide)
+    widen(model)
     speed = decode_speed(model, ids, 16, 1, do_sample=False)
     print(f"FP16, eager: {speed:.0f} tok/s", flush=True)
     for length, time_ in ours.items():

@@ -9,6 +9,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from chatglm_int8 import cuda_graphs, modeling_chatglm
 from chatglm_int8.cuda_graphs import StepCache
+from chatglm_int8.quantization import QuantizedLinear
 
 pytestmark = [
     pytest.mark.cuda,
@@ -276,3 +277,34 @@ def test_training_through_the_kernels(golden_model, cases):
     wide = embeds.detach().float().requires_grad_()
     exact(inputs_embeds=wide, position_ids=positions).logits.square().mean().backward()
     assert distance(embeds.grad, wide.grad.cpu()) < 2e-2
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["kernels", "plain"])
+def test_no_expanded_weight_is_kept_for_the_gradient(dtype, bits):
+    layer = QuantizedLinear(1024, 4096, bits=bits, dtype=dtype).cuda()
+    x = torch.randn(256, 1024, device="cuda", dtype=dtype, requires_grad=True)
+    layer(x).sum().backward()  # libraries allocate their workspaces
+    x.grad = None
+    before = torch.cuda.memory_allocated()
+    y = layer(x)
+    assert torch.cuda.memory_allocated() - before <= y.nbytes + 4096
+    y.sum().backward()
+    del y
+    assert torch.cuda.memory_allocated() - before <= x.grad.nbytes + 4096
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_in_training(dtype, golden_model, cases):
+    ids, labels = (cases[f"base_labels.{name}"] for name in ("input_ids", "labels"))
+    exact = golden_model("int8")(ids, labels=labels).loss
+    for stored in (torch.float32, torch.float16):
+        model = golden_model("int8", stored).cuda().train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        model.enable_input_require_grads()
+        with torch.autocast("cuda", dtype):
+            loss = model(ids.cuda(), labels=labels.cuda(), use_cache=False).loss
+        (1024 * loss).backward()
+        assert loss.dtype == torch.float32
+        assert abs(loss.cpu() - exact) < 8 * torch.finfo(dtype).eps * exact
+        assert model.get_input_embeddings().weight.grad.isfinite().all()

@@ -1,7 +1,15 @@
-"""Losses and gradients: fine-tuning, P-Tuning v2, LoRA over INT8, gradient checkpointing."""
+"""Losses and gradients: fine-tuning, P-Tuning v2, LoRA over INT8, gradient checkpointing, autocast."""
+
+import copy
 
 import pytest
 import torch
+from torch import nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from chatglm_int8 import ChatGLMForConditionalGeneration, training_loss
+from chatglm_int8.quantization import QuantizedLinear
+from chatglm_int8.training_loss import causal_loss
 
 TOLERANCE = 1e-4
 
@@ -71,6 +79,26 @@ def test_checkpointing_gives_the_same_gradients(reentrant, golden_model):
         assert torch.allclose(got.grad, expected.grad, rtol=1e-4, atol=1e-6), name
         compared += 1
     assert compared > 30
+
+
+def test_checkpointing_leaves_out_the_last_product(golden_model):
+    """Nothing that gradients need comes after a block's GELU, so its last linear is not computed a second time."""
+    model = golden_model("prefix").quantize(8).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    calls = {"dense_h_to_4h": 0, "dense_4h_to_h": 0}
+
+    def count(name):
+        def hook(*_):
+            calls[name] += 1
+
+        return hook
+
+    for name in calls:
+        getattr(model.transformer.layers[1].mlp, name).register_forward_pre_hook(count(name))
+    ids = torch.tensor([[7, 8, 501, 504, 9, 10, 505]])
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    assert calls == {"dense_h_to_4h": 2, "dense_4h_to_h": 1}
+    assert model.transformer.prefix_encoder.embedding.weight.grad.abs().sum() > 0
 
 
 def test_loss_is_shifted_and_skips_minus_100(golden_model):
@@ -149,3 +177,216 @@ def test_trainer_overfits_one_example(tmp_path, golden_model):
     model.eval()
     answer = model.generate(torch.tensor([[7, 8, 501, 504]]), do_sample=False, max_new_tokens=5)
     assert answer[0, 4:].tolist()[:3] == [9, 10, 505]
+
+
+# The loss in chunks
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100], ids=["one row at a time", "three", "all"])
+@pytest.mark.parametrize(
+    "given", [{}, {"num_items_in_batch": 7}, {"num_items_in_batch": torch.tensor(7)}, {"shifted": 1}]
+)
+def test_loss_in_chunks_is_that_of_transformers(rows, given, monkeypatch):
+    vocab_size, width = 50, 8
+    monkeypatch.setattr(training_loss, "_CHUNK_NUMEL", rows * vocab_size)
+    generator = torch.Generator().manual_seed(0)
+    head = nn.Linear(width, vocab_size)
+    hidden = torch.randn(2, 9, width, generator=generator)
+    labels = torch.randint(0, vocab_size, (2, 9), generator=generator)
+    labels[0, :4] = labels[1, 6:] = -100
+    given = dict(given)
+    if given.pop("shifted", None):
+        given["shift_labels"] = labels
+    seen = []
+
+    def score(rows: torch.Tensor) -> torch.Tensor:
+        seen.append(len(rows))
+        return head(rows)
+
+    def gradients(loss, *tensors):
+        return [loss, *torch.autograd.grad(loss, tensors)]
+
+    x, y = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    expected = gradients(ForCausalLMLoss(head(x), labels, vocab_size, **given), x, head.weight)
+    got = gradients(causal_loss(score, y, labels, vocab_size, **given), y, head.weight)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    assert max(seen) <= rows
+    labelled = (given.get("shift_labels", labels[:, 1:]) != -100).sum()
+    assert sum(seen) == 2 * labelled  # once more for the gradients, and rows without a label not at all
+
+
+def test_loss_without_any_label(golden_model):
+    model = golden_model("base")
+    ids = torch.tensor([[7, 8, 501, 504, 9]])
+    labels = torch.full_like(ids, -100)
+    loss = model(ids, labels=labels, num_items_in_batch=3).loss
+    loss.backward()  # as a process must that got none of the labels of a batch
+    assert loss == 0
+    assert (model.transformer.layers[0].mlp.dense_h_to_4h.weight.grad == 0).all()
+    assert model(ids, labels=labels).loss.isnan()
+
+
+def test_sum_of_half_losses_does_not_overflow():
+    scores = torch.zeros(1, 2000, 50, dtype=torch.float16)
+    scores[..., 1] = 60000.0
+    labels = torch.zeros(1, 2000, dtype=torch.long)
+    loss = causal_loss(lambda rows: rows, scores.requires_grad_(), labels, 50)
+    loss.backward()
+    assert loss.item() == 60000.0
+    assert scores.grad.isfinite().all()
+
+
+def test_logits_are_computed_when_they_are_read(golden_model, monkeypatch):
+    model = golden_model("base")
+    ids = torch.tensor([[7, 8, 501, 504, 9, 10]])
+    labels = torch.tensor([[-100, -100, -100, -100, 9, 10]])
+    expected = model(ids).logits
+    computed = []
+    score = ChatGLMForConditionalGeneration.score
+
+    def counted(self, states):
+        computed.append(states.shape[:-1].numel())
+        return score(self, states)
+
+    monkeypatch.setattr(ChatGLMForConditionalGeneration, "score", counted)
+    model(ids, labels=labels, use_cache=False).loss.backward()
+    assert set(computed) == {2}
+    for read in (
+        lambda output: output.logits,
+        lambda output: output["logits"],
+        lambda output: output.get("logits"),
+        lambda output: output[1],
+        lambda output: output.to_tuple()[1],
+    ):
+        output = model(ids, labels=labels, use_cache=False)
+        computed.clear()
+        assert torch.equal(read(output), expected)
+        assert output.logits is output["logits"]
+        assert computed == [6]
+    assert torch.equal(model(ids, labels=labels, return_dict=False)[1], expected)
+    torch.testing.assert_close(model(ids, labels=labels, logits_to_keep=2).logits, expected[:, -2:])
+    (from_logits,) = torch.autograd.grad(output.logits.sum(), model.lm_head.weight)
+    assert from_logits.abs().sum() > 0
+    with torch.no_grad():  # as in evaluation, where Trainer collects items
+        logits = dict(model(ids, labels=labels).items())["logits"]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_outputs_pass_through_accelerate(golden_model):
+    from accelerate.utils import convert_outputs_to_fp32
+
+    model = golden_model("base", torch.bfloat16)
+    ids = torch.tensor([[7, 8, 501, 504, 9, 10]])
+    output = convert_outputs_to_fp32(model.forward)(ids, labels=ids, output_hidden_states=True)
+    assert output.hidden_states[0].dtype == torch.float32
+    assert torch.equal(output.logits, model(ids).logits)
+
+
+def test_replicas_of_data_parallel_give_tensors(golden_model):
+    model = golden_model("base")
+    ids = torch.tensor([[7, 8, 501, 504, 9, 10]])
+    expected = model(ids, labels=ids)
+    model._is_replica = True  # as nn.DataParallel marks its copies, whose outputs it gathers by items
+    output = model(ids, labels=ids, use_cache=False)
+    assert all(isinstance(value, torch.Tensor) for value in output.values())
+    torch.testing.assert_close(output.loss, expected.loss)
+    assert torch.equal(output.logits, expected.logits)
+
+
+def test_a_loss_of_ones_own(golden_model):
+    model = golden_model("base")
+    ids = torch.tensor([[7, 8, 501, 504, 9, 10]])
+    model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.float().square().mean() + vocab_size
+    output = model(ids, labels=ids)
+    torch.testing.assert_close(output.loss, output.logits.square().mean() + model.config.vocab_size)
+
+
+# Autocast
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", ["int8", "prefix"])
+def test_autocast(name, stored, dtype, attention, cases, golden_model):
+    ids, labels = cases["base_labels.input_ids"], cases["base_labels.labels"]
+    model = golden_model(name, attention=attention)
+    if name == "prefix":
+        model.quantize(8)
+    expected = model(ids, labels=labels).loss
+    found = []
+    model = model.to(stored)
+    for linear in model.modules():
+        if isinstance(linear, QuantizedLinear):
+            linear.register_forward_hook(lambda module, given, output: found.append(output.dtype))
+    trained = model.transformer.prefix_encoder.embedding if name == "prefix" else model.get_input_embeddings()
+    with torch.autocast("cpu", dtype):
+        output = model(ids, labels=labels)
+    output.loss.backward()
+    assert set(found) == {dtype}
+    assert output.loss.dtype == torch.float32
+    assert abs(output.loss - expected) < 8 * torch.finfo(dtype).eps * expected
+    assert output.logits.dtype == dtype  # read outside of autocast
+    assert trained.weight.grad.isfinite().all()
+    assert trained.weight.grad.abs().sum() > 0
+
+
+# Gradients against float64
+
+
+def widened(model: nn.Module) -> nn.Module:
+    """The float64 model of the same weights."""
+    model = copy.deepcopy(model)
+    for name, layer in [named for named in model.named_modules() if isinstance(named[1], QuantizedLinear)]:
+        wide = nn.Linear(layer.in_features, layer.out_features, device="meta")
+        wide.weight = nn.Parameter(layer.dequantize(torch.float64), requires_grad=False)
+        wide.bias = nn.Parameter(layer.bias.double(), requires_grad=False)
+        model.set_submodule(name, wide)
+    return model.double()
+
+
+def with_lora(model: nn.Module) -> nn.Module:
+    """LoRA whose B is not zero, and the same whatever the dtype."""
+    peft = pytest.importorskip("peft", reason="needs peft")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, target_modules=["query_key_value"])
+    model = peft.get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+    return model
+
+
+def gradients(model: nn.Module, samples: list[torch.Tensor]) -> torch.Tensor:
+    """All gradients of each sample, float64 [samples, parameters]. The loss is scaled as a scaler for fp16 does."""
+    found = []
+    for ids in samples:
+        labels = ids.clone()
+        labels[:, :10] = -100
+        model.zero_grad()
+        (128 * model(input_ids=ids, labels=labels, use_cache=False).loss).backward()
+        of_all = [p.grad.double().flatten() / 128 for p in model.parameters() if p.requires_grad]
+        assert of_all
+        found.append(torch.cat(of_all))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix"])
+def test_gradients_over_int8_against_float64(method, root):
+    """1e-3 in fp32; in fp16 what the same weights in FP16 have, but for the chance in a few samples' rounding."""
+    torch.manual_seed(0)
+    fields = {"pre_seq_len": 8} if method == "prefix" else {}
+    model = ChatGLMForConditionalGeneration.from_pretrained(root, dtype=torch.float32, **fields)
+    wide, wrap = widened(model), with_lora if method == "lora" else lambda model: model
+    config = model.config
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randint(10, 2600, (6, 1, 24), generator=generator)
+    samples[..., 8], samples[..., 9] = config.gmask_token_id, config.bos_token_id
+    exact = gradients(wrap(copy.deepcopy(wide)), list(samples))
+
+    def error(tuned: nn.Module) -> float:
+        return ((gradients(tuned, list(samples)) - exact).norm(dim=1) / exact.norm(dim=1)).square().mean().sqrt().item()
+
+    assert error(wrap(copy.deepcopy(model))) < 1e-3
+    assert error(wrap(model.half())) < 1.25 * error(wrap(wide.half()))

@@ -1,0 +1,208 @@
+"""Times fine-tuning in the shape of ChatGLM-6B: LoRA over INT8 weights beside LoRA over the same weights in FP16.
+
+    CHATGLM_CUDA_KERNEL=1 python benchmarks/finetune.py
+    CHATGLM_CUDA_KERNEL=1 torchrun --nproc-per-node 2 benchmarks/finetune.py
+    python benchmarks/finetune.py --device cpu --layers 1 --hidden 256 --batch 2 --length 64
+
+Random weights made in memory; LoRA r = 8 on query_key_value by PEFT, its weights fp32; autocast in fp16 with a gradient
+scaler, as transformers' Trainer does with `fp16=True`; AdamW; gradient checkpointing. A quarter of each sequence is
+prompt. A step's time is the median of 10 after 3; peaks of memory are those of these steps. INT8 is measured before and
+after FP16. With torchrun: tokens per second of all GPUs with DDP over those of the first GPU alone, INT8.
+"""
+
+import argparse
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import peft
+import torch
+import torch.distributed as dist
+from generate_cuda import build, widen
+from torch import nn
+
+STEPS, WARM_UP = 10, 3
+GIB = 2**30
+KINDS = {  # a piece of a kernel's name to what it does, first match
+    "expand_": "expanding weights",
+    "flash": "attention",
+    "fmha": "attention",
+    "attention": "attention",
+    "gemm": "matrix products",
+    "cutlass": "matrix products",
+    "nvjet": "matrix products",
+    "xmma": "matrix products",
+    "softmax": "loss",
+    "nll_loss": "loss",
+    "layer_norm": "LayerNorm",
+    "nccl": "between GPUs",
+    "Memcpy": "copies",
+}
+
+
+def batch(arguments, config) -> dict[str, torch.Tensor]:
+    start = arguments.length // 4
+    ids = torch.randint(1000, min(100000, config.vocab_size - 100), (arguments.batch, arguments.length))
+    ids[:, start - 2], ids[:, start - 1] = config.gmask_token_id, config.bos_token_id
+    labels = ids.clone()
+    labels[:, :start] = -100
+    return {"input_ids": ids.to(arguments.device), "labels": labels.to(arguments.device)}
+
+
+def with_lora(model: nn.Module, arguments) -> peft.PeftModel:
+    torch.manual_seed(0)
+    model.train()
+    if arguments.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, target_modules=["query_key_value"])
+    return peft.get_peft_model(model, lora)
+
+
+def stepper(model: nn.Module, inputs: dict, arguments) -> Callable[[], torch.Tensor]:
+    """A function that makes one step of training and returns the loss."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    device = arguments.device
+    scaler = torch.amp.GradScaler(device, enabled=arguments.autocast and arguments.dtype == torch.float16)
+
+    def step() -> torch.Tensor:
+        with torch.autocast(device, arguments.dtype, enabled=arguments.autocast):
+            loss = model(**inputs, use_cache=False).loss
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def seconds(step: Callable, device: str) -> float:
+    """The median time of a step."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    times = []
+    for _ in range(WARM_UP + STEPS):
+        wait()
+        start = time.perf_counter()
+        step()
+        wait()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[WARM_UP:])
+
+
+def profile(step: Callable) -> None:
+    """Print what the GPU did in a step, in milliseconds."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as record:
+        step()
+        torch.cuda.synchronize()
+    spent: dict[str, float] = {}
+    for event in record.key_averages():
+        kind = next((kind for piece, kind in KINDS.items() if piece in event.key), "elementwise and the rest")
+        spent[kind] = spent.get(kind, 0) + event.self_device_time_total / 1e3
+    for kind, milliseconds in sorted(spent.items(), key=lambda item: -item[1]):
+        print(f"    {milliseconds:8.2f} ms {kind}")
+
+
+def measure(name: str, model: nn.Module, arguments) -> tuple[float, float, float]:
+    """Seconds a step, and GiB allocated and reserved at most; on a CPU, 0 GiB."""
+    on_gpu = arguments.device == "cuda"
+    model.to(arguments.dtype)
+    torch.manual_seed(1)
+    inputs = batch(arguments, model.config)
+    tuned = with_lora(model, arguments)
+    if on_gpu:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        resident = torch.cuda.memory_allocated() / GIB
+    step = stepper(tuned, inputs, arguments)
+    loss = step().item()
+    time_ = seconds(step, arguments.device)
+    line = f"{name}: {time_ * 1e3:.1f} ms a step, {inputs['input_ids'].numel() / time_:.0f} tokens/s, loss {loss:.4f}"
+    peaks = (0.0, 0.0)
+    if on_gpu:
+        peaks = (torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB)
+        line += f", {peaks[0]:.2f} GiB allocated ({resident:.2f} before), {peaks[1]:.2f} reserved"
+    print(line, flush=True)
+    if arguments.profile and on_gpu:
+        profile(step)
+    tuned.unload()
+    return time_, *peaks
+
+
+def on_one(arguments, fields: dict) -> None:
+    torch.manual_seed(2)
+    model = build(arguments.layers, arguments.device, **fields)
+    int8 = measure("INT8", model, arguments)
+    widen(model)
+    fp16 = measure("FP16", model, arguments)
+    del model
+    torch.manual_seed(2)
+    again = measure("INT8 again", build(arguments.layers, arguments.device, **fields), arguments)
+    print(f"step, INT8 over FP16: {int8[0] / fp16[0]:.3f}, again {again[0] / fp16[0]:.3f}")
+    if arguments.device == "cuda":
+        print(f"peak memory, INT8 over FP16: allocated {int8[1] / fp16[1]:.3f}, reserved {int8[2] / fp16[2]:.3f}")
+
+
+def on_several(arguments, fields: dict) -> None:
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    on_gpu = arguments.device == "cuda"
+    local = int(os.environ["LOCAL_RANK"])
+    if on_gpu:
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    model = build(arguments.layers, arguments.device, **fields).to(arguments.dtype)
+    tuned = with_lora(model, arguments)
+    torch.manual_seed(rank)
+    inputs = batch(arguments, tuned.config)
+    tokens = inputs["input_ids"].numel()
+    alone = torch.zeros((), dtype=torch.float64, device=arguments.device)
+    if rank == 0:
+        alone += seconds(stepper(tuned, inputs, arguments), arguments.device)
+    dist.broadcast(alone, 0)
+    for parameter in tuned.parameters():
+        parameter.grad = None
+    together = nn.parallel.DistributedDataParallel(tuned, device_ids=[local] if on_gpu else None)
+    slowest = torch.zeros((), dtype=torch.float64, device=arguments.device)
+    slowest += seconds(stepper(together, inputs, arguments), arguments.device)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    if rank == 0:
+        one, all_ = tokens / alone.item(), world * tokens / slowest.item()
+        print(f"INT8, one: {one:.0f} tokens/s; {world} with DDP: {all_:.0f} tokens/s, {all_ / one:.2f} ×")
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Times LoRA fine-tuning over INT8 and FP16 weights.")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--hidden", type=int, default=4096, help="width; the inner one is four times as large")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--no-autocast", dest="autocast", action="store_false", help="everything but LoRA in fp16")
+    parser.add_argument("--no-checkpointing", dest="checkpointing", action="store_false")
+    parser.add_argument("--profile", action="store_true", help="print what the GPU spends a step on")
+    arguments = parser.parse_args()
+    arguments.dtype = torch.float16 if arguments.device == "cuda" else torch.bfloat16  # a CPU is slow in half
+    fields = {"hidden_size": arguments.hidden, "inner_hidden_size": 4 * arguments.hidden}
+    if arguments.device == "cpu":  # a small vocabulary, too: this is for trying the script
+        ids = {"bos_token_id": 2004, "eos_token_id": 2005, "mask_token_id": 2000, "gmask_token_id": 2001}
+        fields.update(vocab_size=2048, **ids)
+    if int(os.environ.get("RANK", 0)) == 0:
+        name = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
+        print(
+            f"{name}, torch {torch.__version__}, {arguments.layers} layers, batch {arguments.batch} × "
+            f"{arguments.length}, autocast {arguments.autocast}, checkpointing {arguments.checkpointing}, "
+            f"CHATGLM_CUDA_KERNEL={os.environ.get('CHATGLM_CUDA_KERNEL', '')}",
+            flush=True,
+        )
+    if "WORLD_SIZE" in os.environ:
+        on_several(arguments, fields)
+    else:
+        on_one(arguments, fields)
+
+
+if __name__ == "__main__":
+    main()
