@@ -234,12 +234,10 @@ _availability: dict[tuple[int, torch.dtype], bool] = {}
 def available(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels run on this device with activations of this dtype. The first call compiles or loads them.
 
-    Where they should run and can't, a warning says why and what to do, once. They are off unless CHATGLM_CUDA_KERNEL=1
-    is in the environment.
+    Where they should run and can't, a warning says why and what to do, once. CHATGLM_CUDA_KERNEL=0 in the environment
+    turns them off.
     """
     if device.type != "cuda" or torch.version.hip or dtype not in (torch.float16, torch.bfloat16):
-        return False
-    if os.environ.get("CHATGLM_CUDA_KERNEL") != "1":
         return False
     index = device.index if device.index is not None else torch.cuda.current_device()
     known = _availability.get((index, dtype))
@@ -254,7 +252,8 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
 def _try_to_load(device: int, dtype: torch.dtype) -> bool:
     architecture, *_ = _properties(device)
     bf16 = dtype == torch.bfloat16
-    if architecture < (80 if bf16 else 70) or torch.cuda.is_current_stream_capturing():
+    turned_off = os.environ.get("CHATGLM_CUDA_KERNEL") == "0"
+    if turned_off or architecture < (80 if bf16 else 70) or torch.cuda.is_current_stream_capturing():
         return False
     try:
         with torch.cuda.device(device):
@@ -292,10 +291,10 @@ _DEPENDENT = _LaunchAttribute(6, 0, 1)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREA
 
 
 def _argument(value):
-    if value is None:
-        return ctypes.c_void_p(None)
     if isinstance(value, torch.Tensor):
         return ctypes.c_void_p(value.data_ptr())
+    if value is None:
+        return ctypes.c_void_p(None)
     if isinstance(value, Operation):
         return value
     return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int(value)

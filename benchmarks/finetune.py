@@ -1,7 +1,7 @@
 """Times fine-tuning in the shape of ChatGLM-6B: LoRA over INT8 weights beside LoRA over the same weights in FP16.
 
-    CHATGLM_CUDA_KERNEL=1 python benchmarks/finetune.py
-    CHATGLM_CUDA_KERNEL=1 torchrun --nproc-per-node 2 benchmarks/finetune.py
+    python benchmarks/finetune.py
+    torchrun --nproc-per-node 2 benchmarks/finetune.py
     python benchmarks/finetune.py --device cpu --layers 1 --hidden 256 --batch 2 --length 64
 
 Random weights made in memory; LoRA r = 8 on query_key_value by PEFT, its weights fp32; autocast in fp16 with a gradient

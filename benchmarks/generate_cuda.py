@@ -1,6 +1,6 @@
 """Times generation in the shape of ChatGLM-6B-INT8 on a GPU, with random weights made there.
 
-    CHATGLM_CUDA_KERNEL=1 python benchmarks/generate_cuda.py [--layers 28]
+    python benchmarks/generate_cuda.py [--layers 28] [--compiled]
 
 Decode speed is that of the tokens after the first: the time of 129 new tokens less that of 1, best of 3. `sampled` is
 `generate` as `chat` calls it. `public` expands every weight to FP16 at every call, without graphs, as the published
@@ -9,6 +9,7 @@ kernels, imports and loading left out.
 """
 
 import argparse
+import copy
 import os
 import tempfile
 import time
@@ -16,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import CompileConfig, DynamicCache
 
 from chatglm_int8 import ChatGLMConfig, ChatGLMForConditionalGeneration, kernels_cuda, modeling_chatglm
 from chatglm_int8.cuda_graphs import StepCache
@@ -90,6 +91,26 @@ def prefill(model, ids: torch.Tensor, recorded: bool) -> float:
     return seconds(call, 6) * 1e3
 
 
+class CompiledLinear(nn.Module):
+    """INT8 weights as torch.compile likes them, cast within the product (the recipe of gpt-fast)."""
+
+    def __init__(self, layer: QuantizedLinear):
+        super().__init__()
+        self.weight, self.scale, self.bias = layer.weight, layer.weight_scale, layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype)) * self.scale + self.bias
+
+
+def compiled_speed(model, ids: torch.Tensor) -> float:
+    """Tokens per second of INT8 by torch.compile over a static cache; compiling takes minutes. Changes the model."""
+    torch._inductor.config.coordinate_descent_tuning = True
+    for name, layer in [named for named in model.named_modules() if isinstance(named[1], QuantizedLinear)]:
+        model.set_submodule(name, CompiledLinear(layer))
+    model.generation_config.compile_config = CompileConfig(mode="max-autotune", fullgraph=False, dynamic=False)
+    return decode_speed(model, ids, 64, 1, do_sample=False, cache_implementation="static")
+
+
 def without_kernels(model) -> None:
     for key in kernels_cuda._availability:
         kernels_cuda._availability[key] = False
@@ -98,6 +119,7 @@ def without_kernels(model) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times generation on a GPU.")
     parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--compiled", action="store_true", help="torch.compile's INT8, too; takes minutes")
     arguments = parser.parse_args()
     model = build(arguments.layers)
     sampled = {"do_sample": True, "top_p": 0.7, "temperature": 0.95}
@@ -127,6 +149,9 @@ def main() -> None:
     without_kernels(model)
     speed = decode_speed(model, ids, 16, 1, do_sample=False)
     print(f"public method: {speed:.0f} tok/s, prefill 512 {prefill(model, ids, False):.1f} ms", flush=True)
+    if arguments.compiled:
+        rival = compiled_speed(copy.deepcopy(model), ids)
+        print(f"INT8 by torch.compile: {rival:.0f} tok/s, of which greedy is {greedy / rival:.2f} ×", flush=True)
     widen(model)
     speed = decode_speed(model, ids, 16, 1, do_sample=False)
     print(f"FP16, eager: {speed:.0f} tok/s", flush=True)

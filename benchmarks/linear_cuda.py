@@ -1,6 +1,6 @@
 """Times the quantised linears of ChatGLM-6B and its LM head on a GPU, against the memory's speed and two rivals.
 
-    CHATGLM_CUDA_KERNEL=1 python benchmarks/linear_cuda.py [--rows 1 2 4 8 16 32 64 128 512] [--bits 8]
+    python benchmarks/linear_cuda.py [--rows 1 2 4 8 16 32 64 128 512] [--bits 8]
 
 Prints µs and GB/s of weights (as they are stored) of a layer, over CUDA graphs that go through more weights than the
 L2 cache holds; the median of 15 replays. `public` expands the weight to FP16 at every call and leaves the product to

@@ -14,7 +14,6 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).resolve().parent / "data"
 SHARED = Path(os.environ.get("CHATGLM_SHARED", ROOT.parent / "shared"))
 
-os.environ.setdefault("CHATGLM_CUDA_KERNEL", "1")  # off by default, but not in tests on a GPU
 torch.set_num_threads(1)  # the models are tiny: more threads would wait for each other
 
 
