@@ -938,8 +938,8 @@ extern "C" __global__ void split_rotate(const u16* __restrict__ qkv, const u16* 
 # Of the kernels tiles_BITS_MT: (HEIGHT, STAGES, blocks that a multiprocessor holds at once).
 TILE_SHAPES = {
     (8, 8): (1, 4, 4),
-    (8, 16): (1, 4, 4),
-    (8, 32): (2, 3, 3),
+    (8, 16): (2, 3, 3),
+    (8, 32): (2, 4, 2),
     (8, 64): (2, 3, 2),
     (4, 8): (1, 4, 4),
     (4, 16): (1, 3, 4),

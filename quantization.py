@@ -190,7 +190,8 @@ class _Product(torch.autograd.Function):
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that `torch.autocast` has linears compute in now; None where it is off."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    has_autocast = device_type in ("cpu", "cuda", "mps", "xpu")  # asking torch would break a compiled graph
+    if has_autocast and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 
