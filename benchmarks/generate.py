@@ -1,6 +1,7 @@
 """Speed and memory of the whole model in the shape of ChatGLM-6B-INT8.
 
     python benchmarks/generate.py [--device cpu] [--threads 2] [--model FOLDER] [--dtype float16] [--json FILE]
+    python benchmarks/generate.py --device cuda [--layers 28] [--compiled] [--json FILE]    (see generate_cuda.py)
 
 Decodes with `model.generate` as users call it, greedily and sampling as `chat` does, after 128 tokens, and reads a
 prompt of 512 tokens, beside a plain C loop that reads memory and torch's bf16 linears at the same shapes, in the same
@@ -108,18 +109,26 @@ def on_cpu(model: ChatGLMForConditionalGeneration, tokens: int, rounds: int) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu",), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--model", metavar="FOLDER", help="default: random weights")
     parser.add_argument("--layers", type=int, default=28, help="of the random model (default: 28)")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
     parser.add_argument("--tokens", type=int, default=32, help="decoded in a round (default: 32)")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compiled", action="store_true", help="on a GPU: torch.compile's INT8, too; takes minutes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
+    if arguments.device == "cuda":
+        from generate_cuda import on_cuda
+
+        result = on_cuda(arguments.layers, arguments.compiled)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        return
     start = time.perf_counter()
     model = AutoModel.from_pretrained(arguments.model) if arguments.model else random_model(arguments.layers)
     print(f"{'loaded' if arguments.model else 'made'} in {time.perf_counter() - start:.1f} s, {arguments.dtype}")

@@ -1,6 +1,4 @@
-"""Times generation in the shape of ChatGLM-6B-INT8 on a GPU, with random weights made there.
-
-    python benchmarks/generate_cuda.py [--layers 28] [--compiled]
+"""What `generate.py --device cuda` measures: generation in the 6B shape on a GPU, with random weights made there.
 
 Decode speed is that of the tokens after the first: the time of 129 new tokens less that of 1, best of 3. `sampled` is
 `generate` as `chat` calls it. `public` expands every weight to FP16 at every call, without graphs, as the published
@@ -8,7 +6,6 @@ code does; FP16 is the same network with FP16 weights in eager PyTorch. The firs
 kernels, imports and loading left out.
 """
 
-import argparse
 import copy
 import os
 import tempfile
@@ -116,49 +113,49 @@ def without_kernels(model) -> None:
         kernels_cuda._availability[key] = False
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Times generation on a GPU.")
-    parser.add_argument("--layers", type=int, default=28)
-    parser.add_argument("--compiled", action="store_true", help="torch.compile's INT8, too; takes minutes")
-    arguments = parser.parse_args()
-    model = build(arguments.layers)
+def on_cuda(layers: int, compiled: bool) -> dict:
+    """Print and return the numbers; `compiled`: those of torch.compile's INT8, too."""
+    model = build(layers)
     sampled = {"do_sample": True, "top_p": 0.7, "temperature": 0.95}
     ids = prompts(model.config, 512)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {arguments.layers} layers")
+    result: dict[str, float] = {}
+
+    def note(name: str, value: float, unit: str, over: float | None = None) -> None:
+        result[name] = value
+        print(f"{name}: {value:.2f} {unit}" + ("" if over is None else f", {value / over:.2f} ×"), flush=True)
+
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {layers} layers")
     with tempfile.TemporaryDirectory() as empty:
         os.environ["XDG_CACHE_HOME"] = empty
         torch.cuda.synchronize()
         start = time.perf_counter()
         model.generate(prompts(model.config, 20), max_new_tokens=1, **sampled)
         torch.cuda.synchronize()
-        print(f"first token of all, no kernels compiled: {time.perf_counter() - start:.2f} s", flush=True)
+        note("first token of all, no kernels compiled", time.perf_counter() - start, "s")
         greedy = decode_speed(model, ids, do_sample=False)
-        print(f"greedy, 512 tokens of context: {greedy:.0f} tok/s", flush=True)
+        note("greedy, 512 tokens of context", greedy, "tokens/s")
         processors = [modeling_chatglm.FiniteScores()]
-        speed = decode_speed(model, ids, logits_processor=processors, **sampled)
-        print(f"sampled: {speed:.0f} tok/s, {speed / greedy:.2f} of greedy", flush=True)
+        note(
+            "sampled, over greedy", decode_speed(model, ids, logits_processor=processors, **sampled), "tokens/s", greedy
+        )
         for batch, length in ((16, 512), (128, 128)):
             speed = decode_speed(model, prompts(model.config, length, batch), 64, 2, do_sample=False)
-            print(f"batch {batch}, {length} tokens of context: {speed:.0f} tok/s, {speed / greedy:.1f} ×", flush=True)
+            note(f"batch {batch}, {length} tokens of context, over greedy", speed, "tokens/s", greedy)
         ours = {length: prefill(model, prompts(model.config, length), True) for length in (512, 2048)}
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         model.generate(prompts(model.config, 1024), max_length=2048, **sampled, **NO_END)
-        print(f"until 2048 tokens: {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB reserved", flush=True)
+        note("reserved until 2048 tokens", torch.cuda.max_memory_reserved() / 2**30, "GiB")
 
     without_kernels(model)
-    speed = decode_speed(model, ids, 16, 1, do_sample=False)
-    print(f"public method: {speed:.0f} tok/s, prefill 512 {prefill(model, ids, False):.1f} ms", flush=True)
-    if arguments.compiled:
-        rival = compiled_speed(copy.deepcopy(model), ids)
-        print(f"INT8 by torch.compile: {rival:.0f} tok/s, of which greedy is {greedy / rival:.2f} ×", flush=True)
+    note("public method", decode_speed(model, ids, 16, 1, do_sample=False), "tokens/s")
+    note("public method, prefill 512", prefill(model, ids, False), "ms")
+    if compiled:
+        note("INT8 by torch.compile", compiled_speed(copy.deepcopy(model), ids), "tokens/s")
     widen(model)
-    speed = decode_speed(model, ids, 16, 1, do_sample=False)
-    print(f"FP16, eager: {speed:.0f} tok/s", flush=True)
+    note("FP16, eager", decode_speed(model, ids, 16, 1, do_sample=False), "tokens/s")
     for length, time_ in ours.items():
         rival = prefill(model, prompts(model.config, length), False)
-        print(f"prefill {length}: {time_:.1f} ms, FP16 eager {rival:.1f} ms, {time_ / rival:.2f} ×", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+        note(f"FP16, eager, prefill {length}", rival, "ms")
+        note(f"prefill {length}, over FP16, eager", time_, "ms", rival)
+    return result

@@ -1,6 +1,7 @@
 """Speed of the quantised linears at the shapes of ChatGLM-6B, beside other ways to multiply by INT8 weights.
 
     python benchmarks/linear.py [--device cpu] [--threads 2] [--layers 4] [--rounds 7] [--json FILE]
+    python benchmarks/linear.py --device cuda [--bits 8] [--layers 12] [--json FILE]    (see linear_cuda.py)
 
 All contestants take turns in every round, so that a noisy machine is noisy for all of them; the median counts. One row
 is judged by the bytes of weights a second over what a plain C loop reads from memory, many rows against torch's bf16
@@ -180,15 +181,21 @@ def on_cpu(layers: int, rounds: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu",), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="default: torch's")
-    parser.add_argument("--layers", type=int, default=4, help="copies of the four weights, 0.2 GB each (default: 4)")
+    parser.add_argument("--layers", type=int, help="copies of the four weights, 0.2 GB each (default: 4; on a GPU 12)")
+    parser.add_argument("--bits", type=int, choices=(8, 4), default=8, help="of the weights on a GPU (default: 8)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    result = on_cpu(arguments.layers, arguments.rounds)
+    if arguments.device == "cuda":
+        from linear_cuda import on_cuda
+
+        result = on_cuda(arguments.layers or 12, arguments.bits)
+    else:
+        result = on_cpu(arguments.layers or 4, arguments.rounds)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -1,13 +1,10 @@
-"""Times the quantised linears of ChatGLM-6B and its LM head on a GPU, against the memory's speed and two rivals.
+"""What `linear.py --device cuda` measures: the linears and the LM head on a GPU, beside two other ways.
 
-    python benchmarks/linear_cuda.py [--rows 1 2 4 8 16 32 64 128 512] [--bits 8]
-
-Prints µs and GB/s of weights (as they are stored) of a layer, over CUDA graphs that go through more weights than the
-L2 cache holds; the median of 15 replays. `public` expands the weight to FP16 at every call and leaves the product to
-cuBLAS, as the published code does; `fp16` is cuBLAS on FP16 weights. The limit is a sum over 8.6 GB.
+A layer's four linears are multiplied one after the other, in a CUDA graph of more layers than the L2 cache holds, as a
+recorded step has them; the median of 15 replays. `public` expands the weight to FP16 at every call and leaves the
+product to cuBLAS, as the published code does; `fp16` is cuBLAS on FP16 weights. The limit is a sum over 8.6 GB.
 """
 
-import argparse
 import statistics
 from collections.abc import Callable
 
@@ -17,12 +14,24 @@ from chatglm_int8 import kernels_cuda
 from chatglm_int8.quantization import dequantize_weight
 
 SHAPES = [(12288, 4096), (4096, 4096), (16384, 4096), (4096, 16384)]  # N, K
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 
 
-def replayed(calls: list[Callable], replays: int = 15) -> float:
-    """Milliseconds of one of the calls, which are recorded one after the other."""
-    for call in calls[:2]:
+def milliseconds(call: Callable, repeats: int) -> list[float]:
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
         call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return times
+
+
+def replayed(calls: list[Callable]) -> float:
+    """Milliseconds of one of the calls, which are recorded one after the other."""
+    calls[0]()
     torch.cuda.synchronize()
     tickets = kernels_cuda.new_tickets(torch.device("cuda"))
     graph = torch.cuda.CUDAGraph()
@@ -30,82 +39,55 @@ def replayed(calls: list[Callable], replays: int = 15) -> float:
         for call in calls:
             call()
     graph.replay()
-    times = []
-    for _ in range(replays):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / len(calls))
-    return statistics.median(times)
+    return statistics.median(milliseconds(graph.replay, 15)) / len(calls)
 
 
-def memory_speed() -> float:
-    """GB/s of reading 8.6 GB."""
-    numbers = torch.ones(8 << 27, dtype=torch.int64, device="cuda")
-    times = []
-    for _ in range(6):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        numbers.sum()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return numbers.numel() * 8 / min(times) / 1e6
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Times quantised linears on a GPU.")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 512])
-    parser.add_argument("--bits", type=int, choices=(8, 4), default=8)
-    arguments = parser.parse_args()
-    device, bits = torch.device("cuda"), arguments.bits
+def on_cuda(layers: int, bits: int = 8) -> dict:
+    """Print and return the numbers, weights of `bits` (8 or 4)."""
+    device = torch.device("cuda")
     if not kernels_cuda.available(device, torch.float16):
-        parser.exit(2, "The kernels can't be used here.\n")
-    limit = memory_speed()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: reads {limit:.0f} GB/s")
-    totals: dict[tuple[str, int], list[float]] = {}
-    for n, k in SHAPES:
-        size = n * k * bits / 8
-        weights = torch.randint(-128, 128, (int(1.2e9 / size), n, k * bits // 8), dtype=torch.int8, device=device)
-        scale, bias = torch.full((n,), 1e-3, device=device).half(), torch.zeros(n, device=device).half()
-        wide = torch.randn(max(2, int(1.2e9 / (2 * n * k))), n, k, device=device, dtype=torch.float16)
-        for rows in arguments.rows:
-            x = torch.randn(rows, k, device=device).half()
+        raise SystemExit("The CUDA kernels can't be used here.")
+    numbers = torch.ones(1 << 30, dtype=torch.int64, device=device)
+    limit = 8 * numbers.numel() / min(milliseconds(numbers.sum, 6)) / 1e6
+    del numbers
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, INT{bits}, reading memory: {limit:.0f} GB/s")
+    result: dict = {"read_gb_s": limit, "bits": bits}
 
-            def kernel(weight, x=x, scale=scale, bias=bias):
-                return kernels_cuda.linear(x, weight, scale, bias, bits)
+    def weights(n: int, k: int) -> torch.Tensor:
+        return torch.randint(-128, 128, (n, k * bits // 8), dtype=torch.int8, device=device)
 
-            def public(weight, x=x, scale=scale, bias=bias):
-                return torch.addmm(bias, x, dequantize_weight(weight, scale, bits, torch.float16).T)
+    quantized = [[weights(n, k) for n, k in SHAPES] for _ in range(layers)]
+    wide = [[torch.randn(n, k, device=device, dtype=torch.float16) for n, k in SHAPES] for _ in range(layers)]
+    scales = [torch.full((n,), 1e-3, device=device).half() for n, _ in SHAPES]
+    biases = [torch.zeros(n, device=device).half() for n, _ in SHAPES]
+    stored = sum(n * k for n, k in SHAPES)
 
-            def fp16(weight, x=x, bias=bias):
-                return torch.addmm(bias, x, weight.T)
+    def layer(product: Callable, of: list, x: dict) -> None:
+        for (_, k), weight, scale, bias in zip(SHAPES, of, scales, biases, strict=True):
+            product(x[k], weight, scale, bias)
 
-            line = f"{n:6} × {k:5}  {rows:3} rows"
-            for name, call, of in (("kernel", kernel, weights), ("public", public, weights[:4]), ("fp16", fp16, wide)):
-                time = replayed([lambda weight=weight, call=call: call(weight) for weight in of])
-                stored = size if name != "fp16" else 2 * n * k
-                total = totals.setdefault((name, rows), [0.0, 0.0])
-                total[0] += stored
-                total[1] += time
-                line += f"   {name} {time * 1e3:7.1f} µs {stored / time / 1e6:5.0f} GB/s"
-            print(line, flush=True)
-        del weights, wide
-    for (name, rows), (stored, time) in totals.items():
-        print(
-            f"four shapes, {rows:3} rows, {name}: {time * 1e3:7.1f} µs, {stored / time / 1e6 / limit:.3f} of the limit"
-        )
+    ways = {
+        "kernel": (lambda x, w, s, b: kernels_cuda.linear(x, w, s, b, bits), quantized, bits),
+        "public": (lambda x, w, s, b: torch.addmm(b, x, dequantize_weight(w, s, bits, x.dtype).T), quantized[:2], bits),
+        "fp16": (lambda x, w, s, b: torch.addmm(b, x, w.T), wide, 16),
+    }
+    print(f"{'a layer':10}" + "".join(f"{name:>12} µs, of limit" for name in ways))
+    for rows in ROWS:
+        x = {k: torch.randn(rows, k, device=device).half() for k in (4096, 16384)}
+        line = f"{rows:4} rows "
+        for name, (product, of, width) in ways.items():
+            time = replayed([lambda weights=weights: layer(product, weights, x) for weights in of])  # noqa: B023
+            speed = stored * width / 8 / time / 1e6
+            line += f"{time * 1e3:14.1f}   {speed / limit:7.3f}"
+            result[f"{name}_{rows}"] = {"us": time * 1e3, "of_limit": speed / limit}
+        print(line, flush=True)
+    del quantized, wide
     heads = [torch.randn(130528, 4096, device=device, dtype=torch.float16) for _ in range(6)]
     x = torch.randn(1, 4096, device=device).half()
-    for name, call in (
-        ("kernel", lambda head: kernels_cuda.product(x, head, None, bits=16)),
-        ("cuBLAS", lambda head: x @ head.T),
-    ):
-        time = replayed([lambda head=head, call=call: call(head) for head in heads])
-        print(f"FP16 head, 1 row, {name}: {time * 1e3:.1f} µs, {130528 * 8192 / time / 1e6 / limit:.3f} of the limit")
-
-
-if __name__ == "__main__":
-    main()
+    ways = {"kernel": lambda head: kernels_cuda.product(x, head, None, bits=16), "cuBLAS": lambda head: x @ head.T}
+    for name, product in ways.items():
+        time = replayed([lambda head=head: product(head) for head in heads])  # noqa: B023
+        of_limit = 130528 * 4096 * 2 / time / 1e6 / limit
+        print(f"FP16 head, 1 row, {name}: {time * 1e3:.1f} µs, {of_limit:.3f} of the limit")
+        result[f"head_{name}"] = {"us": time * 1e3, "of_limit": of_limit}
+    return result
