@@ -9,7 +9,6 @@ some seconds once per machine. The library is kept in `$XDG_CACHE_HOME/chatglm_i
 Environment: `CC` names the compiler, `CHATGLM_CPU_KERNEL=0` turns the kernels off.
 """
 
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -17,16 +16,14 @@ import math
 import os
 import shlex
 import shutil
-import stat
 import subprocess
-import tempfile
 import threading
-import time
 from pathlib import Path
 
 import torch
 from transformers.utils import logging
 
+from .kernel_cache import keep
 from .kernels_cpu_source import SOURCE
 
 logger = logging.get_logger(__name__)
@@ -340,33 +337,6 @@ def _run(command: list[str], text: str) -> str:
     return done.stdout
 
 
-@functools.cache
-def cache_folder() -> Path:
-    """The folder of compiled libraries: this user's alone, so that nobody else can put a library there.
-
-    `$XDG_CACHE_HOME/chatglm_int8` or `~/.cache/chatglm_int8`; where that can't be written, or is open to others, a
-    temporary folder that lives as long as this process.
-    """
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chatglm_int8"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        state = folder.stat()
-        ours = os.name == "nt" or (state.st_uid == os.getuid() and not state.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
-        if ours:
-            with tempfile.TemporaryFile(dir=folder):
-                return folder
-        reason = "it belongs to or can be written by others"
-    except (OSError, RuntimeError) as error:
-        reason = str(error)
-    temporary = tempfile.TemporaryDirectory(prefix="chatglm_int8-")
-    _kept_for_life.append(temporary)
-    logger.warning_once(f"Kernels can't be kept on disk ({reason}), so they are compiled again in every process.")
-    return Path(temporary.name)
-
-
-_kept_for_life: list[tempfile.TemporaryDirectory] = []
-
-
 def build(flags: tuple[str, ...] = (*FLAGS, OPENMP)) -> Path:
     """Compile the source with these flags, unless that was done before; the library's path.
 
@@ -377,22 +347,7 @@ def build(flags: tuple[str, ...] = (*FLAGS, OPENMP)) -> Path:
     version = _run([*command, "--version"], "")
     macros = _run([*command, *flags, "-dM", "-E", "-x", "c", "-"], "")  # say what -march=native means here
     key = hashlib.sha256("\0".join((SOURCE, *command, *flags, version, macros)).encode()).hexdigest()[:32]
-    path = cache_folder() / f"cpu-{key}.so"
-    if not path.exists():
-        for left in path.parent.glob("*.tmp"):  # by processes that were killed
-            with contextlib.suppress(OSError):
-                if time.time() - left.stat().st_mtime > 3600:
-                    left.unlink()
-        handle, unfinished = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
-        os.close(handle)
-        try:
-            _run([*command, *flags, "-x", "c", "-", "-o", unfinished, "-lm"], SOURCE)
-            with open(unfinished, "r+b") as file:
-                os.fsync(file.fileno())  # half a library would kill its process
-            os.replace(unfinished, path)  # whole or not at all, also beside other processes
-        finally:
-            Path(unfinished).unlink(missing_ok=True)
-    return path
+    return keep(f"cpu-{key}.so", lambda path: _run([*command, *flags, "-x", "c", "-", "-o", str(path), "-lm"], SOURCE))
 
 
 def _open(flags: tuple[str, ...]) -> Library:

@@ -1,8 +1,8 @@
 """INT8 and INT4 products, and the small operations of a decoding step, on NVIDIA GPUs.
 
 The CUDA C++ of `kernels_cuda_source` is compiled by NVRTC at the first call, through the binding of cpm_kernels, loaded
-by its `LazyKernelCModule` and launched by its `KernelFunction`. Compiled modules are kept in a folder (see
-`cache_folder`).
+by its `LazyKernelCModule` and launched by its `KernelFunction`. Compiled modules are kept on disk (see
+`kernel_cache`).
 
 Letters: M rows of an activation, K in_features, N out_features, B batch, H heads, D head width, T places in a cache.
 
@@ -19,7 +19,6 @@ import importlib.util
 import os
 import re
 import sys
-import tempfile
 import threading
 import types
 import warnings
@@ -27,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from .kernel_cache import keep
 from .kernels_cuda_source import SOURCES, TILE_SHAPES
 
 _REMEDY = (
@@ -134,11 +134,6 @@ def load_launcher() -> types.ModuleType:
 # --- Compiling, with a cache on disk ---
 
 
-def cache_folder() -> str:
-    """Where compiled modules are kept: `chatglm_int8` below `$XDG_CACHE_HOME` or ~/.cache."""
-    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "chatglm_int8")
-
-
 def compile_source(nvrtc, source: str, options: list[str]) -> bytes:
     """Compile CUDA C++ to machine code (a cubin), or to PTX where `options` name a virtual architecture.
 
@@ -165,22 +160,7 @@ def _module_code(nvrtc, name: str, bf16: bool, architecture: int) -> bytes:
     options = ["--std=c++17", f"-DBF16={int(bf16)}", f"--gpu-architecture=sm_{architecture}"]
     key = repr((SOURCES[name], options, nvrtc.version))
     file = f"cuda-{name}-sm_{architecture}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.cubin"
-    path = os.path.join(cache_folder(), file)
-    try:
-        with open(path, "rb") as stream:
-            return stream.read()
-    except OSError:
-        pass
-    code = compile_source(nvrtc, SOURCES[name], options)
-    try:
-        os.makedirs(cache_folder(), exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=cache_folder())
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(code)
-        os.replace(temporary, path)
-    except OSError:
-        pass  # a folder that can't be written to: compiled again next time
-    return code
+    return keep(file, lambda path: path.write_bytes(compile_source(nvrtc, SOURCES[name], options))).read_bytes()
 
 
 @functools.cache

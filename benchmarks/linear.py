@@ -22,6 +22,7 @@ import torch
 from torch.nn.functional import linear
 
 from chatglm_int8 import kernels_cpu
+from chatglm_int8.kernel_cache import cache_folder
 
 SHAPES = [(12288, 4096), (4096, 4096), (16384, 4096), (4096, 16384)]  # N, K of a block's four linears
 READER = r"""
@@ -73,7 +74,7 @@ def medians(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[s
 def reader(threads: int, size: int = 1 << 30) -> tuple[Callable[[], int], int]:
     """A function that reads `size` bytes of memory, and the size."""
     flags = ("-O3", "-march=native", "-fPIC", "-shared", "-fopenmp")
-    path = kernels_cpu.cache_folder() / "reader.so"
+    path = cache_folder() / "reader.so"
     kernels_cpu._run([*kernels_cpu.compiler(), *flags, "-x", "c", "-", "-o", str(path)], READER)
     library = ctypes.CDLL(str(path))
     library.prepare.argtypes = (ctypes.c_int64, ctypes.c_int)

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from chatglm_int8 import ChatGLMForConditionalGeneration, kernels_cpu, quantization
+from chatglm_int8 import ChatGLMForConditionalGeneration, kernel_cache, kernels_cpu, quantization
 from chatglm_int8.kernels_cpu import FLAGS, OPENMP, WITHOUT_AMX, Library
 from chatglm_int8.kernels_cpu_source import SOURCE
 from chatglm_int8.modeling_chatglm import GrowingLayer, apply_rotary, rotary_embedding
@@ -87,7 +87,7 @@ def libraries(tmp_path_factory):
     def make(level: str) -> Library:
         if level not in made:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(kernels_cpu, "cache_folder", lambda: tmp_path_factory.getbasetemp())
+                patch.setattr(kernel_cache, "cache_folder", lambda: tmp_path_factory.getbasetemp())
                 made[level] = Library(kernels_cpu.build((*FLAGS, OPENMP, *LEVELS[level])))
         if not made[level].allowed:
             pytest.skip("the operating system refuses the matrix unit")
@@ -852,10 +852,12 @@ def fresh(tmp_path, monkeypatch, compiler):
     monkeypatch.setenv("CC", str(compiler()))
     monkeypatch.delenv("CHATGLM_CPU_KERNEL", raising=False)
     handler = Messages()
-    kernels_cpu.logger.addHandler(handler)
+    for module in (kernels_cpu, kernel_cache):
+        module.logger.addHandler(handler)
     forget()
     yield handler.said
-    kernels_cpu.logger.removeHandler(handler)
+    for module in (kernels_cpu, kernel_cache):
+        module.logger.removeHandler(handler)
     monkeypatch.undo()
     forget()
 
@@ -863,7 +865,7 @@ def fresh(tmp_path, monkeypatch, compiler):
 def forget():
     """What a process remembers of its library; a new process starts so."""
     kernels_cpu._load.cache_clear()
-    kernels_cpu.cache_folder.cache_clear()
+    kernel_cache._usable_folder.cache_clear()
     logging.Logger.warning_once.cache_clear()
 
 
@@ -1015,7 +1017,7 @@ def test_a_cache_that_cannot_be_written(fresh, tmp_path, monkeypatch, case):
             pytest.skip("root may write anywhere")
         (tmp_path / "cache").mkdir(mode=0o500)
     assert works(kernels_cpu.library())
-    folder = kernels_cpu.cache_folder()
+    folder = kernel_cache.cache_folder()
     assert tmp_path not in folder.parents
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     (message,) = fresh
@@ -1033,7 +1035,7 @@ def test_a_cache_where_others_could_plant_a_library(fresh, tmp_path, monkeypatch
         folder.chmod(0o777 if case == "writable by all" else 0o770)
     assert works(kernels_cpu.library())
     assert cached(tmp_path) == []
-    assert folder not in kernels_cpu.cache_folder().parents
+    assert folder not in kernel_cache.cache_folder().parents
     (message,) = fresh
     assert "can be written by others" in message
 
@@ -1042,7 +1044,7 @@ BROKEN = r"""
 import os, sys
 from pathlib import Path
 
-from chatglm_int8 import kernels_cpu
+from chatglm_int8 import kernel_cache, kernels_cpu
 
 (path,) = Path(sys.argv[1]).iterdir()
 whole = path.read_bytes()
@@ -1070,7 +1072,7 @@ EIGHT = r"""
 import multiprocessing, os, signal, sys, time
 from pathlib import Path
 
-from chatglm_int8 import kernels_cpu
+from chatglm_int8 import kernel_cache, kernels_cpu
 import torch
 
 folder = Path(sys.argv[1])
