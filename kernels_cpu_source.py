@@ -541,12 +541,11 @@ static void fill_panel(const struct job *j, int64_t n, int64_t rows, int64_t blo
     }
 }
 
-/* Prefetch the part-th of `parts` of what fill_panel will read. */
-static void prefetch_panel(const struct job *j, int64_t n, int64_t block, int64_t part, int64_t parts) {
-    int64_t bytes = j->K * j->bits / 8, first = block * BLOCK % bytes;
-    int64_t lines = (least(BLOCK, bytes - first) + LINE - 1) / LINE, count = least(TILE_N, j->N - n) * lines;
-    for (int64_t i = count * part / parts; i < count * (part + 1) / parts; i++)
-        __builtin_prefetch(j->weight + (n + i / lines) * bytes + first + i % lines * LINE, 0, 2);
+/* Prefetch what fill_panel will read of weight row n, if there is one. */
+static void prefetch_row(const struct job *j, int64_t n, int64_t block) {
+    int64_t bytes = j->K * j->bits / 8, first = block * BLOCK % bytes, columns = least(BLOCK, bytes - first);
+    if (n < j->N)
+        for (int64_t k = 0; k < columns; k += LINE) __builtin_prefetch(j->weight + n * bytes + first + k, 0, 2);
 }
 
 /* The scales and biases (0 if there are none) of `height` output features from n on, CHUNK at most. */
@@ -647,7 +646,7 @@ static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64
             for (int64_t group = 0; group < j->M; group += GROUP)
                 for (int64_t n = n0; n < n0 + height; n += TILE_N) {
                     int64_t rows = least(TILE_N, n0 + height - n), stride = BLOCK, step = TILE_K;
-                    int64_t last = least(group + GROUP, j->M), next_n = n + TILE_N, next_block = block;
+                    int64_t last = least(group + GROUP, j->M), next_n = n + TILE_N, next_block = block, fetched = 0;
                     const panel_t *weights = panel;
                     if (next_n >= n0 + height) next_block++, next_n = n0;
                     if (next_block * BLOCK >= j->K) next_block = 0, next_n = n0 + chunk;
@@ -665,8 +664,8 @@ static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64
 #endif
                     for (int64_t m = group; m < last; m += TILE_M) {
                         float(*tile)[PADDED_M] = sums[(n - n0) / TILE_N * m_tiles + m / PADDED_M];
-                        if (next_n < end && group == 0)
-                            prefetch_panel(j, next_n, next_block, m / TILE_M, (last + TILE_M - 1) / TILE_M);
+                        for (; fetched * (last - group) < (m + TILE_M - group) * TILE_N; fetched++)
+                            prefetch_row(j, next_n + fetched, next_block);
                         multiply_tile(j, weights, stride, step, block, m, (float(*)[PADDED_M]) & tile[0][m % PADDED_M]);
                     }
                 }
@@ -815,6 +814,46 @@ static inline float quick_exp(float x) {
     return x > 88.7f ? INFINITY : x != x ? x : power;
 }
 
+/* sum [D] = softmax(shrunk · query · keysᵀ + mask) · values for a query [D] and T keys and values that lie k_t and v_t
+   numbers apart; weight [T] is working memory. The caller names the dtype, so that a compiler sees which. */
+static inline __attribute__((always_inline)) void
+attend(const float *query, const char *keys, int64_t k_t, const char *values, int64_t v_t, const char *mask,
+       const int dtype, float scaling, int64_t T, int64_t D, float *weight, float *sum) {
+    enum { WIDTH = 4 }; /* vectors of the context that are summed at a time */
+    int64_t size = size_of(dtype);
+    float largest = -INFINITY, whole = 0;
+    for (int64_t t = 0; t < T; t++) {
+        const char *key = keys + t * k_t * size;
+        floats score[2] = {zeros(), zeros()};
+        for (int64_t d = 0; d < D; d += 2 * FLOATS) {
+            score[0] = multiply_add(load_any(key, dtype, d), load(query + d), score[0]);
+            if (d + FLOATS < D)
+                score[1] = multiply_add(load_any(key, dtype, d + FLOATS), load(query + d + FLOATS), score[1]);
+        }
+        weight[t] = total(add(score[0], score[1])) * scaling;
+        if (mask) weight[t] += element(mask, dtype, t);
+        largest = weight[t] > largest ? weight[t] : largest;
+    }
+    for (int64_t t = 0; t < T; t++) weight[t] = quick_exp(weight[t] - largest);
+    for (int64_t t = 0; t < T; t++) whole += weight[t];
+    for (int64_t d = 0; d < D; d += WIDTH * FLOATS) {
+        floats part[WIDTH] = {zeros(), zeros(), zeros(), zeros()};
+        int64_t vectors = least(WIDTH, (D - d) / FLOATS);
+        for (int64_t t = 0; t < T; t++) {
+            floats p = all(weight[t]);
+            const char *value = values + t * v_t * size;
+            if (vectors == WIDTH)
+                for (int j = 0; j < WIDTH; j++)
+                    part[j] = multiply_add(load_any(value, dtype, d + j * FLOATS), p, part[j]);
+            else
+                for (int64_t j = 0; j < vectors; j++)
+                    part[j] = multiply_add(load_any(value, dtype, d + j * FLOATS), p, part[j]);
+        }
+        for (int64_t j = 0; j < vectors; j++) store(sum + d + j * FLOATS, part[j]);
+    }
+    for (int64_t d = 0; d < D; d++) sum[d] /= whole;
+}
+
 /* Attention of one query a head: context [B, H, D] = softmax(shrunk · q · kᵀ + mask) · v, summed in fp32.
    q [B, H, D], k and v [B, H, T, D] and mask [B, T] (or NULL) of one dtype; B, H and T may be strided (in numbers), and
    mask_b may be 0. D is a multiple of FLOATS, 256 at most. Returns OK or NO_MEMORY. */
@@ -822,7 +861,6 @@ int chatglm_attention(const void *q, int64_t q_b, int64_t q_h, const void *k, in
                       const void *v, int64_t v_b, int64_t v_h, int64_t v_t, const void *mask, int64_t mask_b,
                       void *context, int dtype, float scaling, int64_t B, int64_t H, int64_t T, int64_t D,
                       int threads) {
-    enum { WIDTH = 4 }; /* vectors of the context that are summed at a time */
     int64_t size = size_of(dtype), T_size = round_up(T, 16);
     float *memory = aligned_alloc(64, (size_t)(threads * T_size) * sizeof *memory);
     if (!memory) return NO_MEMORY;
@@ -833,37 +871,11 @@ int chatglm_attention(const void *q, int64_t q_b, int64_t q_h, const void *k, in
             int64_t b = i / H, h = i % H;
             const char *keys = (const char *)k + (b * k_b + h * k_h) * size;
             const char *values = (const char *)v + (b * v_b + h * v_h) * size;
-            float largest = -INFINITY, whole = 0;
+            const char *mask_row = mask ? (const char *)mask + b * mask_b * size : NULL;
             read_floats((const char *)q + (b * q_b + h * q_h) * size, dtype, D, query);
-            for (int64_t t = 0; t < T; t++) {
-                const char *key = keys + t * k_t * size;
-                floats score[2] = {zeros(), zeros()};
-                for (int64_t d = 0; d < D; d += FLOATS) {
-                    floats *s = score + d / FLOATS % 2;
-                    *s = multiply_add(load_any(key, dtype, d), load(query + d), *s);
-                }
-                weight[t] = (total(score[0]) + total(score[1])) * scaling;
-                if (mask) weight[t] += element(mask, dtype, b * mask_b + t);
-                largest = weight[t] > largest ? weight[t] : largest;
-            }
-            for (int64_t t = 0; t < T; t++) weight[t] = quick_exp(weight[t] - largest);
-            for (int64_t t = 0; t < T; t++) whole += weight[t];
-            for (int64_t d = 0; d < D; d += WIDTH * FLOATS) {
-                floats part[WIDTH] = {zeros(), zeros(), zeros(), zeros()};
-                int64_t vectors = least(WIDTH, (D - d) / FLOATS);
-                for (int64_t t = 0; t < T; t++) {
-                    floats p = all(weight[t]);
-                    const char *value = values + t * v_t * size;
-                    if (vectors == WIDTH)
-                        for (int j = 0; j < WIDTH; j++)
-                            part[j] = multiply_add(load_any(value, dtype, d + j * FLOATS), p, part[j]);
-                    else
-                        for (int64_t j = 0; j < vectors; j++)
-                            part[j] = multiply_add(load_any(value, dtype, d + j * FLOATS), p, part[j]);
-                }
-                for (int64_t j = 0; j < vectors; j++) store(sum + d + j * FLOATS, part[j]);
-            }
-            for (int64_t d = 0; d < D; d++) sum[d] /= whole;
+            if (dtype == HALF) attend(query, keys, k_t, values, v_t, mask_row, HALF, scaling, T, D, weight, sum);
+            else if (dtype == FLOAT) attend(query, keys, k_t, values, v_t, mask_row, FLOAT, scaling, T, D, weight, sum);
+            else attend(query, keys, k_t, values, v_t, mask_row, BFLOAT, scaling, T, D, weight, sum);
             write_floats(sum, D, dtype, context, i * D);
         }
     }
