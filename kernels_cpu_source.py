@@ -278,14 +278,6 @@ static void write_floats(const float *from, int64_t count, int dtype, void *y, i
         for (; i < count; i++) bits[i] = to_bfloat(from[i]);
 }
 
-/* Row m of x as floats; for int4 the even columns first, then the odd ones, as the high and the low halves of bytes. */
-static void read_row(const void *x, int dtype, int64_t m, int64_t K, int bits, float *row, float *spare) {
-    const char *from = (const char *)x + m * K * size_of(dtype);
-    if (bits == 8) { read_floats(from, dtype, K, row); return; }
-    read_floats(from, dtype, K, spare);
-    for (int64_t i = 0; i < K / 2; i++) row[i] = spare[2 * i], row[K / 2 + i] = spare[2 * i + 1];
-}
-
 /* ---- Half weights ---- */
 
 /* sum[i][r] = weight row r · x[i], for `rows` weight rows and `count` rows of x, all K long. */
@@ -355,7 +347,7 @@ struct job {
     int x_dtype, scale_dtype, bias_dtype, bits, planes; /* planes: digits that a number has */
     int64_t M, N, K, padded_M, padded_K;
     digit_t *row_digits;  /* of one row: [plane][padded_K] */
-    panel_t *digits;      /* of several: see store_digits */
+    panel_t *digits;      /* of several: [plane][padded_M][padded_K], for a matrix unit as tile_of says */
     float *digit_scale;   /* [blocks][planes][padded_M] */
 };
 
@@ -367,13 +359,6 @@ static int digits_of(int x_dtype, size_t digit_size) { return (digit_size == 1 ?
 static inline panel_t *tile_of(const struct job *j, int64_t m, int64_t block) {
     int64_t columns = least(BLOCK, j->padded_K - block * BLOCK);
     return j->digits + (block * BLOCK * j->padded_M + m / 16 * 16 * columns) * j->planes;
-}
-
-static void store_digits(const struct job *j, int64_t m, int64_t block, int plane, const digit_t *row) {
-    int64_t columns = least(BLOCK, j->padded_K - block * BLOCK);
-    panel_t *tiles = tile_of(j, m, block) + plane * 1024 + m % 16 * 4, narrow[BLOCK];
-    for (int64_t k = 0; k < columns; k++) narrow[k] = (panel_t)row[k];
-    for (int64_t k = 0; k < columns; k += 4) memcpy(tiles + k / 64 * 1024 * j->planes + k / 4 % 16 * 64, narrow + k, 4);
 }
 
 /* sums[n, m] += weights · digits, for 32 weight rows and 16 rows of x. Weight rows lie `stride` bytes apart, and their
@@ -437,13 +422,6 @@ static void multiply_tile(const struct job *j, const panel_t *weights, int64_t s
         }
 }
 #else
-/* Digits as [plane][m][padded_K]. */
-static void store_digits(const struct job *j, int64_t m, int64_t block, int plane, const digit_t *row) {
-    int64_t columns = least(BLOCK, j->padded_K - block * BLOCK);
-    panel_t *to = j->digits + (plane * j->padded_M + m) * j->padded_K + block * BLOCK;
-    memcpy(to, row, (size_t)columns * sizeof *row);
-}
-
 /* total[n, m] += weights · digits, for the TILE_N rows of a panel and TILE_M rows of x. */
 static void multiply_tile(const struct job *j, const panel_t *panel, int64_t stride, int64_t step, int64_t block,
                           int64_t m, float total[TILE_N][PADDED_M]) {
@@ -476,40 +454,76 @@ static void multiply_tile(const struct job *j, const panel_t *panel, int64_t str
 }
 #endif
 
-/* Write one row of x as digits of at most `digit_max`, block by block. What is not finite makes the whole block NaN. */
-static void split_row(const struct job *j, int64_t m, const float *row, digit_t *digits_of_block, int digit_max) {
-    for (int64_t block = 0; block * BLOCK < j->padded_K; block++) {
-        int64_t padded = least(BLOCK, j->padded_K - block * BLOCK), count = least(BLOCK, j->K - block * BLOCK);
-        float rest[BLOCK];
-        uint32_t largest = 0; /* as the bits of a float, which order like its size */
-        for (int64_t k = 0; k < count; k++) {
-            uint32_t size = bits_of_float(row[block * BLOCK + k]) & 0x7fffffff;
-            largest = size > largest ? size : largest;
-        }
-        int finite = largest < 0x7f800000;
-        float lift = float_of_bits(largest) < 0x1p-60f ? 0x1p60f : 1; /* keeps the scales of tiny numbers normal */
-        float scale = largest ? float_of_bits(largest) * lift / (float)digit_max : 1;
-        if (scale < 0x1p-60f) scale = 0x1p-60f; /* subnormal numbers are taken for the smallest normal ones */
-        for (int64_t k = 0; k < count; k++) rest[k] = row[block * BLOCK + k] * lift;
-        for (int plane = 0; plane < j->planes; plane++) {
-            float inverse = 1 / scale;
-            memset(digits_of_block, 0, (size_t)padded * sizeof *digits_of_block);
-            if (finite)
-                for (int64_t k = 0; k < count; k++) {
-                    float digit = (rest[k] * inverse + 0x1.8p23f) - 0x1.8p23f; /* rounds to an integer */
-                    digits_of_block[k] = (digit_t)digit;
-                    rest[k] -= digit * scale;
-                }
-            if (j->row_digits) {
-                digit_t *to = j->row_digits + plane * j->padded_K + block * BLOCK;
-                memcpy(to, digits_of_block, (size_t)padded * sizeof *to);
-            } else
-                store_digits(j, m, block, plane, digits_of_block);
-            j->digit_scale[(block * j->planes + plane) * j->padded_M + m] = finite ? scale / lift : NAN;
-            /* About half a unit is left, somewhat more where the division was rounded: the next digit reaches that. */
-            scale /= (float)(2 * (digit_max - digit_max / 64));
-        }
+/* `count` columns of row m of x from `first` on, all of one block, as floats. For int4 the even columns come first,
+   then the odd ones, as the high and the low halves of bytes. */
+static void read_columns(const struct job *j, int64_t m, int64_t first, int64_t count, float *out) {
+    const char *row = (const char *)j->x + m * j->K * size_of(j->x_dtype);
+    if (j->bits == 8) { read_floats(row + first * size_of(j->x_dtype), j->x_dtype, count, out); return; }
+    float pairs[2 * BLOCK];
+    for (int64_t half = j->K / 2, done = 0, part; done < count; done += part) {
+        int odd = first + done >= half;
+        int64_t from = first + done - (odd ? half : 0);
+        part = least(count - done, half - from);
+        read_floats(row + 2 * from * size_of(j->x_dtype), j->x_dtype, 2 * part, pairs);
+        for (int64_t k = 0; k < part; k++) out[done + k] = pairs[2 * k + odd];
     }
+}
+
+/* One block of row m of x as digits of at most `digit_max`, the next digits `stride` numbers farther, padded with zeros
+   to a multiple of LINE; and their scales. What is not finite makes the whole block NaN. */
+static void split_block(const struct job *j, int64_t m, int64_t block, int digit_max, digit_t *digits, int64_t stride) {
+    int64_t padded = least(BLOCK, j->padded_K - block * BLOCK), count = least(BLOCK, j->K - block * BLOCK);
+    float rest[BLOCK];
+    uint32_t largest = 0; /* as the bits of a float, which order like its size */
+    read_columns(j, m, block * BLOCK, count, rest);
+    for (int64_t k = 0; k < count; k++) {
+        uint32_t size = bits_of_float(rest[k]) & 0x7fffffff;
+        largest = size > largest ? size : largest;
+    }
+    int finite = largest < 0x7f800000;
+    float lift = float_of_bits(largest) < 0x1p-60f ? 0x1p60f : 1; /* keeps the scales of tiny numbers normal */
+    float scale = largest ? float_of_bits(largest) * lift / (float)digit_max : 1;
+    if (scale < 0x1p-60f) scale = 0x1p-60f; /* subnormal numbers are taken for the smallest normal ones */
+    for (int64_t k = 0; k < count; k++) rest[k] *= lift;
+    for (int plane = 0; plane < j->planes; plane++, digits += stride) {
+        float inverse = 1 / scale;
+        memset(digits, 0, (size_t)padded * sizeof *digits);
+        if (finite)
+            for (int64_t k = 0; k < count; k++) {
+                float digit = (rest[k] * inverse + 0x1.8p23f) - 0x1.8p23f; /* rounds to an integer */
+                digits[k] = (digit_t)digit;
+                rest[k] -= digit * scale;
+            }
+        j->digit_scale[(block * j->planes + plane) * j->padded_M + m] = finite ? scale / lift : NAN;
+        /* About half a unit is left, somewhat more where the division was rounded: the next digit reaches that. */
+        scale /= (float)(2 * (digit_max - digit_max / 64));
+    }
+}
+
+/* One block of PADDED_M rows of x from m on, as far as there are so many, as digits in their place. */
+static void split_rows(const struct job *j, int64_t m, int64_t block) {
+    int64_t rows = least(PADDED_M, j->M - m);
+#ifdef AMX
+    enum { STRIDE = BLOCK + 64 }; /* of no power of 2, lest all rows fall on the same place of the cache */
+    panel_t narrow[3][PADDED_M][STRIDE];
+    digit_t digits[3][BLOCK];
+    int64_t columns = least(BLOCK, j->padded_K - block * BLOCK);
+    if (rows < PADDED_M) memset(narrow, 0, sizeof narrow);
+    for (int64_t i = 0; i < rows; i++) {
+        split_block(j, m + i, block, PANEL_DIGIT_MAX, digits[0], BLOCK);
+        for (int plane = 0; plane < j->planes; plane++)
+            for (int64_t k = 0; k < columns; k++) narrow[plane][i][k] = (panel_t)digits[plane][k];
+    }
+    panel_t *to = tile_of(j, m, block);
+    for (int64_t k = 0; k < columns; k += TILE_K)
+        for (int plane = 0; plane < j->planes; plane++)
+            for (int64_t four = k; four < k + TILE_K; four += 4)
+                for (int64_t i = 0; i < PADDED_M; i++, to += 4) memcpy(to, narrow[plane][i] + four, 4);
+#else
+    panel_t *to = j->digits + m * j->padded_K + block * BLOCK;
+    for (int64_t i = 0; i < rows; i++, to += j->padded_K)
+        split_block(j, m + i, block, PANEL_DIGIT_MAX, to, j->padded_M * j->padded_K);
+#endif
 }
 
 /* `rows` weight rows from n on, columns of one block, as digits, 0 where there are none: [TILE_N][BLOCK], and for a
@@ -723,14 +737,13 @@ int chatglm_linear(const void *x, int x_dtype, const int8_t *weight, int bits, c
             .padded_M = one ? 1 : round_up(least(M - m, M_AT_ONCE), PADDED_M), .padded_K = round_up(K, LINE),
         };
         int64_t chunk = j.M <= 32 ? TILE_N : CHUNK;
-        /* For each thread: two rows of x as floats; sums; a panel of weights. For all: digits and their scales. */
-        size_t row_size = (size_t)round_up(2 * j.padded_K * 4, 64);
+        /* For each thread: sums; a panel of weights. For all: digits and their scales. */
         size_t sums_size = one ? 0 : (size_t)(round_up(chunk, TILE_N) * j.padded_M) * 4;
         size_t panel_size = one ? 0 : (size_t)round_up(TILE_N * BLOCK * sizeof(panel_t), 64);
-        size_t own_size = row_size + sums_size + panel_size;
+        size_t own_size = sums_size + panel_size;
         size_t scale_size = (size_t)(blocks * j.planes * j.padded_M) * 4;
         size_t digits_size = (size_t)(j.planes * j.padded_M * j.padded_K) * (one ? sizeof(digit_t) : sizeof(panel_t));
-        size_t all_own = (size_t)(one ? 1 : threads) * own_size;
+        size_t all_own = (size_t)threads * own_size;
         size_t beyond = LINE * sizeof(digit_t); /* read after one row's digits, and multiplied by zeros */
         char *memory = aligned_alloc(64, all_own + round_up(scale_size, 64) + round_up(digits_size, 64) + beyond);
         if (!memory) return NO_MEMORY;
@@ -741,8 +754,8 @@ int chatglm_linear(const void *x, int x_dtype, const int8_t *weight, int bits, c
         memset(j.digit_scale, 0, scale_size); /* of the rows that pad M */
         if (one) {
             memset(digits + digits_size, 0, beyond);
-            read_row(j.x, x_dtype, 0, K, bits, (float *)memory, (float *)memory + j.padded_K);
-            split_row(&j, 0, (float *)memory, (digit_t *)((float *)memory + j.padded_K), DIGIT_MAX);
+            for (int block = 0; block < blocks; block++)
+                split_block(&j, 0, block, DIGIT_MAX, j.row_digits + block * BLOCK, j.padded_K);
         }
         #pragma omp parallel num_threads(threads)
         {
@@ -750,16 +763,13 @@ int chatglm_linear(const void *x, int x_dtype, const int8_t *weight, int bits, c
             int64_t begin = part_begin(tiles) * TILE_N, end = least(part_end(tiles) * TILE_N, N);
             if (one) multiply_row(&j, begin, end);
             else {
-                char *own = memory + (size_t)thread_number() * own_size, *sums_of_thread = own + row_size;
-                float *row = (float *)own, *spare = row + j.padded_K;
-                for (int64_t i = part_begin(j.M); i < part_end(j.M); i++) {
-                    read_row(j.x, x_dtype, i, K, bits, row, spare);
-                    split_row(&j, i, row, (digit_t *)spare, PANEL_DIGIT_MAX);
-                }
+                char *own = memory + (size_t)thread_number() * own_size;
+                int64_t parts = blocks * (j.padded_M / PADDED_M);
+                for (int64_t i = part_begin(parts); i < part_end(parts); i++)
+                    split_rows(&j, i / blocks * PADDED_M, i % blocks);
                 #pragma omp barrier
                 start_tiles();
-                multiply_rows(&j, begin, end, chunk, (float(*)[TILE_N][PADDED_M])sums_of_thread,
-                              (panel_t *)(sums_of_thread + sums_size));
+                multiply_rows(&j, begin, end, chunk, (float(*)[TILE_N][PADDED_M])own, (panel_t *)(own + sums_size));
                 stop_tiles();
             }
         }
