@@ -647,6 +647,42 @@ static void multiply_row(const struct job *j, int64_t begin, int64_t end) {
 #ifndef DIRECT
 #define DIRECT(j) (j->M <= TILE_M)
 #endif
+/* lines[m][at + n] = sums[n][m] · scale[n] + bias[n] */
+static void finish_tile(float (*sums)[PADDED_M], const float *scale, const float *bias, float (*lines)[CHUNK],
+                        int64_t at) {
+#if defined(AMX) && defined(__AVX512F__)
+    for (int n = 0; n < TILE_N; n += 16) { /* 16 × 16 numbers change rows and columns: in pairs, fours, and vectors */
+        __m512 a[16], b[16], s = load(scale + n), c = load(bias + n);
+        for (int i = 0; i < 16; i++) a[i] = load(sums[n + i]);
+        for (int i = 0; i < 16; i += 2) {
+            b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+            b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+        }
+        for (int i = 0; i < 16; i += 4)
+            for (int half = 0; half < 2; half++) {
+                __m512d first = _mm512_castps_pd(b[i + half]), second = _mm512_castps_pd(b[i + 2 + half]);
+                a[i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(first, second));
+                a[i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(first, second));
+            }
+        for (int i = 0; i < 4; i++) {
+            __m512 even[2], odd[2];
+            for (int half = 0; half < 2; half++) {
+                even[half] = _mm512_shuffle_f32x4(a[8 * half + i], a[8 * half + 4 + i], 0x88);
+                odd[half] = _mm512_shuffle_f32x4(a[8 * half + i], a[8 * half + 4 + i], 0xdd);
+            }
+            b[i] = _mm512_shuffle_f32x4(even[0], even[1], 0x88);
+            b[i + 4] = _mm512_shuffle_f32x4(odd[0], odd[1], 0x88);
+            b[i + 8] = _mm512_shuffle_f32x4(even[0], even[1], 0xdd);
+            b[i + 12] = _mm512_shuffle_f32x4(odd[0], odd[1], 0xdd);
+        }
+        for (int i = 0; i < 16; i++) store(lines[i] + at + n, multiply_add(b[i], s, c));
+    }
+#else
+    for (int n = 0; n < TILE_N; n++)
+        for (int m = 0; m < PADDED_M; m++) lines[m][at + n] = sums[n][m] * scale[n] + bias[n];
+#endif
+}
+
 /* y[:, begin:end] for several rows. `sums` holds [chunk / TILE_N][padded_M / PADDED_M][TILE_N][PADDED_M] floats,
    `panel` TILE_N · BLOCK digits. */
 static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64_t chunk,
@@ -685,10 +721,8 @@ static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64
                 }
         read_vectors(j, n0, height, scale, bias);
         for (int64_t m0 = 0; m0 < j->M; m0 += PADDED_M) { /* sums are [n, m], y is [m, n] */
-            for (int64_t n = 0; n < height; n++) {
-                const float *row = sums[n / TILE_N * m_tiles + m0 / PADDED_M][n % TILE_N];
-                for (int i = 0; i < PADDED_M; i++) lines[i][n] = row[i] * scale[n] + bias[n];
-            }
+            for (int64_t n = 0; n < height; n += TILE_N)
+                finish_tile(sums[n / TILE_N * m_tiles + m0 / PADDED_M], scale + n, bias + n, lines, n);
             for (int64_t m = m0; m < least(m0 + PADDED_M, j->M); m++)
                 write_floats(lines[m - m0], height, j->x_dtype, j->y, m * j->N + n0);
         }
