@@ -96,6 +96,7 @@ typedef int8_t panel_t;
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #include <immintrin.h>
+#define AVX512
 enum { FLOATS = 16 };
 typedef __m512 floats;
 static inline floats zeros(void) { return _mm512_setzero_ps(); }
@@ -390,27 +391,37 @@ static void multiply_tile(const struct job *j, const panel_t *weights, int64_t s
         _tile_stored(1, product[0][1], 64);
         _tile_stored(2, product[1][0], 64);
         _tile_stored(3, product[1][1], 64);
-    } else
-        for (int half = 0; half < 2; half++) {
-            const panel_t *from = half ? lower : weights;
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            for (int64_t i = 0; i < steps; i++) {
-                _tile_loadd(4, from + i * step, stride);
-                _tile_loadd(5, x + i * 3072, 64);
-                _tile_loadd(6, x + i * 3072 + 1024, 64);
-                _tile_loadd(7, x + i * 3072 + 2048, 64);
-                _tile_dpbssd(0, 4, 5);
-                _tile_dpbssd(1, 4, 6);
-                _tile_dpbssd(2, 4, 7);
-                if (step == 64)
-                    for (int n = 0; n < 16; n++) __builtin_prefetch(from + n * stride + i * 64 + NEAR / 2);
-            }
-            _tile_stored(0, product[half][0], 64);
-            _tile_stored(1, product[half][1], 64);
-            _tile_stored(2, product[half][2], 64);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        _tile_zero(4);
+        _tile_zero(5);
+        for (int64_t i = 0; i < steps; i++) { /* six sums leave two tiles, so digits are loaded for each half */
+            _tile_loadd(6, weights + i * step, stride);
+            _tile_loadd(7, x + i * 3072, 64);
+            _tile_dpbssd(0, 6, 7);
+            _tile_loadd(7, x + i * 3072 + 1024, 64);
+            _tile_dpbssd(1, 6, 7);
+            _tile_loadd(7, x + i * 3072 + 2048, 64);
+            _tile_dpbssd(2, 6, 7);
+            _tile_loadd(6, lower + i * step, stride);
+            _tile_dpbssd(5, 6, 7);
+            _tile_loadd(7, x + i * 3072 + 1024, 64);
+            _tile_dpbssd(4, 6, 7);
+            _tile_loadd(7, x + i * 3072, 64);
+            _tile_dpbssd(3, 6, 7);
+            if (step == 64)
+                for (int n = 0; n < 32; n++) __builtin_prefetch(weights + n * stride + i * 64 + NEAR / 2);
         }
+        _tile_stored(0, product[0][0], 64);
+        _tile_stored(1, product[0][1], 64);
+        _tile_stored(2, product[0][2], 64);
+        _tile_stored(3, product[1][0], 64);
+        _tile_stored(4, product[1][1], 64);
+        _tile_stored(5, product[1][2], 64);
+    }
     for (int n = 0; n < 32; n++) /* in vectors by hand: a compiler makes a loop over single numbers of it */
         for (int i = 0; i < 16; i += FLOATS) {
             floats sum = load(sums[n] + i);
@@ -644,13 +655,10 @@ static void multiply_row(const struct job *j, int64_t begin, int64_t end) {
     }
 }
 
-#ifndef DIRECT
-#define DIRECT(j) (j->M <= TILE_M)
-#endif
 /* lines[m][at + n] = sums[n][m] · scale[n] + bias[n] */
 static void finish_tile(float (*sums)[PADDED_M], const float *scale, const float *bias, float (*lines)[CHUNK],
                         int64_t at) {
-#if defined(AMX) && defined(__AVX512F__)
+#if defined(AMX) && defined(AVX512)
     for (int n = 0; n < TILE_N; n += 16) { /* 16 × 16 numbers change rows and columns: in pairs, fours, and vectors */
         __m512 a[16], b[16], s = load(scale + n), c = load(bias + n);
         for (int i = 0; i < 16; i++) a[i] = load(sums[n + i]);
@@ -701,7 +709,7 @@ static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64
                     if (next_n >= n0 + height) next_block++, next_n = n0;
                     if (next_block * BLOCK >= j->K) next_block = 0, next_n = n0 + chunk;
 #ifdef AMX
-                    if (DIRECT(j) && j->bits == 8 && rows == TILE_N && j->K == j->padded_K) { /* each used once */
+                    if (j->M <= TILE_M && j->bits == 8 && rows == TILE_N && j->K == j->padded_K) { /* each used once */
                         weights = j->weight + n * j->K + block * BLOCK;
                         stride = j->K;
                     } else {
@@ -861,8 +869,8 @@ static inline float quick_exp(float x) {
 /* sum [D] = softmax(shrunk · query · keysᵀ + mask) · values for a query [D] and T keys and values that lie k_t and v_t
    numbers apart; weight [T] is working memory. The caller names the dtype, so that a compiler sees which. */
 static inline __attribute__((always_inline)) void
-attend(const float *query, const char *keys, int64_t k_t, const char *values, int64_t v_t, const char *mask,
-       const int dtype, float scaling, int64_t T, int64_t D, float *weight, float *sum) {
+attend_head(const float *query, const char *keys, int64_t k_t, const char *values, int64_t v_t, const char *mask,
+            const int dtype, float scaling, int64_t T, int64_t D, float *weight, float *sum) {
     enum { WIDTH = 4 }; /* vectors of the context that are summed at a time */
     int64_t size = size_of(dtype);
     float largest = -INFINITY, whole = 0;
@@ -915,11 +923,12 @@ int chatglm_attention(const void *q, int64_t q_b, int64_t q_h, const void *k, in
             int64_t b = i / H, h = i % H;
             const char *keys = (const char *)k + (b * k_b + h * k_h) * size;
             const char *values = (const char *)v + (b * v_b + h * v_h) * size;
-            const char *mask_row = mask ? (const char *)mask + b * mask_b * size : NULL;
+            const char *masks = mask ? (const char *)mask + b * mask_b * size : NULL;
             read_floats((const char *)q + (b * q_b + h * q_h) * size, dtype, D, query);
-            if (dtype == HALF) attend(query, keys, k_t, values, v_t, mask_row, HALF, scaling, T, D, weight, sum);
-            else if (dtype == FLOAT) attend(query, keys, k_t, values, v_t, mask_row, FLOAT, scaling, T, D, weight, sum);
-            else attend(query, keys, k_t, values, v_t, mask_row, BFLOAT, scaling, T, D, weight, sum);
+            if (dtype == HALF) attend_head(query, keys, k_t, values, v_t, masks, HALF, scaling, T, D, weight, sum);
+            else if (dtype == FLOAT)
+                attend_head(query, keys, k_t, values, v_t, masks, FLOAT, scaling, T, D, weight, sum);
+            else attend_head(query, keys, k_t, values, v_t, masks, BFLOAT, scaling, T, D, weight, sum);
             write_floats(sum, D, dtype, context, i * D);
         }
     }
