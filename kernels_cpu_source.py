@@ -96,7 +96,6 @@ typedef int8_t panel_t;
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #include <immintrin.h>
-#define AVX512
 enum { FLOATS = 16 };
 typedef __m512 floats;
 static inline floats zeros(void) { return _mm512_setzero_ps(); }
@@ -391,37 +390,27 @@ static void multiply_tile(const struct job *j, const panel_t *weights, int64_t s
         _tile_stored(1, product[0][1], 64);
         _tile_stored(2, product[1][0], 64);
         _tile_stored(3, product[1][1], 64);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        _tile_zero(4);
-        _tile_zero(5);
-        for (int64_t i = 0; i < steps; i++) { /* six sums leave two tiles, so digits are loaded for each half */
-            _tile_loadd(6, weights + i * step, stride);
-            _tile_loadd(7, x + i * 3072, 64);
-            _tile_dpbssd(0, 6, 7);
-            _tile_loadd(7, x + i * 3072 + 1024, 64);
-            _tile_dpbssd(1, 6, 7);
-            _tile_loadd(7, x + i * 3072 + 2048, 64);
-            _tile_dpbssd(2, 6, 7);
-            _tile_loadd(6, lower + i * step, stride);
-            _tile_dpbssd(5, 6, 7);
-            _tile_loadd(7, x + i * 3072 + 1024, 64);
-            _tile_dpbssd(4, 6, 7);
-            _tile_loadd(7, x + i * 3072, 64);
-            _tile_dpbssd(3, 6, 7);
-            if (step == 64)
-                for (int n = 0; n < 32; n++) __builtin_prefetch(weights + n * stride + i * 64 + NEAR / 2);
+    } else
+        for (int half = 0; half < 2; half++) {
+            const panel_t *from = half ? lower : weights;
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            for (int64_t i = 0; i < steps; i++) {
+                _tile_loadd(4, from + i * step, stride);
+                _tile_loadd(5, x + i * 3072, 64);
+                _tile_loadd(6, x + i * 3072 + 1024, 64);
+                _tile_loadd(7, x + i * 3072 + 2048, 64);
+                _tile_dpbssd(0, 4, 5);
+                _tile_dpbssd(1, 4, 6);
+                _tile_dpbssd(2, 4, 7);
+                if (step == 64)
+                    for (int n = 0; n < 16; n++) __builtin_prefetch(from + n * stride + i * 64 + NEAR / 2);
+            }
+            _tile_stored(0, product[half][0], 64);
+            _tile_stored(1, product[half][1], 64);
+            _tile_stored(2, product[half][2], 64);
         }
-        _tile_stored(0, product[0][0], 64);
-        _tile_stored(1, product[0][1], 64);
-        _tile_stored(2, product[0][2], 64);
-        _tile_stored(3, product[1][0], 64);
-        _tile_stored(4, product[1][1], 64);
-        _tile_stored(5, product[1][2], 64);
-    }
     for (int n = 0; n < 32; n++) /* in vectors by hand: a compiler makes a loop over single numbers of it */
         for (int i = 0; i < 16; i += FLOATS) {
             floats sum = load(sums[n] + i);
@@ -655,42 +644,6 @@ static void multiply_row(const struct job *j, int64_t begin, int64_t end) {
     }
 }
 
-/* lines[m][at + n] = sums[n][m] · scale[n] + bias[n] */
-static void finish_tile(float (*sums)[PADDED_M], const float *scale, const float *bias, float (*lines)[CHUNK],
-                        int64_t at) {
-#if defined(AMX) && defined(AVX512)
-    for (int n = 0; n < TILE_N; n += 16) { /* 16 × 16 numbers change rows and columns: in pairs, fours, and vectors */
-        __m512 a[16], b[16], s = load(scale + n), c = load(bias + n);
-        for (int i = 0; i < 16; i++) a[i] = load(sums[n + i]);
-        for (int i = 0; i < 16; i += 2) {
-            b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
-            b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
-        }
-        for (int i = 0; i < 16; i += 4)
-            for (int half = 0; half < 2; half++) {
-                __m512d first = _mm512_castps_pd(b[i + half]), second = _mm512_castps_pd(b[i + 2 + half]);
-                a[i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(first, second));
-                a[i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(first, second));
-            }
-        for (int i = 0; i < 4; i++) {
-            __m512 even[2], odd[2];
-            for (int half = 0; half < 2; half++) {
-                even[half] = _mm512_shuffle_f32x4(a[8 * half + i], a[8 * half + 4 + i], 0x88);
-                odd[half] = _mm512_shuffle_f32x4(a[8 * half + i], a[8 * half + 4 + i], 0xdd);
-            }
-            b[i] = _mm512_shuffle_f32x4(even[0], even[1], 0x88);
-            b[i + 4] = _mm512_shuffle_f32x4(odd[0], odd[1], 0x88);
-            b[i + 8] = _mm512_shuffle_f32x4(even[0], even[1], 0xdd);
-            b[i + 12] = _mm512_shuffle_f32x4(odd[0], odd[1], 0xdd);
-        }
-        for (int i = 0; i < 16; i++) store(lines[i] + at + n, multiply_add(b[i], s, c));
-    }
-#else
-    for (int n = 0; n < TILE_N; n++)
-        for (int m = 0; m < PADDED_M; m++) lines[m][at + n] = sums[n][m] * scale[n] + bias[n];
-#endif
-}
-
 /* y[:, begin:end] for several rows. `sums` holds [chunk / TILE_N][padded_M / PADDED_M][TILE_N][PADDED_M] floats,
    `panel` TILE_N · BLOCK digits. */
 static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64_t chunk,
@@ -729,8 +682,10 @@ static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64
                 }
         read_vectors(j, n0, height, scale, bias);
         for (int64_t m0 = 0; m0 < j->M; m0 += PADDED_M) { /* sums are [n, m], y is [m, n] */
-            for (int64_t n = 0; n < height; n += TILE_N)
-                finish_tile(sums[n / TILE_N * m_tiles + m0 / PADDED_M], scale + n, bias + n, lines, n);
+            for (int64_t n = 0; n < height; n++) {
+                const float *row = sums[n / TILE_N * m_tiles + m0 / PADDED_M][n % TILE_N];
+                for (int i = 0; i < PADDED_M; i++) lines[i][n] = row[i] * scale[n] + bias[n];
+            }
             for (int64_t m = m0; m < least(m0 + PADDED_M, j->M); m++)
                 write_floats(lines[m - m0], height, j->x_dtype, j->y, m * j->N + n0);
         }
