@@ -5,11 +5,11 @@ SOURCE = r"""
 
    Letters: M rows of an activation, K columns, N output features; x [M, K], weight [N, K], y [M, N].
 
-   One row is multiplied in fp32: a weight row is streamed from memory once, in order, and turned into floats in
-   registers. Several rows are multiplied in integers: each row of x, in blocks of BLOCK columns, is written as a sum of
-   `digits`, x = scale[0]·digit[0] + scale[1]·digit[1] + …, each a small integer with a scale a fraction of the one
-   before, so that products with weights and their sums are exact. There are as many digits as leave about as little as
-   rounding to half (half activations) or to float (float activations) would. A matrix unit takes one row so, too.
+   Products are integers: each row of x, in blocks of BLOCK columns, is written as a sum of `digits`,
+   x = scale[0]·digit[0] + scale[1]·digit[1] + …, each a small integer with a scale a fraction of the one before, so
+   that products with weights and their sums are exact. There are as many digits as leave about as little as rounding
+   to half (half activations) or to float (float activations) would. For one row, weights are streamed from memory once,
+   some rows side by side; for several, a panel of them meets all rows of x. A matrix unit has digits of int8.
 */
 #include <math.h>
 #include <stdint.h>
@@ -24,8 +24,15 @@ SOURCE = r"""
 #endif
 
 enum { FLOAT, HALF, BFLOAT };             /* dtypes, as the caller numbers them */
-enum { NEAR = 1024 };                     /* bytes ahead that a stream is prefetched */
 enum { OK, NO_MEMORY };
+enum {
+    LINE = 64,                            /* bytes of weights that are taken at a time: a cache line */
+    NEAR = 1024,                          /* bytes ahead that weights are prefetched */
+    ROWS = 4,                             /* weight rows that are read side by side */
+};
+
+static inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* ---- Half numbers, one at a time ---- */
 
@@ -77,13 +84,14 @@ static inline float element(const void *p, int dtype, int64_t i) {
 #endif
 
 /* ---- Instruction sets: the same few operations for each ----
-   floats: FLOATS fp32 numbers. digits: LANES digits of type digit_t, DIGIT_MAX at most. sums: int32 partial sums. */
+   floats: FLOATS fp32 numbers. digits: LANES digits of type digit_t, DIGIT_MAX at most. sums: int32 partial sums.
+   A matrix unit stands beside AVX512 and has names of its own: its digits are of type panel_t. */
 
 #if (defined(__AMX_INT8__) && defined(__linux__)) || defined(EMULATE_AMX)
 #define AMX
 #define INSTRUCTIONS "AMX"
-enum { LANES = 64, TILE_N = 32, TILE_M = 16, BLOCK = 1024 };
-typedef int8_t digit_t;
+enum { TILE_N = 32, TILE_M = 16, TILE_K = 64, BLOCK = 1024, PANEL_DIGIT_MAX = 127 };
+typedef int8_t panel_t;
 #endif
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
@@ -102,19 +110,17 @@ static inline void store_half(uint16_t *p, floats v) { _mm256_storeu_si256((void
 static inline floats load_bfloat(const uint16_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16));
 }
-static inline __m512i int8_as_int32(const int8_t *p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)); }
-static inline floats load_int8(const int8_t *p) { return _mm512_cvtepi32_ps(int8_as_int32(p)); }
-static inline void load_int4(const int8_t *p, floats *even, floats *odd) {
-    __m512i bytes = int8_as_int32(p);
-    *even = _mm512_cvtepi32_ps(_mm512_srai_epi32(bytes, 4));
-    *odd = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(bytes, 28), 28));
-}
 #ifndef AMX
 #define INSTRUCTIONS "AVX512"
-enum { LANES = 32, TILE_N = 4, TILE_M = 4, BLOCK = 1024 };
+enum { TILE_N = 4, TILE_M = 4, BLOCK = 1024 };
+#endif
+enum { LANES = 32 };
 typedef __m512i digits, sums;
 typedef int16_t digit_t;
 static inline digits load_digits(const digit_t *p) { return _mm512_loadu_si512(p); }
+static inline digits load_int8(const int8_t *p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)p)); }
+static inline digits high_halves(digits bytes) { return _mm512_srai_epi16(bytes, 4); }
+static inline digits low_halves(digits bytes) { return _mm512_srai_epi16(_mm512_slli_epi16(bytes, 12), 12); }
 static inline sums no_sums(void) { return _mm512_setzero_si512(); }
 static inline sums add_products(sums s, digits a, digits b) {
 #ifdef __AVX512VNNI__
@@ -123,8 +129,8 @@ static inline sums add_products(sums s, digits a, digits b) {
     return _mm512_add_epi32(s, _mm512_madd_epi16(a, b));
 #endif
 }
-static inline float total_sums(sums s) { return _mm512_reduce_add_ps(_mm512_cvtepi32_ps(s)); }
-#endif
+static inline floats from_sums(sums s) { return _mm512_cvtepi32_ps(s); }
+static inline floats load_int32(const int32_t *p) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(p)); }
 
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include <immintrin.h>
@@ -146,19 +152,17 @@ static inline void store_half(uint16_t *p, floats v) { _mm_storeu_si128((void *)
 static inline floats load_bfloat(const uint16_t *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p)), 16));
 }
-static inline __m256i int8_as_int32(const int8_t *p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p)); }
-static inline floats load_int8(const int8_t *p) { return _mm256_cvtepi32_ps(int8_as_int32(p)); }
-static inline void load_int4(const int8_t *p, floats *even, floats *odd) {
-    __m256i bytes = int8_as_int32(p);
-    *even = _mm256_cvtepi32_ps(_mm256_srai_epi32(bytes, 4));
-    *odd = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(bytes, 28), 28));
-}
 #ifndef AMX
 #define INSTRUCTIONS "AVX2"
-enum { LANES = 16, TILE_N = 4, TILE_M = 2, BLOCK = 2048 };
+enum { TILE_N = 4, TILE_M = 2, BLOCK = 2048 };
+#endif
+enum { LANES = 16 };
 typedef __m256i digits, sums;
 typedef int16_t digit_t;
 static inline digits load_digits(const digit_t *p) { return _mm256_loadu_si256((const void *)p); }
+static inline digits load_int8(const int8_t *p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)p)); }
+static inline digits high_halves(digits bytes) { return _mm256_srai_epi16(bytes, 4); }
+static inline digits low_halves(digits bytes) { return _mm256_srai_epi16(_mm256_slli_epi16(bytes, 12), 12); }
 static inline sums no_sums(void) { return _mm256_setzero_si256(); }
 static inline sums add_products(sums s, digits a, digits b) {
 #ifdef __AVXVNNI__
@@ -167,8 +171,8 @@ static inline sums add_products(sums s, digits a, digits b) {
     return _mm256_add_epi32(s, _mm256_madd_epi16(a, b));
 #endif
 }
-static inline float total_sums(sums s) { return total(_mm256_cvtepi32_ps(s)); }
-#endif
+static inline floats from_sums(sums s) { return _mm256_cvtepi32_ps(s); }
+static inline floats load_int32(const int32_t *p) { return _mm256_cvtepi32_ps(_mm256_loadu_si256((const void *)p)); }
 
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 #include <arm_neon.h>
@@ -185,17 +189,6 @@ static inline float total(floats v) { return vaddvq_f32(v); }
 static inline floats load_half(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 static inline void store_half(uint16_t *p, floats v) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
 static inline floats load_bfloat(const uint16_t *p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
-static inline int32x4_t int8_as_int32(const int8_t *p) {
-    int32_t four;
-    memcpy(&four, p, 4);
-    return vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)))));
-}
-static inline floats load_int8(const int8_t *p) { return vcvtq_f32_s32(int8_as_int32(p)); }
-static inline void load_int4(const int8_t *p, floats *even, floats *odd) {
-    int32x4_t bytes = int8_as_int32(p);
-    *even = vcvtq_f32_s32(vshrq_n_s32(bytes, 4));
-    *odd = vcvtq_f32_s32(vshrq_n_s32(vshlq_n_s32(bytes, 28), 28));
-}
 static inline sums no_sums(void) { return vdupq_n_s32(0); }
 #ifdef __ARM_FEATURE_DOTPROD
 #define INSTRUCTIONS "NEON with dot product"
@@ -203,6 +196,9 @@ enum { LANES = 16 };
 typedef int8_t digit_t;
 typedef int8x16_t digits;
 static inline digits load_digits(const digit_t *p) { return vld1q_s8(p); }
+static inline digits load_int8(const int8_t *p) { return vld1q_s8(p); }
+static inline digits high_halves(digits bytes) { return vshrq_n_s8(bytes, 4); }
+static inline digits low_halves(digits bytes) { return vshrq_n_s8(vshlq_n_s8(bytes, 4), 4); }
 static inline sums add_products(sums s, digits a, digits b) { return vdotq_s32(s, a, b); }
 #else
 #define INSTRUCTIONS "NEON"
@@ -210,11 +206,15 @@ enum { LANES = 8 };
 typedef int16_t digit_t;
 typedef int16x8_t digits;
 static inline digits load_digits(const digit_t *p) { return vld1q_s16(p); }
+static inline digits load_int8(const int8_t *p) { return vmovl_s8(vld1_s8(p)); }
+static inline digits high_halves(digits bytes) { return vshrq_n_s16(bytes, 4); }
+static inline digits low_halves(digits bytes) { return vshrq_n_s16(vshlq_n_s16(bytes, 12), 12); }
 static inline sums add_products(sums s, digits a, digits b) {
     return vmlal_high_s16(vmlal_s16(s, vget_low_s16(a), vget_low_s16(b)), a, b);
 }
 #endif
-static inline float total_sums(sums s) { return total(vcvtq_f32_s32(s)); }
+static inline floats from_sums(sums s) { return vcvtq_f32_s32(s); }
+static inline floats load_int32(const int32_t *p) { return vcvtq_f32_s32(vld1q_s32(p)); }
 
 #else
 #define INSTRUCTIONS "portable C"
@@ -234,14 +234,19 @@ static inline float total(floats v) { float sum = 0; EACH(FLOATS) sum += v.of[i]
 static inline floats load_half(const uint16_t *p) { floats v; EACH(FLOATS) v.of[i] = from_half(p[i]); return v; }
 static inline void store_half(uint16_t *p, floats v) { EACH(FLOATS) p[i] = to_half(v.of[i]); }
 static inline floats load_bfloat(const uint16_t *p) { floats v; EACH(FLOATS) v.of[i] = from_bfloat(p[i]); return v; }
-static inline floats load_int8(const int8_t *p) { floats v; EACH(FLOATS) v.of[i] = p[i]; return v; }
-static inline void load_int4(const int8_t *p, floats *even, floats *odd) {
-    EACH(FLOATS) even->of[i] = high_half(p[i]), odd->of[i] = low_half(p[i]);
-}
 static inline digits load_digits(const digit_t *p) { digits v; EACH(LANES) v.of[i] = p[i]; return v; }
+static inline digits load_int8(const int8_t *p) { digits v; EACH(LANES) v.of[i] = p[i]; return v; }
+static inline digits high_halves(digits v) { EACH(LANES) v.of[i] = high_half((int8_t)v.of[i]); return v; }
+static inline digits low_halves(digits v) { EACH(LANES) v.of[i] = low_half((int8_t)v.of[i]); return v; }
 static inline sums no_sums(void) { sums s; EACH(LANES) s.of[i] = 0; return s; }
 static inline sums add_products(sums s, digits a, digits b) { EACH(LANES) s.of[i] += a.of[i] * b.of[i]; return s; }
-static inline float total_sums(sums s) { float sum = 0; EACH(LANES) sum += (float)s.of[i]; return sum; }
+static inline floats from_sums(sums s) { floats v; EACH(LANES) v.of[i] = (float)s.of[i]; return v; }
+static inline floats load_int32(const int32_t *p) { floats v; EACH(FLOATS) v.of[i] = (float)p[i]; return v; }
+#endif
+static inline float total_sums(sums s) { return total(from_sums(s)); }
+#ifndef AMX
+enum { TILE_K = LANES, PANEL_DIGIT_MAX = sizeof(digit_t) == 1 ? 127 : 32767 };
+typedef digit_t panel_t;
 #endif
 
 static inline floats load_any(const void *p, int dtype, int64_t i) {
@@ -273,74 +278,35 @@ static void write_floats(const float *from, int64_t count, int dtype, void *y, i
         for (; i < count; i++) bits[i] = to_bfloat(from[i]);
 }
 
-/* Row m of x as floats; for int4 the even columns first, then the odd ones, as the high and the low halves of bytes. */
-static void read_row(const void *x, int dtype, int64_t m, int64_t K, int bits, float *row, float *spare) {
-    const char *from = (const char *)x + m * K * size_of(dtype);
-    if (bits == 8) { read_floats(from, dtype, K, row); return; }
-    read_floats(from, dtype, K, spare);
-    for (int64_t i = 0; i < K / 2; i++) row[i] = spare[2 * i], row[K / 2 + i] = spare[2 * i + 1];
-}
+/* ---- Half weights ---- */
 
-/* ---- One row: weights become floats ---- */
-
-enum { LINE = 64 }; /* bytes of weights that are taken at a time: a cache line */
-
-static float dot_int8(const int8_t *w, const float *x, int64_t K) {
-    floats sum[4] = {zeros(), zeros(), zeros(), zeros()};
-    int64_t k = 0;
-    float rest = 0;
-    for (; k + LINE <= K; k += LINE) {
-        __builtin_prefetch(w + k + NEAR);
-        for (int i = 0; i < LINE / FLOATS; i++)
-            sum[i % 4] = multiply_add(load_int8(w + k + i * FLOATS), load(x + k + i * FLOATS), sum[i % 4]);
-    }
-    for (; k < K; k++) rest += (float)w[k] * x[k];
-    return rest + total(add(add(sum[0], sum[1]), add(sum[2], sum[3])));
-}
-
-/* x holds the even columns, then the odd ones; `bytes` of each. */
-static float dot_int4(const int8_t *w, const float *x, int64_t bytes) {
-    floats sum[4] = {zeros(), zeros(), zeros(), zeros()}, high, low;
-    int64_t at = 0;
-    float rest = 0;
-    for (; at + LINE <= bytes; at += LINE) {
-        __builtin_prefetch(w + at + NEAR);
-        for (int i = 0; i < LINE / FLOATS; i++) {
-            floats *s = sum + i % 2 * 2;
-            load_int4(w + at + i * FLOATS, &high, &low);
-            s[0] = multiply_add(high, load(x + at + i * FLOATS), s[0]);
-            s[1] = multiply_add(low, load(x + bytes + at + i * FLOATS), s[1]);
-        }
-    }
-    for (; at < bytes; at++) rest += (float)high_half(w[at]) * x[at] + (float)low_half(w[at]) * x[bytes + at];
-    return rest + total(add(add(sum[0], sum[1]), add(sum[2], sum[3])));
-}
-
-/* sum[i] = weight row · x[i], for `count` rows of x that lie K floats apart. */
+/* sum[i][r] = weight row r · x[i], for `rows` weight rows and `count` rows of x, all K long. */
 static inline __attribute__((always_inline)) void
-half_dots(const uint16_t *w, int dtype, const float *x, const int count, int64_t K, float *sum) {
-    enum { UNROLLED = 4 }; /* sums in flight */
-    floats s[UNROLLED][4];
+half_dots(const uint16_t *w, int dtype, const int rows, const float *x, const int count, int64_t K,
+          float (*sum)[ROWS]) {
+    enum { HALVES = LINE / 2 };
+    floats s[2][ROWS];
     int64_t k = 0;
-    for (int u = 0; u < UNROLLED; u++)
-        for (int i = 0; i < count; i++) s[u][i] = zeros();
-    for (; k + UNROLLED * FLOATS <= K; k += UNROLLED * FLOATS) {
-        __builtin_prefetch((const char *)(w + k) + NEAR);
-        for (int u = 0; u < UNROLLED; u++) {
-            const uint16_t *at = w + k + u * FLOATS;
-            floats weight = dtype == HALF ? load_half(at) : load_bfloat(at);
-            for (int i = 0; i < count; i++)
-                s[u][i] = multiply_add(weight, load(x + i * K + k + u * FLOATS), s[u][i]);
+    for (int i = 0; i < count; i++)
+        for (int r = 0; r < rows; r++) s[i][r] = zeros();
+    for (; k + HALVES <= K; k += HALVES) {
+        int64_t ahead = k + NEAR / 2 < K ? NEAR / 2 : NEAR / 2 + (rows - 1) * K; /* the next rows' beginnings */
+        for (int r = 0; r < rows; r++) __builtin_prefetch(w + r * K + k + ahead);
+        for (int64_t at = k; at < k + HALVES; at += FLOATS)
+            for (int r = 0; r < rows; r++) {
+                const uint16_t *from = w + r * K + at;
+                floats weight = dtype == HALF ? load_half(from) : load_bfloat(from);
+                for (int i = 0; i < count; i++) s[i][r] = multiply_add(weight, load(x + i * K + at), s[i][r]);
+            }
+    }
+    for (int i = 0; i < count; i++)
+        for (int r = 0; r < rows; r++) {
+            sum[i][r] = total(s[i][r]);
+            for (int64_t rest = k; rest < K; rest++) sum[i][r] += element(w + r * K, dtype, rest) * x[i * K + rest];
         }
-    }
-    for (int i = 0; i < count; i++) {
-        sum[i] = 0;
-        for (int u = 0; u < UNROLLED; u++) sum[i] += total(s[u][i]);
-        for (int64_t rest = k; rest < K; rest++) sum[i] += element(w, dtype, rest) * x[i * K + rest];
-    }
 }
 
-/* ---- Several rows: activations become digits ---- */
+/* ---- Activations become digits ---- */
 
 #ifdef EMULATE_AMX /* for tests on machines without a matrix unit: the intrinsics, of tiles of 16 rows of 64 bytes */
 #undef _tile_zero
@@ -367,47 +333,40 @@ static void _tile_release(void) {}
 #endif
 
 enum {
-    PADDED_M = 16,                                  /* rows of sums are padded to a multiple of this */
+    PADDED_M = 16,    /* rows of sums are padded to a multiple of this */
     DIGIT_MAX = sizeof(digit_t) == 1 ? 127 : 32767,
-    HALF_PLANES = sizeof(digit_t) == 1 ? 2 : 1,     /* digits a number has, for half and bfloat activations */
-    FLOAT_PLANES = HALF_PLANES + 1,
-    CHUNK = 128,                                    /* output features that a thread takes at once, at most */
-    GROUP = sizeof(digit_t) == 1 ? 256 : 64,        /* rows whose digits of a block stay in the cache beside weights */
-    M_AT_ONCE = 512,                                /* rows of x that are held as digits */
+    CHUNK = sizeof(panel_t) == 1 ? 256 : 128, /* output features that a thread takes at once, at most */
+    GROUP = sizeof(panel_t) == 1 ? 512 : 64, /* rows whose digits of a block stay in the cache beside weights */
+    M_AT_ONCE = 512,  /* rows of x that are held as digits */
 };
 
 struct job {
     const void *x, *scale, *bias;
     const int8_t *weight;
     void *y;
-    int x_dtype, scale_dtype, bias_dtype, bits, planes;
+    int x_dtype, scale_dtype, bias_dtype, bits, planes; /* planes: digits that a number has */
     int64_t M, N, K, padded_M, padded_K;
-    digit_t *digits;      /* see store_digits */
+    digit_t *row_digits;  /* of one row: [plane][padded_K] */
+    panel_t *digits;      /* of several: [plane][padded_M][padded_K], for a matrix unit as tile_of says */
     float *digit_scale;   /* [blocks][planes][padded_M] */
 };
 
-static inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+/* Digits of one number: those of int16 hold 15 bits, those of int8 about 7.5. */
+static int digits_of(int x_dtype, size_t digit_size) { return (digit_size == 1 ? 2 : 1) + (x_dtype == FLOAT); }
 
 #ifdef AMX
 /* Digits in the order of the matrix unit's tiles: [block][m / 16][k / 64][plane][k / 4 % 16][m % 16][k % 4]. */
-static inline digit_t *tile_of(const struct job *j, int64_t m, int64_t block) {
+static inline panel_t *tile_of(const struct job *j, int64_t m, int64_t block) {
     int64_t columns = least(BLOCK, j->padded_K - block * BLOCK);
     return j->digits + (block * BLOCK * j->padded_M + m / 16 * 16 * columns) * j->planes;
 }
 
-static void store_digits(const struct job *j, int64_t m, int64_t block, int plane, const digit_t *row) {
-    int64_t columns = least(BLOCK, j->padded_K - block * BLOCK);
-    digit_t *tiles = tile_of(j, m, block) + plane * 1024 + m % 16 * 4;
-    for (int64_t k = 0; k < columns; k += 4) memcpy(tiles + k / 64 * 1024 * j->planes + k / 4 % 16 * 64, row + k, 4);
-}
-
 /* sums[n, m] += weights · digits, for 32 weight rows and 16 rows of x. Weight rows lie `stride` bytes apart, and their
    parts of 64 columns `step` bytes: K and 64 in the weight itself, 64 and 2048 in a panel. */
-static void multiply_tile(const struct job *j, const digit_t *weights, int64_t stride, int64_t step, int64_t block,
+static void multiply_tile(const struct job *j, const panel_t *weights, int64_t stride, int64_t step, int64_t block,
                           int64_t m, float sums[TILE_N][PADDED_M]) {
     int64_t steps = least(BLOCK, j->padded_K - block * BLOCK) / 64;
-    const digit_t *x = tile_of(j, m, block), *lower = weights + 16 * stride;
+    const panel_t *x = tile_of(j, m, block), *lower = weights + 16 * stride;
     const float *scale = j->digit_scale + block * j->planes * j->padded_M + m;
     _Alignas(64) int32_t product[2][3][16][16];
     if (j->planes == 2) {
@@ -433,7 +392,7 @@ static void multiply_tile(const struct job *j, const digit_t *weights, int64_t s
         _tile_stored(3, product[1][1], 64);
     } else
         for (int half = 0; half < 2; half++) {
-            const digit_t *from = half ? lower : weights;
+            const panel_t *from = half ? lower : weights;
             _tile_zero(0);
             _tile_zero(1);
             _tile_zero(2);
@@ -452,26 +411,24 @@ static void multiply_tile(const struct job *j, const digit_t *weights, int64_t s
             _tile_stored(1, product[half][1], 64);
             _tile_stored(2, product[half][2], 64);
         }
-    for (int n = 0; n < 32; n++)
-        for (int plane = 0; plane < j->planes; plane++)
-            for (int i = 0; i < 16; i++)
-                sums[n][i] += scale[plane * j->padded_M + i] * (float)product[n / 16][plane][n % 16][i];
+    for (int n = 0; n < 32; n++) /* in vectors by hand: a compiler makes a loop over single numbers of it */
+        for (int i = 0; i < 16; i += FLOATS) {
+            floats sum = load(sums[n] + i);
+            for (int plane = 0; plane < j->planes; plane++) {
+                floats of_plane = load_int32(product[n / 16][plane][n % 16] + i);
+                sum = multiply_add(of_plane, load(scale + plane * j->padded_M + i), sum);
+            }
+            store(sums[n] + i, sum);
+        }
 }
 #else
-/* Digits as [plane][m][padded_K]. */
-static void store_digits(const struct job *j, int64_t m, int64_t block, int plane, const digit_t *row) {
-    int64_t columns = least(BLOCK, j->padded_K - block * BLOCK);
-    digit_t *to = j->digits + (plane * j->padded_M + m) * j->padded_K + block * BLOCK;
-    memcpy(to, row, (size_t)columns * sizeof *row);
-}
-
 /* total[n, m] += weights · digits, for the TILE_N rows of a panel and TILE_M rows of x. */
-static void multiply_tile(const struct job *j, const digit_t *panel, int64_t stride, int64_t step, int64_t block,
+static void multiply_tile(const struct job *j, const panel_t *panel, int64_t stride, int64_t step, int64_t block,
                           int64_t m, float total[TILE_N][PADDED_M]) {
     int64_t columns = least(BLOCK, j->padded_K - block * BLOCK);
     (void)step;
     for (int plane = 0; plane < j->planes; plane++) {
-        const digit_t *x = j->digits + (plane * j->padded_M + m) * j->padded_K + block * BLOCK;
+        const panel_t *x = j->digits + (plane * j->padded_M + m) * j->padded_K + block * BLOCK;
         const float *scale = j->digit_scale + (block * j->planes + plane) * j->padded_M + m;
         sums sum[TILE_N][TILE_M];
         for (int n = 0; n < TILE_N; n++)
@@ -497,55 +454,93 @@ static void multiply_tile(const struct job *j, const digit_t *panel, int64_t str
 }
 #endif
 
-/* Write one row of x as digits, block by block. What is not finite makes the whole block NaN. */
-static void split_row(const struct job *j, int64_t m, const float *row, digit_t *digits_of_block) {
-    for (int64_t block = 0; block * BLOCK < j->padded_K; block++) {
-        int64_t padded = least(BLOCK, j->padded_K - block * BLOCK), count = least(BLOCK, j->K - block * BLOCK);
-        float rest[BLOCK];
-        uint32_t largest = 0; /* as the bits of a float, which order like its size */
-        for (int64_t k = 0; k < count; k++) {
-            uint32_t size = bits_of_float(row[block * BLOCK + k]) & 0x7fffffff;
-            largest = size > largest ? size : largest;
-        }
-        int finite = largest < 0x7f800000;
-        float lift = float_of_bits(largest) < 0x1p-60f ? 0x1p60f : 1; /* keeps the scales of tiny numbers normal */
-        float scale = largest ? float_of_bits(largest) * lift / DIGIT_MAX : 1;
-        if (scale < 0x1p-60f) scale = 0x1p-60f; /* subnormal numbers are taken for the smallest normal ones */
-        for (int64_t k = 0; k < count; k++) rest[k] = row[block * BLOCK + k] * lift;
-        for (int plane = 0; plane < j->planes; plane++) {
-            float inverse = 1 / scale;
-            memset(digits_of_block, 0, (size_t)padded * sizeof *digits_of_block);
-            if (finite)
-                for (int64_t k = 0; k < count; k++) {
-                    float digit = (rest[k] * inverse + 0x1.8p23f) - 0x1.8p23f; /* rounds to an integer */
-                    digits_of_block[k] = (digit_t)digit;
-                    rest[k] -= digit * scale;
-                }
-            store_digits(j, m, block, plane, digits_of_block);
-            j->digit_scale[(block * j->planes + plane) * j->padded_M + m] = finite ? scale / lift : NAN;
-            /* About half a unit is left, somewhat more where the division was rounded: the next digit reaches that. */
-            scale /= 2 * (DIGIT_MAX - DIGIT_MAX / 64);
-        }
+/* `count` columns of row m of x from `first` on, all of one block, as floats. For int4 the even columns come first,
+   then the odd ones, as the high and the low halves of bytes. */
+static void read_columns(const struct job *j, int64_t m, int64_t first, int64_t count, float *out) {
+    const char *row = (const char *)j->x + m * j->K * size_of(j->x_dtype);
+    if (j->bits == 8) { read_floats(row + first * size_of(j->x_dtype), j->x_dtype, count, out); return; }
+    float pairs[2 * BLOCK];
+    for (int64_t half = j->K / 2, done = 0, part; done < count; done += part) {
+        int odd = first + done >= half;
+        int64_t from = first + done - (odd ? half : 0);
+        part = least(count - done, half - from);
+        read_floats(row + 2 * from * size_of(j->x_dtype), j->x_dtype, 2 * part, pairs);
+        for (int64_t k = 0; k < part; k++) out[done + k] = pairs[2 * k + odd];
     }
+}
+
+/* One block of row m of x as digits of at most `digit_max`, the next digits `stride` numbers farther, padded with zeros
+   to a multiple of LINE; and their scales. What is not finite makes the whole block NaN. */
+static void split_block(const struct job *j, int64_t m, int64_t block, int digit_max, digit_t *digits, int64_t stride) {
+    int64_t padded = least(BLOCK, j->padded_K - block * BLOCK), count = least(BLOCK, j->K - block * BLOCK);
+    float rest[BLOCK];
+    uint32_t largest = 0; /* as the bits of a float, which order like its size */
+    read_columns(j, m, block * BLOCK, count, rest);
+    for (int64_t k = 0; k < count; k++) {
+        uint32_t size = bits_of_float(rest[k]) & 0x7fffffff;
+        largest = size > largest ? size : largest;
+    }
+    int finite = largest < 0x7f800000;
+    float lift = float_of_bits(largest) < 0x1p-60f ? 0x1p60f : 1; /* keeps the scales of tiny numbers normal */
+    float scale = largest ? float_of_bits(largest) * lift / (float)digit_max : 1;
+    if (scale < 0x1p-60f) scale = 0x1p-60f; /* subnormal numbers are taken for the smallest normal ones */
+    for (int64_t k = 0; k < count; k++) rest[k] *= lift;
+    for (int plane = 0; plane < j->planes; plane++, digits += stride) {
+        float inverse = 1 / scale;
+        memset(digits, 0, (size_t)padded * sizeof *digits);
+        if (finite)
+            for (int64_t k = 0; k < count; k++) {
+                float digit = (rest[k] * inverse + 0x1.8p23f) - 0x1.8p23f; /* rounds to an integer */
+                digits[k] = (digit_t)digit;
+                rest[k] -= digit * scale;
+            }
+        j->digit_scale[(block * j->planes + plane) * j->padded_M + m] = finite ? scale / lift : NAN;
+        /* About half a unit is left, somewhat more where the division was rounded: the next digit reaches that. */
+        scale /= (float)(2 * (digit_max - digit_max / 64));
+    }
+}
+
+/* One block of PADDED_M rows of x from m on, as far as there are so many, as digits in their place. */
+static void split_rows(const struct job *j, int64_t m, int64_t block) {
+    int64_t rows = least(PADDED_M, j->M - m);
+#ifdef AMX
+    enum { STRIDE = BLOCK + 64 }; /* of no power of 2, lest all rows fall on the same place of the cache */
+    panel_t narrow[3][PADDED_M][STRIDE];
+    digit_t digits[3][BLOCK];
+    int64_t columns = least(BLOCK, j->padded_K - block * BLOCK);
+    if (rows < PADDED_M) memset(narrow, 0, sizeof narrow);
+    for (int64_t i = 0; i < rows; i++) {
+        split_block(j, m + i, block, PANEL_DIGIT_MAX, digits[0], BLOCK);
+        for (int plane = 0; plane < j->planes; plane++)
+            for (int64_t k = 0; k < columns; k++) narrow[plane][i][k] = (panel_t)digits[plane][k];
+    }
+    panel_t *to = tile_of(j, m, block);
+    for (int64_t k = 0; k < columns; k += TILE_K)
+        for (int plane = 0; plane < j->planes; plane++)
+            for (int64_t four = k; four < k + TILE_K; four += 4)
+                for (int64_t i = 0; i < PADDED_M; i++, to += 4) memcpy(to, narrow[plane][i] + four, 4);
+#else
+    panel_t *to = j->digits + m * j->padded_K + block * BLOCK;
+    for (int64_t i = 0; i < rows; i++, to += j->padded_K)
+        split_block(j, m + i, block, PANEL_DIGIT_MAX, to, j->padded_M * j->padded_K);
+#endif
 }
 
 /* `rows` weight rows from n on, columns of one block, as digits, 0 where there are none: [TILE_N][BLOCK], and for a
    matrix unit [k / 64][TILE_N][64]. */
-static void fill_panel(const struct job *j, int64_t n, int64_t rows, int64_t block, digit_t *panel) {
+static void fill_panel(const struct job *j, int64_t n, int64_t rows, int64_t block, panel_t *panel) {
     int64_t first = block * BLOCK, columns = least(BLOCK, j->K - first), bytes = j->K * j->bits / 8;
     int64_t padded = least(BLOCK, j->padded_K - first);
-    const int64_t ahead = first + BLOCK < j->K ? BLOCK : TILE_N * bytes - first; /* where this row's tile goes on */
     for (int64_t i = 0; i < TILE_N; i++) {
 #ifdef AMX
-        digit_t to[BLOCK];
+        panel_t to[BLOCK];
 #else
-        digit_t *to = panel + i * BLOCK;
+        panel_t *to = panel + i * BLOCK;
 #endif
         int64_t k = 0;
         if (i < rows) {
             const int8_t *row = j->weight + (n + i) * bytes;
             if (j->bits == 8) {
-                for (int64_t at = 0; at < columns; at += 64) __builtin_prefetch(row + first + ahead + at);
                 for (; k < columns; k++) to[k] = row[first + k];
             } else {
                 int64_t high = least(columns, bytes - first); /* columns that are high halves of bytes */
@@ -560,6 +555,13 @@ static void fill_panel(const struct job *j, int64_t n, int64_t rows, int64_t blo
     }
 }
 
+/* Prefetch what fill_panel will read of weight row n, if there is one. */
+static void prefetch_row(const struct job *j, int64_t n, int64_t block) {
+    int64_t bytes = j->K * j->bits / 8, first = block * BLOCK % bytes, columns = least(BLOCK, bytes - first);
+    if (n < j->N)
+        for (int64_t k = 0; k < columns; k += LINE) __builtin_prefetch(j->weight + n * bytes + first + k, 0, 2);
+}
+
 /* The scales and biases (0 if there are none) of `height` output features from n on, CHUNK at most. */
 static void read_vectors(const struct job *j, int64_t n, int64_t height, float *scale, float *bias) {
     read_floats((const char *)j->scale + n * size_of(j->scale_dtype), j->scale_dtype, height, scale);
@@ -567,19 +569,77 @@ static void read_vectors(const struct job *j, int64_t n, int64_t height, float *
     else memset(bias, 0, (size_t)height * sizeof *bias);
 }
 
-/* y[begin:end] for one row, given as `read_row` does. */
-static void multiply_row(const struct job *j, int64_t begin, int64_t end, const float *x) {
+enum part { WHOLE, HIGH, LOW };    /* of bytes: which numbers they are */
+
+/* sum[r] += weights · digits of `columns` columns from `column` on, all of one block, for `count` weight rows. Their
+   bytes, of which each is read as `part` says, begin at w, and lie `bytes` apart. */
+static inline __attribute__((always_inline)) void
+add_columns(const struct job *j, const int8_t *w, int64_t bytes, const int count, const enum part part,
+            const int planes, int64_t column, int64_t columns, floats *sum) {
+    const digit_t *x = j->row_digits + column;
+    const float *scale = j->digit_scale + column / BLOCK * planes;
+    int64_t at = column % bytes;
+    sums s[ROWS][3];
+    for (int r = 0; r < count; r++)
+        for (int plane = 0; plane < planes; plane++) s[r][plane] = no_sums();
+    int8_t rest[ROWS][LINE];
+    for (int64_t k = 0; k < columns; k += LINE) {
+        const int8_t *from = w + k;
+        int64_t stride = bytes;
+        if (columns - k < LINE) {
+            memset(rest, 0, sizeof rest);
+            for (int r = 0; r < count; r++) memcpy(rest[r], w + r * bytes + k, (size_t)(columns - k));
+            from = rest[0], stride = LINE;
+        } else if (part != LOW) {
+            int64_t ahead = at + k + NEAR < bytes ? NEAR : NEAR + (count - 1) * bytes; /* the next rows' beginnings */
+            for (int r = 0; r < count; r++) __builtin_prefetch(from + r * bytes + ahead);
+        }
+        for (int i = 0; i < LINE; i += LANES) {
+            digits of_x[3];
+            for (int plane = 0; plane < planes; plane++) of_x[plane] = load_digits(x + plane * j->padded_K + k + i);
+            for (int r = 0; r < count; r++) {
+                digits of_w = load_int8(from + r * stride + i);
+                if (part == HIGH) of_w = high_halves(of_w);
+                if (part == LOW) of_w = low_halves(of_w);
+                for (int plane = 0; plane < planes; plane++) s[r][plane] = add_products(s[r][plane], of_w, of_x[plane]);
+            }
+        }
+    }
+    for (int r = 0; r < count; r++)
+        for (int plane = 0; plane < planes; plane++)
+            sum[r] = multiply_add(from_sums(s[r][plane]), all(scale[plane]), sum[r]);
+}
+
+/* line[r] = weight row n + r · x, for `count` rows. */
+static inline __attribute__((always_inline)) void
+dot_rows(const struct job *j, int64_t n, const int count, const int planes, float *line) {
     int64_t bytes = j->K * j->bits / 8;
+    const int8_t *w = j->weight + n * bytes;
+    floats sum[ROWS];
+    for (int r = 0; r < count; r++) sum[r] = zeros();
+    for (int64_t k = 0, columns; k < j->K; k += columns) {
+        columns = least(BLOCK - k % BLOCK, (k < bytes ? bytes : j->K) - k);
+        if (j->bits == 8) add_columns(j, w + k, bytes, count, WHOLE, planes, k, columns, sum);
+        else if (k < bytes) add_columns(j, w + k, bytes, count, HIGH, planes, k, columns, sum);
+        else add_columns(j, w + k - bytes, bytes, count, LOW, planes, k, columns, sum);
+    }
+    for (int r = 0; r < count; r++) line[r] = total(sum[r]);
+}
+
+/* y[begin:end] for one row. */
+static void multiply_row(const struct job *j, int64_t begin, int64_t end) {
+    enum { OF_HALF = sizeof(digit_t) == 1 ? 2 : 1, OF_FLOAT = OF_HALF + 1 };
     float scale[CHUNK], bias[CHUNK], line[CHUNK];
     for (int64_t n0 = begin; n0 < end; n0 += CHUNK) {
-        int64_t height = least(CHUNK, end - n0);
-        const int8_t *w = j->weight + n0 * bytes;
-        if (j->bits == 8)
-            for (int64_t n = 0; n < height; n++) line[n] = dot_int8(w + n * bytes, x, j->K);
-        else
-            for (int64_t n = 0; n < height; n++) line[n] = dot_int4(w + n * bytes, x, bytes);
+        int64_t height = least(CHUNK, end - n0), n = 0;
+        for (; n + ROWS <= height; n += ROWS)
+            if (j->planes == OF_HALF) dot_rows(j, n0 + n, ROWS, OF_HALF, line + n);
+            else dot_rows(j, n0 + n, ROWS, OF_FLOAT, line + n);
+        for (; n < height; n++)
+            if (j->planes == OF_HALF) dot_rows(j, n0 + n, 1, OF_HALF, line + n);
+            else dot_rows(j, n0 + n, 1, OF_FLOAT, line + n);
         read_vectors(j, n0, height, scale, bias);
-        for (int64_t n = 0; n < height; n++) line[n] = line[n] * scale[n] + bias[n];
+        for (n = 0; n < height; n++) line[n] = line[n] * scale[n] + bias[n];
         write_floats(line, height, j->x_dtype, j->y, n0);
     }
 }
@@ -587,7 +647,7 @@ static void multiply_row(const struct job *j, int64_t begin, int64_t end, const 
 /* y[:, begin:end] for several rows. `sums` holds [chunk / TILE_N][padded_M / PADDED_M][TILE_N][PADDED_M] floats,
    `panel` TILE_N · BLOCK digits. */
 static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64_t chunk,
-                          float (*sums)[TILE_N][PADDED_M], digit_t *panel) {
+                          float (*sums)[TILE_N][PADDED_M], panel_t *panel) {
     int64_t m_tiles = j->padded_M / PADDED_M;
     float scale[CHUNK], bias[CHUNK], lines[PADDED_M][CHUNK];
     for (int64_t n0 = begin; n0 < end; n0 += chunk) {
@@ -596,8 +656,11 @@ static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64
         for (int64_t block = 0; block * BLOCK < j->padded_K; block++)
             for (int64_t group = 0; group < j->M; group += GROUP)
                 for (int64_t n = n0; n < n0 + height; n += TILE_N) {
-                    int64_t rows = least(TILE_N, n0 + height - n), stride = BLOCK, step = LANES;
-                    const digit_t *weights = panel;
+                    int64_t rows = least(TILE_N, n0 + height - n), stride = BLOCK, step = TILE_K;
+                    int64_t last = least(group + GROUP, j->M), next_n = n + TILE_N, next_block = block, fetched = 0;
+                    const panel_t *weights = panel;
+                    if (next_n >= n0 + height) next_block++, next_n = n0;
+                    if (next_block * BLOCK >= j->K) next_block = 0, next_n = n0 + chunk;
 #ifdef AMX
                     if (j->M <= TILE_M && j->bits == 8 && rows == TILE_N && j->K == j->padded_K) { /* each used once */
                         weights = j->weight + n * j->K + block * BLOCK;
@@ -610,8 +673,10 @@ static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64
 #else
                     fill_panel(j, n, rows, block, panel);
 #endif
-                    for (int64_t m = group; m < least(group + GROUP, j->M); m += TILE_M) {
+                    for (int64_t m = group; m < last; m += TILE_M) {
                         float(*tile)[PADDED_M] = sums[(n - n0) / TILE_N * m_tiles + m / PADDED_M];
+                        for (; fetched * (last - group) < (m + TILE_M - group) * TILE_N; fetched++)
+                            prefetch_row(j, next_n + fetched, next_block);
                         multiply_tile(j, weights, stride, step, block, m, (float(*)[PADDED_M]) & tile[0][m % PADDED_M]);
                     }
                 }
@@ -658,53 +723,50 @@ static int64_t part_end(int64_t count) { return count * (thread_number() + 1) / 
    of a byte; scale [N] and bias [N] (or NULL) have dtypes of their own. Returns OK or NO_MEMORY. */
 int chatglm_linear(const void *x, int x_dtype, const int8_t *weight, int bits, const void *scale, int scale_dtype,
                    const void *bias, int bias_dtype, void *y, int64_t M, int64_t N, int64_t K, int threads) {
-#ifdef AMX
-    int one = 0; /* tiles read memory faster than a single stream does */
-#else
     int one = M == 1;
-#endif
-    int blocks = (int)((round_up(K, LANES) + BLOCK - 1) / BLOCK);
+    int blocks = (int)((round_up(K, LINE) + BLOCK - 1) / BLOCK);
     for (int64_t m = 0; m < M; m += M_AT_ONCE) { /* the rows that are held as digits at once */
         struct job j = {
             .x = (const char *)x + m * K * size_of(x_dtype), .x_dtype = x_dtype, .weight = weight, .bits = bits,
             .scale = scale, .scale_dtype = scale_dtype, .bias = bias, .bias_dtype = bias_dtype,
             .y = (char *)y + m * N * size_of(x_dtype), .M = least(M - m, M_AT_ONCE), .N = N, .K = K,
-            .planes = x_dtype == FLOAT ? FLOAT_PLANES : HALF_PLANES,
-            .padded_M = round_up(least(M - m, M_AT_ONCE), PADDED_M), .padded_K = round_up(K, LANES),
+            .planes = digits_of(x_dtype, one ? sizeof(digit_t) : sizeof(panel_t)),
+            .padded_M = one ? 1 : round_up(least(M - m, M_AT_ONCE), PADDED_M), .padded_K = round_up(K, LINE),
         };
         int64_t chunk = j.M <= 32 ? TILE_N : CHUNK;
-        /* For each thread: two rows of x as floats; sums; a panel of weights. For all: digits and their scales. */
-        size_t row_size = (size_t)round_up(2 * j.padded_K * 4, 64);
+        /* For each thread: sums; a panel of weights. For all: digits and their scales. */
         size_t sums_size = one ? 0 : (size_t)(round_up(chunk, TILE_N) * j.padded_M) * 4;
-        size_t panel_size = one ? 0 : (size_t)round_up(TILE_N * BLOCK * sizeof(digit_t), 64);
-        size_t own_size = row_size + sums_size + panel_size;
-        size_t scale_size = one ? 0 : (size_t)(blocks * j.planes * j.padded_M) * 4;
-        size_t digits_size = one ? 0 : (size_t)(j.planes * j.padded_M * j.padded_K) * sizeof(digit_t);
+        size_t panel_size = one ? 0 : (size_t)round_up(TILE_N * BLOCK * sizeof(panel_t), 64);
+        size_t own_size = sums_size + panel_size;
+        size_t scale_size = (size_t)(blocks * j.planes * j.padded_M) * 4;
+        size_t digits_size = (size_t)(j.planes * j.padded_M * j.padded_K) * (one ? sizeof(digit_t) : sizeof(panel_t));
         size_t all_own = (size_t)threads * own_size;
-        char *memory = aligned_alloc(64, all_own + round_up(scale_size, 64) + round_up(digits_size, 64));
+        size_t beyond = LINE * sizeof(digit_t); /* read after one row's digits, and multiplied by zeros */
+        char *memory = aligned_alloc(64, all_own + round_up(scale_size, 64) + round_up(digits_size, 64) + beyond);
         if (!memory) return NO_MEMORY;
         j.digit_scale = (float *)(memory + all_own);
-        j.digits = (digit_t *)((char *)j.digit_scale + round_up(scale_size, 64));
+        char *digits = (char *)j.digit_scale + round_up(scale_size, 64);
+        if (one) j.row_digits = (digit_t *)digits;
+        else j.digits = (panel_t *)digits;
         memset(j.digit_scale, 0, scale_size); /* of the rows that pad M */
+        if (one) {
+            memset(digits + digits_size, 0, beyond);
+            for (int block = 0; block < blocks; block++)
+                split_block(&j, 0, block, DIGIT_MAX, j.row_digits + block * BLOCK, j.padded_K);
+        }
         #pragma omp parallel num_threads(threads)
         {
-            char *own = memory + (size_t)thread_number() * own_size;
-            float *row = (float *)own, *spare = row + j.padded_K;
             int64_t tiles = (N + TILE_N - 1) / TILE_N;
             int64_t begin = part_begin(tiles) * TILE_N, end = least(part_end(tiles) * TILE_N, N);
-            if (one) {
-                read_row(j.x, x_dtype, 0, K, bits, row, spare);
-                multiply_row(&j, begin, end, row);
-            } else {
-                for (int64_t i = part_begin(j.M); i < part_end(j.M); i++) {
-                    read_row(j.x, x_dtype, i, K, bits, row, spare);
-                    split_row(&j, i, row, (digit_t *)spare);
-                }
+            if (one) multiply_row(&j, begin, end);
+            else {
+                char *own = memory + (size_t)thread_number() * own_size;
+                int64_t parts = blocks * (j.padded_M / PADDED_M);
+                for (int64_t i = part_begin(parts); i < part_end(parts); i++)
+                    split_rows(&j, i / blocks * PADDED_M, i % blocks);
                 #pragma omp barrier
                 start_tiles();
-                char *sums_of_thread = own + row_size;
-                multiply_rows(&j, begin, end, chunk, (float(*)[TILE_N][PADDED_M])sums_of_thread,
-                              (digit_t *)(sums_of_thread + sums_size));
+                multiply_rows(&j, begin, end, chunk, (float(*)[TILE_N][PADDED_M])own, (panel_t *)(own + sums_size));
                 stop_tiles();
             }
         }
@@ -721,15 +783,20 @@ int chatglm_half_linear(const void *x, int x_dtype, const uint16_t *weight, int 
     read_floats(x, x_dtype, M * K, rows);
     #pragma omp parallel num_threads(threads)
     {
-        for (int64_t n = part_begin(N); n < part_end(N); n++) {
+        int64_t end = part_end(N);
+        for (int64_t n = part_begin(N), height; n < end; n += height) {
             const uint16_t *w = weight + n * K;
-            float sum[2];
-            for (int64_t m = 0; m < M; m += 2) {
-                if (M - m > 1 && weight_dtype == HALF) half_dots(w, HALF, rows + m * K, 2, K, sum);
-                else if (M - m > 1) half_dots(w, BFLOAT, rows + m * K, 2, K, sum);
-                else if (weight_dtype == HALF) half_dots(w, HALF, rows + m * K, 1, K, sum);
-                else half_dots(w, BFLOAT, rows + m * K, 1, K, sum);
-                for (int64_t i = 0; i < least(2, M - m); i++) write_floats(sum + i, 1, x_dtype, y, (m + i) * N + n);
+            float sum[2][ROWS];
+            height = end - n < ROWS ? 1 : ROWS;
+            for (int64_t m = 0, count; m < M; m += count) {
+                const float *row = rows + m * K;
+                count = M - m < 2 || height == 1 ? 1 : 2;
+                if (height == 1) half_dots(w, weight_dtype, 1, row, 1, K, sum);
+                else if (count == 1 && weight_dtype == HALF) half_dots(w, HALF, ROWS, row, 1, K, sum);
+                else if (count == 1) half_dots(w, BFLOAT, ROWS, row, 1, K, sum);
+                else if (weight_dtype == HALF) half_dots(w, HALF, ROWS, row, 2, K, sum);
+                else half_dots(w, BFLOAT, ROWS, row, 2, K, sum);
+                for (int64_t i = 0; i < count; i++) write_floats(sum[i], height, x_dtype, y, (m + i) * N + n);
             }
         }
     }
@@ -754,6 +821,46 @@ static inline float quick_exp(float x) {
     return x > 88.7f ? INFINITY : x != x ? x : power;
 }
 
+/* sum [D] = softmax(shrunk · query · keysᵀ + mask) · values for a query [D] and T keys and values that lie k_t and v_t
+   numbers apart; weight [T] is working memory. The caller names the dtype, so that a compiler sees which. */
+static inline __attribute__((always_inline)) void
+attend_head(const float *query, const char *keys, int64_t k_t, const char *values, int64_t v_t, const char *mask,
+            const int dtype, float scaling, int64_t T, int64_t D, float *weight, float *sum) {
+    enum { WIDTH = 4 }; /* vectors of the context that are summed at a time */
+    int64_t size = size_of(dtype);
+    float largest = -INFINITY, whole = 0;
+    for (int64_t t = 0; t < T; t++) {
+        const char *key = keys + t * k_t * size;
+        floats score[2] = {zeros(), zeros()};
+        for (int64_t d = 0; d < D; d += 2 * FLOATS) {
+            score[0] = multiply_add(load_any(key, dtype, d), load(query + d), score[0]);
+            if (d + FLOATS < D)
+                score[1] = multiply_add(load_any(key, dtype, d + FLOATS), load(query + d + FLOATS), score[1]);
+        }
+        weight[t] = total(add(score[0], score[1])) * scaling;
+        if (mask) weight[t] += element(mask, dtype, t);
+        largest = weight[t] > largest ? weight[t] : largest;
+    }
+    for (int64_t t = 0; t < T; t++) weight[t] = quick_exp(weight[t] - largest);
+    for (int64_t t = 0; t < T; t++) whole += weight[t];
+    for (int64_t d = 0; d < D; d += WIDTH * FLOATS) {
+        floats part[WIDTH] = {zeros(), zeros(), zeros(), zeros()};
+        int64_t vectors = least(WIDTH, (D - d) / FLOATS);
+        for (int64_t t = 0; t < T; t++) {
+            floats p = all(weight[t]);
+            const char *value = values + t * v_t * size;
+            if (vectors == WIDTH)
+                for (int j = 0; j < WIDTH; j++)
+                    part[j] = multiply_add(load_any(value, dtype, d + j * FLOATS), p, part[j]);
+            else
+                for (int64_t j = 0; j < vectors; j++)
+                    part[j] = multiply_add(load_any(value, dtype, d + j * FLOATS), p, part[j]);
+        }
+        for (int64_t j = 0; j < vectors; j++) store(sum + d + j * FLOATS, part[j]);
+    }
+    for (int64_t d = 0; d < D; d++) sum[d] /= whole;
+}
+
 /* Attention of one query a head: context [B, H, D] = softmax(shrunk · q · kᵀ + mask) · v, summed in fp32.
    q [B, H, D], k and v [B, H, T, D] and mask [B, T] (or NULL) of one dtype; B, H and T may be strided (in numbers), and
    mask_b may be 0. D is a multiple of FLOATS, 256 at most. Returns OK or NO_MEMORY. */
@@ -761,7 +868,6 @@ int chatglm_attention(const void *q, int64_t q_b, int64_t q_h, const void *k, in
                       const void *v, int64_t v_b, int64_t v_h, int64_t v_t, const void *mask, int64_t mask_b,
                       void *context, int dtype, float scaling, int64_t B, int64_t H, int64_t T, int64_t D,
                       int threads) {
-    enum { WIDTH = 4 }; /* vectors of the context that are summed at a time */
     int64_t size = size_of(dtype), T_size = round_up(T, 16);
     float *memory = aligned_alloc(64, (size_t)(threads * T_size) * sizeof *memory);
     if (!memory) return NO_MEMORY;
@@ -772,37 +878,12 @@ int chatglm_attention(const void *q, int64_t q_b, int64_t q_h, const void *k, in
             int64_t b = i / H, h = i % H;
             const char *keys = (const char *)k + (b * k_b + h * k_h) * size;
             const char *values = (const char *)v + (b * v_b + h * v_h) * size;
-            float largest = -INFINITY, whole = 0;
+            const char *masks = mask ? (const char *)mask + b * mask_b * size : NULL;
             read_floats((const char *)q + (b * q_b + h * q_h) * size, dtype, D, query);
-            for (int64_t t = 0; t < T; t++) {
-                const char *key = keys + t * k_t * size;
-                floats score[2] = {zeros(), zeros()};
-                for (int64_t d = 0; d < D; d += FLOATS) {
-                    floats *s = score + d / FLOATS % 2;
-                    *s = multiply_add(load_any(key, dtype, d), load(query + d), *s);
-                }
-                weight[t] = (total(score[0]) + total(score[1])) * scaling;
-                if (mask) weight[t] += element(mask, dtype, b * mask_b + t);
-                largest = weight[t] > largest ? weight[t] : largest;
-            }
-            for (int64_t t = 0; t < T; t++) weight[t] = quick_exp(weight[t] - largest);
-            for (int64_t t = 0; t < T; t++) whole += weight[t];
-            for (int64_t d = 0; d < D; d += WIDTH * FLOATS) {
-                floats part[WIDTH] = {zeros(), zeros(), zeros(), zeros()};
-                int64_t vectors = least(WIDTH, (D - d) / FLOATS);
-                for (int64_t t = 0; t < T; t++) {
-                    floats p = all(weight[t]);
-                    const char *value = values + t * v_t * size;
-                    if (vectors == WIDTH)
-                        for (int j = 0; j < WIDTH; j++)
-                            part[j] = multiply_add(load_any(value, dtype, d + j * FLOATS), p, part[j]);
-                    else
-                        for (int64_t j = 0; j < vectors; j++)
-                            part[j] = multiply_add(load_any(value, dtype, d + j * FLOATS), p, part[j]);
-                }
-                for (int64_t j = 0; j < vectors; j++) store(sum + d + j * FLOATS, part[j]);
-            }
-            for (int64_t d = 0; d < D; d++) sum[d] /= whole;
+            if (dtype == HALF) attend_head(query, keys, k_t, values, v_t, masks, HALF, scaling, T, D, weight, sum);
+            else if (dtype == FLOAT)
+                attend_head(query, keys, k_t, values, v_t, masks, FLOAT, scaling, T, D, weight, sum);
+            else attend_head(query, keys, k_t, values, v_t, masks, BFLOAT, scaling, T, D, weight, sum);
             write_floats(sum, D, dtype, context, i * D);
         }
     }
