@@ -383,12 +383,13 @@ def _plan(m: int, n: int, k: int, bits: int, device: int) -> tuple | None:
     if k * bits % 128 or k % 8 or m > (_MOST_ROWS if architecture >= 75 else 8):
         return None
     height = 2 if bits == 4 and m > 1 else 1
-    turn = 512 // bits * 64 // height  # weights of a row that a block has under way
+    ring = 4 if architecture >= 80 else 2  # the source's RING
+    turn = ring * 4096 // (bits * height)  # weights of a row that a block has under way
     padded = -(-k // turn) * turn
     if m == 1:
-        shared = (32 if architecture >= 80 else 16) * 1024 + padded * 2
-        resident = min(2, shared_of_all // (shared + 4096))
-        grid = (min(-(-n // 16), processors * max(1, resident)), 1, 1)
+        shared = ring * 8192 + padded * 2
+        resident = max(1, min(2, shared_of_all // (shared + 4096)))
+        grid = (min(-(-n // 16), processors * resident), 1, 1)
         return ("rows", f"row_{bits}", grid, 256, shared, 0) if shared + 4096 <= shared_of_one else None
     shared = m * (padded + 8) * 2
     if m <= 8 and bits < 16 and shared <= shared_of_all // 2 - 12 * 1024:
@@ -416,8 +417,18 @@ def _plan(m: int, n: int, k: int, bits: int, device: int) -> tuple | None:
 
 
 def takes_row(weight: torch.Tensor, k: int, bits: int) -> bool:
-    """Whether one row of K numbers is multiplied by a kernel, or the weight has to be expanded."""
-    return _plan(1, weight.shape[0], k, bits, weight.device.index) is not None and weight.data_ptr() % 16 == 0
+    """Whether a kernel multiplies one row of K numbers, and can normalise it first; else the weight is expanded."""
+    plan = _plan(1, weight.shape[0], k, bits, weight.device.index)
+    if plan is None or weight.data_ptr() % 16 or not weight.is_contiguous():
+        return False
+    *_, shared, _ = plan
+    *_, most = _properties(weight.device.index)
+    return shared + _norm_bytes(k) + 4096 <= most
+
+
+def _norm_bytes(k: int) -> int:
+    """Shared memory for weight and bias of a LayerNorm."""
+    return 4 * k
 
 
 def product(
@@ -461,10 +472,9 @@ def product(
         given = {"input": x, "output": y, "weight": weight, "scale": scale, "bias": bias, "residual": residual}
         given |= {"bits": bits, "N": n, "K": k, "gelu": int(gelu), "alpha": float(alpha)}
         norm, _local.norm = getattr(_local, "norm", None), None
-        if norm is not None:
-            assert norm[0].data_ptr() == x.data_ptr()
+        if norm is not None and norm[0].data_ptr() == x.data_ptr():  # else an error came between the two
             given |= dict(zip(("normed", "input", "norm_weight", "norm_bias", "epsilon"), norm, strict=True))
-            shared += 4 * k
+            shared += _norm_bytes(k)
         _operate(x, module, name, grid, shared, **given)
         return y
     scratch = ()

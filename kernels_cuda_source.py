@@ -178,9 +178,9 @@ __device__ __forceinline__ void finish(const E& e, const Finish& f, float sum, i
 
 # One row of x: a block of 8 warps, two to a multiprocessor, owns 16 weight rows at a time, each warp every eighth 64
 # bytes of them. RING copies of 16 bytes to shared memory are under way for each thread and row at any time, from before
-# the kernel's turn (weights depend on nothing) to its end, over the boundaries of tiles and of operations. A thread
-# reads what it has copied itself. x is in shared memory, too; the sums of the 16 rows come from the tensor cores, whose
-# 8 columns are all alike then.
+# the kernel's turn (weights depend on nothing) to its end, over the boundaries of tiles. A thread reads what it has
+# copied itself. x is in shared memory, too; the sums of the 16 rows come from the tensor cores, whose 8 columns are all
+# alike then. More copies under way would delay what the blocks tell each other from kernel to kernel.
 # Grid: any; block: 256; weight, its rows and x aligned to 16 bytes.
 _ONE_ROW = r"""
 // An operation on one token. `kernels_cuda.Operation` is the same struct.
