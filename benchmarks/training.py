@@ -1,8 +1,8 @@
 """Times fine-tuning in the shape of ChatGLM-6B: LoRA over INT8 weights beside LoRA over the same weights in FP16.
 
-    python benchmarks/finetune.py
-    torchrun --nproc-per-node 2 benchmarks/finetune.py
-    python benchmarks/finetune.py --device cpu --layers 1 --hidden 256 --batch 2 --length 64
+    python benchmarks/training.py
+    torchrun --nproc-per-node 2 benchmarks/training.py
+    python benchmarks/training.py --device cpu --layers 1 --hidden 256 --batch 2 --length 64
 
 Random weights made in memory; LoRA r = 8 on query_key_value by PEFT, its weights fp32; autocast in fp16 with a gradient
 scaler, as transformers' Trainer does with `fp16=True`; AdamW; gradient checkpointing. A quarter of each sequence is
