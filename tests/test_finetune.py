@@ -96,7 +96,7 @@ def test_examples_are_what_chat_asks_and_the_answer(form, history, tokenizer, tm
     path.write_text("\ufeff" + (text if form == "list" else f"{text}\n\n{text}"), encoding="utf-8")
     examples = finetune.read_examples(path, tokenizer, settings(**names), quiet=True)
     model = ChatGLMForConditionalGeneration.from_pretrained(ROOT)
-    prompt = model._chat_inputs(tokenizer, "你好\u2028<sop>", history or [], 2048, {})["input_ids"][0].tolist()
+    prompt = model.build_inputs(tokenizer, "你好\u2028<sop>", history)["input_ids"][0].tolist()
     answer = tokenizer.encode("我很好。", add_special_tokens=False)
     assert [example["input_ids"] for example in examples] == [[*prompt, *answer, tokenizer.eos_token_id]] * 2
 
