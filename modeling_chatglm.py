@@ -307,10 +307,16 @@ class GLMBlock(GradientCheckpointingLayer):
         self, hidden_states: torch.Tensor, prefix: torch.Tensor | None = None, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, S, hidden] → [B, S, hidden] and the attention probabilities; arguments as of `ChatGLMAttention`."""
-        normed = apply_layer_norm(self.input_layernorm, hidden_states, before=self.attention.query_key_value)
+        normed = apply_layer_norm(self.input_layernorm, hidden_states, *_first_linear(self.attention))
         hidden_states, probs = self.attention(normed, prefix, residual=normed, alpha=self.alpha, **kwargs)
-        normed = apply_layer_norm(self.post_attention_layernorm, hidden_states, before=self.mlp.dense_h_to_4h)
+        normed = apply_layer_norm(self.post_attention_layernorm, hidden_states, *_first_linear(self.mlp))
         return self.mlp(normed, residual=normed, alpha=self.alpha), probs
+
+
+def _first_linear(module: nn.Module) -> tuple[nn.Module, nn.Module | None]:
+    """The module, and the linear that it applies to its input before anything else; None if that isn't known."""
+    names = {ChatGLMAttention: "query_key_value", ChatGLMMLP: "dense_h_to_4h"}
+    return module, getattr(module, names.get(type(module), ""), None)
 
 
 def _first_column(marks: torch.Tensor, default: torch.Tensor) -> torch.Tensor:

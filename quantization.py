@@ -286,6 +286,11 @@ def has_cpu_kernels(module: nn.Module, tensor: torch.Tensor) -> bool:
     return is_plain_cpu(module, tensor) and cpu_library() is not None
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether somebody else sees the module's inputs or outputs."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
 def _is_plain(module: nn.Module, kind: type, x: torch.Tensor) -> bool:
     """Whether calling the module does nothing beyond the forward of `kind`, and the GPU's kernels can do it."""
     return (
@@ -296,7 +301,7 @@ def _is_plain(module: nn.Module, kind: type, x: torch.Tensor) -> bool:
         # Checkpointing may compute without gradients what it computes again with them; autocast has its own dtypes.
         and not module.training
         and autocast_dtype("cuda") is None
-        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+        and not _has_hooks(module)
         and cuda_available(x.device, x.dtype)
     )
 
@@ -324,14 +329,19 @@ def apply_linear(
     return y if residual is None else alpha * residual + y.to(residual.dtype)
 
 
-def apply_layer_norm(norm: nn.Module, x: torch.Tensor, before: nn.Module | None = None) -> torch.Tensor:
-    """`norm(x)` over the last dimension, by a kernel where there is one; `before` is the linear that takes it next."""
+def apply_layer_norm(
+    norm: nn.Module, x: torch.Tensor, within: nn.Module | None = None, before: nn.Module | None = None
+) -> torch.Tensor:
+    """`norm(x)` over the last dimension, by a kernel where there is one.
+
+    The module `within` takes the result next, and does nothing with it before it applies the linear `before` to it.
+    """
     width = x.shape[-1]
     if width % 8 or width > 16384 or not _is_plain(norm, nn.LayerNorm, x) or norm.weight.dtype != x.dtype:
         return norm(x)
     # For one row, the linear's kernel does it.
     deferred = x.numel() == width and before is not None and _is_plain(before, QuantizedLinear, x)
-    deferred = deferred and cuda_takes_row(before.weight, width, before.bits)
+    deferred = deferred and not _has_hooks(within) and cuda_takes_row(before.weight, width, before.bits)
     return cuda_layer_norm(x, norm.weight, norm.bias, norm.eps, deferred)
 
 

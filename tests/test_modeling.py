@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from chatglm_int8 import ChatGLMConfig, ChatGLMForConditionalGeneration
+from chatglm_int8 import ChatGLMConfig, ChatGLMForConditionalGeneration, modeling_chatglm, quantization
 from chatglm_int8.modeling_chatglm import apply_rotary, rotary_embedding
 
 # Largest difference over the largest number of the reference.
@@ -294,3 +294,28 @@ def test_a_step_with_tensors_that_the_kernels_do_not_take(golden_model):
         mixed = golden_model("int8", dtype)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert mixed.generate(ids[:1], do_sample=False, max_new_tokens=4).shape == (1, 9)
+
+
+def test_a_norm_is_left_to_its_product_only_where_nobody_looks(golden_model, monkeypatch):
+    """On a GPU, a product of one row normalises it first; who has a hook in between must see the row normalised."""
+    block = golden_model("int8").transformer.layers[0]
+    deferred = []
+    monkeypatch.setattr(quantization, "_is_plain", lambda module, kind, x: type(module) is kind)
+    monkeypatch.setattr(quantization, "cuda_takes_row", lambda *given: True)
+    monkeypatch.setattr(quantization, "cuda_layer_norm", lambda x, *given: deferred.append(given[-1]) or x)
+    row = torch.zeros(1, 1, block.input_layernorm.normalized_shape[0])
+
+    def normalise(x, module):
+        quantization.apply_layer_norm(block.input_layernorm, x, *modeling_chatglm._first_linear(module))
+
+    for module in (block.attention, block.mlp):
+        normalise(row, module)
+        assert deferred.pop()
+        normalise(row.expand(1, 2, -1), module)
+        assert not deferred.pop()
+        hook = module.register_forward_pre_hook(lambda *given: None)
+        normalise(row, module)
+        assert not deferred.pop()
+        hook.remove()
+    normalise(row, torch.nn.Sequential(block.mlp))
+    assert not deferred.pop()
