@@ -15,15 +15,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from .kernels_cuda import (
-    attend,
-    available,
-    begin_step,
-    end_step,
-    new_tickets,
-    own_tickets,
-    split_rotate,
-)
+from .kernels_cuda import attend, available, begin_step, end_step, new_tickets, own_tickets, split_rotate
 from .kernels_cuda_source import HEAD_DIMS
 
 _GROWTH = 512  # places that are added to a cache at a time

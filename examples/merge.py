@@ -21,7 +21,7 @@ from pathlib import Path
 
 try:
     import torch
-    from quantize import GIGABYTE, QUANTIZED, inspect_folder, parse_size, read, write_folder
+    from quantize import GIGABYTE, QUANTIZED, errors_in_a_line, inspect_folder, parse_size, read, write_folder
     from safetensors.torch import save_file
 
     from chatglm_int8 import ChatGLMConfig, ChatGLMForConditionalGeneration, checkpoint, quantization
@@ -235,7 +235,7 @@ def main() -> None:
         command.add_argument("--shard-size", type=parse_size, default="1GB", help="largest file (default: 1GB)")
         command.add_argument("--overwrite", action="store_true", help="replace a checkpoint in NEW_FOLDER")
     arguments = parser.parse_args()
-    try:
+    with errors_in_a_line(parser.prog):
         if arguments.command == "export-prefix":
             export_prefix(arguments.source, arguments.destination)
             return
@@ -253,12 +253,6 @@ def main() -> None:
             overwrite=arguments.overwrite,
             **changes,
         )
-    except (OSError, ValueError) as error:
-        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\n{parser.prog}: interrupted, nothing was written", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

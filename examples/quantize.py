@@ -12,6 +12,7 @@ the destination and moved up at the end, config.json last. The same command then
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -286,6 +287,19 @@ def parse_size(text: str) -> int:
     return size
 
 
+@contextlib.contextmanager
+def errors_in_a_line(program: str) -> Iterator[None]:
+    """End with a line on stderr, instead of a traceback, where a folder can't be read or written, or by Ctrl-C."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{program}: interrupted, nothing was written", file=sys.stderr)
+        sys.exit(130)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Quantises a ChatGLM checkpoint folder to INT8 or INT4.")
     parser.add_argument("source", metavar="FP16_FOLDER", help="folder of FP16, BF16 or FP32 weights")
@@ -294,7 +308,7 @@ def main() -> None:
     parser.add_argument("--shard-size", type=parse_size, default="1GB", help="largest file (default: 1GB)")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint in INT8_FOLDER")
     arguments = parser.parse_args()
-    try:
+    with errors_in_a_line(parser.prog):
         quantize_folder(
             arguments.source,
             arguments.destination,
@@ -302,12 +316,6 @@ def main() -> None:
             arguments.shard_size,
             overwrite=arguments.overwrite,
         )
-    except (OSError, ValueError) as error:
-        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\n{parser.prog}: interrupted, nothing was written", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":
