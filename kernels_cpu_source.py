@@ -110,26 +110,51 @@ static inline void store_half(uint16_t *p, floats v) { _mm256_storeu_si256((void
 static inline floats load_bfloat(const uint16_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16));
 }
+typedef __m512i digits;
+typedef int32_t sums __attribute__((vector_size(64))); /* not __m512i, which gcc 12 copies to and fro */
+static inline sums no_sums(void) { return (sums)_mm512_setzero_si512(); }
+static inline sums load_sums(const int32_t *p) { return (sums)_mm512_loadu_si512(p); }
+static inline void store_sums(int32_t *p, sums s) { _mm512_storeu_si512(p, (__m512i)s); }
+#ifdef __AVX512VNNI__ /* four products of unsigned and signed bytes at a time: weights become unsigned */
+#define UNSIGNED_WEIGHTS
+enum { LANES = 64 };
+typedef int8_t digit_t;
+static inline digits load_digits(const digit_t *p) { return _mm512_loadu_si512(p); }
+static inline digits flip_signs(digits bytes) { return _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)); }
+static inline digits load_int8(const int8_t *p) { return flip_signs(_mm512_loadu_si512(p)); }
+static inline digits high_halves(digits bytes) {
+    return _mm512_and_si512(_mm512_srli_epi16(bytes, 4), _mm512_set1_epi8(15));
+}
+static inline digits low_halves(digits bytes) {
+    return _mm512_xor_si512(_mm512_and_si512(bytes, _mm512_set1_epi8(15)), _mm512_set1_epi8(8));
+}
+static inline digits repeat4(const int8_t *p) { int32_t four; memcpy(&four, p, 4); return _mm512_set1_epi32(four); }
+static inline digits repeat8(const int8_t *p) { int64_t eight; memcpy(&eight, p, 8); return _mm512_set1_epi64(eight); }
+static inline sums add_products(sums s, digits weights, digits x) {
+    return (sums)_mm512_dpbusd_epi32((__m512i)s, weights, x);
+}
+static inline sums take_multiple(sums s, digits x, uint8_t times) { /* s - times · x */
+    return s - add_products(no_sums(), _mm512_set1_epi8((char)times), x);
+}
 #ifndef AMX
-#define INSTRUCTIONS "AVX512"
-enum { TILE_N = 4, TILE_M = 4, BLOCK = 1024 };
+#define INSTRUCTIONS "AVX512 with VNNI"
+enum { TILE_N = 8 };
+#define FOR_TILE_N(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7)
 #endif
+#else
 enum { LANES = 32 };
-typedef __m512i digits, sums;
 typedef int16_t digit_t;
 static inline digits load_digits(const digit_t *p) { return _mm512_loadu_si512(p); }
 static inline digits load_int8(const int8_t *p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)p)); }
 static inline digits high_halves(digits bytes) { return _mm512_srai_epi16(bytes, 4); }
 static inline digits low_halves(digits bytes) { return _mm512_srai_epi16(_mm512_slli_epi16(bytes, 12), 12); }
-static inline sums no_sums(void) { return _mm512_setzero_si512(); }
-static inline sums add_products(sums s, digits a, digits b) {
-#ifdef __AVX512VNNI__
-    return _mm512_dpwssd_epi32(s, a, b);
-#else
-    return _mm512_add_epi32(s, _mm512_madd_epi16(a, b));
+static inline sums add_products(sums s, digits a, digits b) { return s + (sums)_mm512_madd_epi16(a, b); }
+#ifndef AMX
+#define INSTRUCTIONS "AVX512"
+enum { TILE_N = 4, TILE_M = 4, BLOCK = 1024 };
 #endif
-}
-static inline floats from_sums(sums s) { return _mm512_cvtepi32_ps(s); }
+#endif
+static inline floats from_sums(sums s) { return _mm512_cvtepi32_ps((__m512i)s); }
 static inline floats load_int32(const int32_t *p) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(p)); }
 
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -152,26 +177,51 @@ static inline void store_half(uint16_t *p, floats v) { _mm_storeu_si128((void *)
 static inline floats load_bfloat(const uint16_t *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p)), 16));
 }
+typedef __m256i digits;
+typedef int32_t sums __attribute__((vector_size(32)));
+static inline sums no_sums(void) { return (sums)_mm256_setzero_si256(); }
+#ifdef __AVXVNNI__ /* as of AVX512 */
+#define UNSIGNED_WEIGHTS
+enum { LANES = 32 };
+typedef int8_t digit_t;
+static inline sums load_sums(const int32_t *p) { return (sums)_mm256_loadu_si256((const void *)p); }
+static inline void store_sums(int32_t *p, sums s) { _mm256_storeu_si256((void *)p, (__m256i)s); }
+static inline digits load_digits(const digit_t *p) { return _mm256_loadu_si256((const void *)p); }
+static inline digits flip_signs(digits bytes) { return _mm256_xor_si256(bytes, _mm256_set1_epi8(-128)); }
+static inline digits load_int8(const int8_t *p) { return flip_signs(load_digits(p)); }
+static inline digits high_halves(digits bytes) {
+    return _mm256_and_si256(_mm256_srli_epi16(bytes, 4), _mm256_set1_epi8(15));
+}
+static inline digits low_halves(digits bytes) {
+    return _mm256_xor_si256(_mm256_and_si256(bytes, _mm256_set1_epi8(15)), _mm256_set1_epi8(8));
+}
+static inline digits repeat4(const int8_t *p) { int32_t four; memcpy(&four, p, 4); return _mm256_set1_epi32(four); }
+static inline digits repeat8(const int8_t *p) { int64_t eight; memcpy(&eight, p, 8); return _mm256_set1_epi64x(eight); }
+static inline sums add_products(sums s, digits weights, digits x) {
+    return (sums)_mm256_dpbusd_avx_epi32((__m256i)s, weights, x);
+}
+static inline sums take_multiple(sums s, digits x, uint8_t times) {
+    return s - add_products(no_sums(), _mm256_set1_epi8((char)times), x);
+}
 #ifndef AMX
-#define INSTRUCTIONS "AVX2"
-enum { TILE_N = 4, TILE_M = 2, BLOCK = 2048 };
+#define INSTRUCTIONS "AVX2 with VNNI"
+enum { TILE_N = 4 };
+#define FOR_TILE_N(DO) DO(0) DO(1) DO(2) DO(3)
 #endif
+#else
 enum { LANES = 16 };
-typedef __m256i digits, sums;
 typedef int16_t digit_t;
 static inline digits load_digits(const digit_t *p) { return _mm256_loadu_si256((const void *)p); }
 static inline digits load_int8(const int8_t *p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)p)); }
 static inline digits high_halves(digits bytes) { return _mm256_srai_epi16(bytes, 4); }
 static inline digits low_halves(digits bytes) { return _mm256_srai_epi16(_mm256_slli_epi16(bytes, 12), 12); }
-static inline sums no_sums(void) { return _mm256_setzero_si256(); }
-static inline sums add_products(sums s, digits a, digits b) {
-#ifdef __AVXVNNI__
-    return _mm256_dpwssd_avx_epi32(s, a, b);
-#else
-    return _mm256_add_epi32(s, _mm256_madd_epi16(a, b));
+static inline sums add_products(sums s, digits a, digits b) { return s + (sums)_mm256_madd_epi16(a, b); }
+#ifndef AMX
+#define INSTRUCTIONS "AVX2"
+enum { TILE_N = 4, TILE_M = 2, BLOCK = 2048 };
 #endif
-}
-static inline floats from_sums(sums s) { return _mm256_cvtepi32_ps(s); }
+#endif
+static inline floats from_sums(sums s) { return _mm256_cvtepi32_ps((__m256i)s); }
 static inline floats load_int32(const int32_t *p) { return _mm256_cvtepi32_ps(_mm256_loadu_si256((const void *)p)); }
 
 #elif defined(__ARM_NEON) && defined(__aarch64__)
@@ -244,8 +294,12 @@ static inline floats from_sums(sums s) { floats v; EACH(LANES) v.of[i] = (float)
 static inline floats load_int32(const int32_t *p) { floats v; EACH(FLOATS) v.of[i] = (float)p[i]; return v; }
 #endif
 static inline float total_sums(sums s) { return total(from_sums(s)); }
+#if defined(UNSIGNED_WEIGHTS) && !defined(AMX)
+#define BYTE_TILES
+enum { TILE_M = 16, BLOCK = 1024 };
+#endif
 #ifndef AMX
-enum { TILE_K = LANES, PANEL_DIGIT_MAX = sizeof(digit_t) == 1 ? 127 : 32767 };
+enum { TILE_K = LINE, PANEL_DIGIT_MAX = sizeof(digit_t) == 1 ? 127 : 32767 };
 typedef digit_t panel_t;
 #endif
 
@@ -336,7 +390,11 @@ enum {
     PADDED_M = 16,    /* rows of sums are padded to a multiple of this */
     DIGIT_MAX = sizeof(digit_t) == 1 ? 127 : 32767,
     CHUNK = sizeof(panel_t) == 1 ? 256 : 128, /* output features that a thread takes at once, at most */
-    GROUP = sizeof(panel_t) == 1 ? 512 : 64, /* rows whose digits of a block stay in the cache beside weights */
+#ifdef BYTE_TILES
+    GROUP = 256,      /* rows whose digits of a block stay in the cache beside weights */
+#else
+    GROUP = sizeof(panel_t) == 1 ? 512 : 64,
+#endif
     M_AT_ONCE = 512,  /* rows of x that are held as digits */
 };
 
@@ -344,22 +402,32 @@ struct job {
     const void *x, *scale, *bias;
     const int8_t *weight;
     void *y;
-    int x_dtype, scale_dtype, bias_dtype, bits, planes; /* planes: digits that a number has */
-    int64_t M, N, K, padded_M, padded_K;
+    int x_dtype, scale_dtype, bias_dtype, bits;
+    int planes;           /* digits that a number has */
+    int width;            /* rows of x in a tile of PADDED_M sums: that, or half as many with two sums each */
+    int64_t M, N, K, padded_M, padded_K; /* padded_M: sums that a weight row has */
     digit_t *row_digits;  /* of one row: [plane][padded_K] */
-    panel_t *digits;      /* of several: [plane][padded_M][padded_K], for a matrix unit as tile_of says */
+    panel_t *digits;      /* of several: [plane][padded_M][padded_K], or as tile_of says */
     float *digit_scale;   /* [blocks][planes][padded_M] */
+    int32_t *start;       /* with unsigned weights, what sums start with: [blocks][planes][padded_M], of one row
+                             [parts of add_columns][planes][FLOATS] */
 };
 
 /* Digits of one number: those of int16 hold 15 bits, those of int8 about 7.5. */
 static int digits_of(int x_dtype, size_t digit_size) { return (digit_size == 1 ? 2 : 1) + (x_dtype == FLOAT); }
 
-#ifdef AMX
-/* Digits in the order of the matrix unit's tiles: [block][m / 16][k / 64][plane][k / 4 % 16][m % 16][k % 4]. */
+#if defined(AMX) || defined(BYTE_TILES)
+#define TILES
+/* Digits in the order that tiles are multiplied in, where a sum takes four bytes at a time:
+   [block][m / 16][k / 64][plane][k / 4 % 16][m % 16][k % 4], and of 8 rows [block][k / 64][plane][k / 8 % 8][m][k % 8].
+*/
 static inline panel_t *tile_of(const struct job *j, int64_t m, int64_t block) {
     int64_t columns = least(BLOCK, j->padded_K - block * BLOCK);
     return j->digits + (block * BLOCK * j->padded_M + m / 16 * 16 * columns) * j->planes;
 }
+#endif
+
+#ifdef AMX
 
 /* sums[n, m] += weights · digits, for 32 weight rows and 16 rows of x. Weight rows lie `stride` bytes apart, and their
    parts of 64 columns `step` bytes: K and 64 in the weight itself, 64 and 2048 in a panel. */
@@ -420,6 +488,69 @@ static void multiply_tile(const struct job *j, const panel_t *weights, int64_t s
             }
             store(sums[n] + i, sum);
         }
+}
+#elif defined(BYTE_TILES)
+/* total[n, i] += weights · digits for TILE_N weight rows and PADDED_M sums, each of which takes `deep` columns at a time.
+   Weight rows lie `stride` bytes apart, and their parts of 64 columns `step` bytes. `stored`: weights are as they are
+   stored, not unsigned yet. */
+static inline __attribute__((always_inline)) void
+add_tile(const struct job *j, const int8_t *weights, int64_t stride, int64_t step, const int stored, int64_t block,
+         int64_t m, const int planes, const int deep, float total[TILE_N][PADDED_M]) {
+    const int64_t plane_size = 64 * (64 / deep), P = j->padded_M;
+    for (int i = 0; i < PADDED_M; i += FLOATS) {
+        const int8_t *x = tile_of(j, m, block) + 4 * i, *w = weights;
+        const int32_t *start = j->start + block * planes * P + m + i;
+        const float *scale = j->digit_scale + block * planes * P + m + i;
+        const sums start0 = load_sums(start), start1 = load_sums(start + P), start2 = load_sums(start + (planes - 1) * P);
+#define START(n) sums a##n = start0, b##n = start1, c##n = start2; /* an array would stay in memory, with gcc 12 */
+        FOR_TILE_N(START)
+        for (int64_t k = least(BLOCK, j->padded_K - block * BLOCK); k > 0; k -= 64, w += step, x += planes * plane_size)
+            for (int part = 0; part < 64 / deep; part++) {
+                const int8_t *from = w + part * deep, *at = x + part * 64;
+                const digits x0 = load_digits(at), x1 = load_digits(at + plane_size),
+                             x2 = load_digits(at + (planes - 1) * plane_size);
+#define ADD(n) { \
+                digits of_w = deep == 4 ? repeat4(from + n * stride) : repeat8(from + n * stride); \
+                if (stored) of_w = flip_signs(of_w); \
+                a##n = add_products(a##n, of_w, x0); \
+                b##n = add_products(b##n, of_w, x1); \
+                if (planes == 3) c##n = add_products(c##n, of_w, x2); }
+                FOR_TILE_N(ADD)
+            }
+        const floats scale0 = load(scale), scale1 = load(scale + P), scale2 = load(scale + (planes - 1) * P);
+#define TOTAL(n) { \
+        floats sum = multiply_add(from_sums(a##n), scale0, load(total[n] + i)); \
+        sum = multiply_add(from_sums(b##n), scale1, sum); \
+        store(total[n] + i, planes == 3 ? multiply_add(from_sums(c##n), scale2, sum) : sum); }
+        FOR_TILE_N(TOTAL)
+    }
+}
+
+/* For a compiler, a function each. */
+#define TILE(name, stored, planes, deep) \
+    static __attribute__((noinline)) void name(const struct job *j, const int8_t *weights, int64_t stride, \
+                                               int64_t step, int64_t block, int64_t m, \
+                                               float total[TILE_N][PADDED_M]) { \
+        add_tile(j, weights, stride, step, stored, block, m, planes, deep, total); \
+    }
+TILE(tile_of_half, 0, 2, 4)
+TILE(tile_of_half_stored, 1, 2, 4)
+TILE(tile_of_half_few, 0, 2, 8)
+TILE(tile_of_half_few_stored, 1, 2, 8)
+TILE(tile_of_float, 0, 3, 4)
+TILE(tile_of_float_stored, 1, 3, 4)
+TILE(tile_of_float_few, 0, 3, 8)
+TILE(tile_of_float_few_stored, 1, 3, 8)
+#undef TILE
+
+static void multiply_tile(const struct job *j, const panel_t *weights, int64_t stride, int64_t step, int64_t block,
+                          int64_t m, float total[TILE_N][PADDED_M]) {
+    static void (*const tiles[2][2][2])(const struct job *, const int8_t *, int64_t, int64_t, int64_t, int64_t,
+                                        float (*)[PADDED_M]) = {
+        {{tile_of_half, tile_of_half_stored}, {tile_of_half_few, tile_of_half_few_stored}},
+        {{tile_of_float, tile_of_float_stored}, {tile_of_float_few, tile_of_float_few_stored}},
+    };
+    tiles[j->planes == 3][j->width < PADDED_M][step == 64](j, weights, stride, step, block, m, total);
 }
 #else
 /* total[n, m] += weights · digits, for the TILE_N rows of a panel and TILE_M rows of x. */
@@ -500,39 +631,59 @@ static void split_block(const struct job *j, int64_t m, int64_t block, int digit
     }
 }
 
-/* One block of PADDED_M rows of x from m on, as far as there are so many, as digits in their place. */
+/* One block of the rows of x of a tile, from m on, as far as there are so many, as digits in their place. */
 static void split_rows(const struct job *j, int64_t m, int64_t block) {
-    int64_t rows = least(PADDED_M, j->M - m);
-#ifdef AMX
+    int64_t rows = least(j->width, j->M - m);
+#ifdef TILES
     enum { STRIDE = BLOCK + 64 }; /* of no power of 2, lest all rows fall on the same place of the cache */
     panel_t narrow[3][PADDED_M][STRIDE];
     digit_t digits[3][BLOCK];
     int64_t columns = least(BLOCK, j->padded_K - block * BLOCK);
-    if (rows < PADDED_M) memset(narrow, 0, sizeof narrow);
+    int deep = 64 / j->width; /* columns that a sum takes at a time */
+    if (rows < j->width) memset(narrow, 0, sizeof narrow);
     for (int64_t i = 0; i < rows; i++) {
         split_block(j, m + i, block, PANEL_DIGIT_MAX, digits[0], BLOCK);
         for (int plane = 0; plane < j->planes; plane++)
             for (int64_t k = 0; k < columns; k++) narrow[plane][i][k] = (panel_t)digits[plane][k];
     }
     panel_t *to = tile_of(j, m, block);
-    for (int64_t k = 0; k < columns; k += TILE_K)
+    for (int64_t k = 0; k < columns; k += 64)
         for (int plane = 0; plane < j->planes; plane++)
-            for (int64_t four = k; four < k + TILE_K; four += 4)
-                for (int64_t i = 0; i < PADDED_M; i++, to += 4) memcpy(to, narrow[plane][i] + four, 4);
+            if (deep == 4)
+                for (int64_t from = k; from < k + 64; from += 4)
+                    for (int64_t i = 0; i < PADDED_M; i++, to += 4) memcpy(to, narrow[plane][i] + from, 4);
+            else
+                for (int64_t from = k; from < k + 64; from += 8)
+                    for (int64_t i = 0; i < PADDED_M / 2; i++, to += 8) memcpy(to, narrow[plane][i] + from, 8);
 #else
     panel_t *to = j->digits + m * j->padded_K + block * BLOCK;
     for (int64_t i = 0; i < rows; i++, to += j->padded_K)
         split_block(j, m + i, block, PANEL_DIGIT_MAX, to, j->padded_M * j->padded_K);
 #endif
+#ifdef BYTE_TILES
+    for (int plane = 0; plane < j->planes; plane++) {
+        const int64_t at = (block * j->planes + plane) * j->padded_M + m, size = 64 * j->width;
+        if (deep == 8) /* two sums a row */
+            for (int i = PADDED_M - 1; i > 0; i--) j->digit_scale[at + i] = j->digit_scale[at + i / 2];
+        for (int i = 0; i < PADDED_M; i += FLOATS) {
+            const panel_t *x = tile_of(j, m, block) + plane * size + 4 * i;
+            sums start = no_sums();
+            for (int64_t k = 0; k < columns; k += 64, x += j->planes * size)
+                for (int64_t from = 0; from < size; from += 64)
+                    start = take_multiple(start, load_digits(x + from), 128);
+            store_sums(j->start + at + i, start);
+        }
+    }
+#endif
 }
 
-/* `rows` weight rows from n on, columns of one block, as digits, 0 where there are none: [TILE_N][BLOCK], and for a
-   matrix unit [k / 64][TILE_N][64]. */
+/* `rows` weight rows from n on, columns of one block, as digits, 0 where there are none: [TILE_N][BLOCK], and for tiles
+   [k / 64][TILE_N][64]. */
 static void fill_panel(const struct job *j, int64_t n, int64_t rows, int64_t block, panel_t *panel) {
     int64_t first = block * BLOCK, columns = least(BLOCK, j->K - first), bytes = j->K * j->bits / 8;
     int64_t padded = least(BLOCK, j->padded_K - first);
     for (int64_t i = 0; i < TILE_N; i++) {
-#ifdef AMX
+#ifdef TILES
         panel_t to[BLOCK];
 #else
         panel_t *to = panel + i * BLOCK;
@@ -549,7 +700,10 @@ static void fill_panel(const struct job *j, int64_t n, int64_t rows, int64_t blo
             }
         }
         for (; k < padded; k++) to[k] = 0;
-#ifdef AMX
+#ifdef BYTE_TILES
+        for (k = 0; k < padded; k++) to[k] ^= -128; /* unsigned: 128 more */
+#endif
+#ifdef TILES
         for (k = 0; k < padded; k += 64) memcpy(panel + k * TILE_N + i * 64, to + k, 64);
 #endif
     }
@@ -571,17 +725,43 @@ static void read_vectors(const struct job *j, int64_t n, int64_t height, float *
 
 enum part { WHOLE, HIGH, LOW };    /* of bytes: which numbers they are */
 
+/* Columns from `column` on that are of one block and, of int4, of one half of bytes. */
+static int64_t part_columns(const struct job *j, int64_t column) {
+    int64_t bytes = j->K * j->bits / 8;
+    return least(BLOCK - column % BLOCK, (column < bytes ? bytes : j->K) - column);
+}
+
+#ifdef UNSIGNED_WEIGHTS
+/* What sums start with, as weights have 128 or 8 added to them, for one row. */
+static void set_start(const struct job *j) {
+    int32_t *start = j->start;
+    for (int64_t first = 0, columns; first < j->K; first += columns) {
+        columns = part_columns(j, first);
+        for (int plane = 0; plane < j->planes; plane++, start += FLOATS) {
+            sums s = no_sums();
+            for (int64_t k = 0; k < round_up(columns, LINE); k += LANES) /* as far as add_columns reads */
+                s = take_multiple(s, load_digits(j->row_digits + plane * j->padded_K + first + k), j->bits == 8 ? 128 : 8);
+            store_sums(start, s);
+        }
+    }
+}
+static inline sums start_sums(const int32_t *start) { return load_sums(start); }
+#else
+static void set_start(const struct job *j) { (void)j; }
+static inline sums start_sums(const int32_t *start) { (void)start; return no_sums(); }
+#endif
+
 /* sum[r] += weights · digits of `columns` columns from `column` on, all of one block, for `count` weight rows. Their
    bytes, of which each is read as `part` says, begin at w, and lie `bytes` apart. */
 static inline __attribute__((always_inline)) void
 add_columns(const struct job *j, const int8_t *w, int64_t bytes, const int count, const enum part part,
-            const int planes, int64_t column, int64_t columns, floats *sum) {
+            const int planes, int64_t column, int64_t columns, const int32_t *start, floats *sum) {
     const digit_t *x = j->row_digits + column;
     const float *scale = j->digit_scale + column / BLOCK * planes;
     int64_t at = column % bytes;
     sums s[ROWS][3];
     for (int r = 0; r < count; r++)
-        for (int plane = 0; plane < planes; plane++) s[r][plane] = no_sums();
+        for (int plane = 0; plane < planes; plane++) s[r][plane] = start_sums(start + plane * FLOATS);
     int8_t rest[ROWS][LINE];
     for (int64_t k = 0; k < columns; k += LINE) {
         const int8_t *from = w + k;
@@ -617,11 +797,12 @@ dot_rows(const struct job *j, int64_t n, const int count, const int planes, floa
     const int8_t *w = j->weight + n * bytes;
     floats sum[ROWS];
     for (int r = 0; r < count; r++) sum[r] = zeros();
-    for (int64_t k = 0, columns; k < j->K; k += columns) {
-        columns = least(BLOCK - k % BLOCK, (k < bytes ? bytes : j->K) - k);
-        if (j->bits == 8) add_columns(j, w + k, bytes, count, WHOLE, planes, k, columns, sum);
-        else if (k < bytes) add_columns(j, w + k, bytes, count, HIGH, planes, k, columns, sum);
-        else add_columns(j, w + k - bytes, bytes, count, LOW, planes, k, columns, sum);
+    const int32_t *start = j->start;
+    for (int64_t k = 0, columns; k < j->K; k += columns, start += planes * FLOATS) {
+        columns = part_columns(j, k);
+        if (j->bits == 8) add_columns(j, w + k, bytes, count, WHOLE, planes, k, columns, start, sum);
+        else if (k < bytes) add_columns(j, w + k, bytes, count, HIGH, planes, k, columns, start, sum);
+        else add_columns(j, w + k - bytes, bytes, count, LOW, planes, k, columns, start, sum);
     }
     for (int r = 0; r < count; r++) line[r] = total(sum[r]);
 }
@@ -661,7 +842,7 @@ static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64
                     const panel_t *weights = panel;
                     if (next_n >= n0 + height) next_block++, next_n = n0;
                     if (next_block * BLOCK >= j->K) next_block = 0, next_n = n0 + chunk;
-#ifdef AMX
+#ifdef TILES
                     if (j->M <= TILE_M && j->bits == 8 && rows == TILE_N && j->K == j->padded_K) { /* each used once */
                         weights = j->weight + n * j->K + block * BLOCK;
                         stride = j->K;
@@ -684,7 +865,11 @@ static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64
         for (int64_t m0 = 0; m0 < j->M; m0 += PADDED_M) { /* sums are [n, m], y is [m, n] */
             for (int64_t n = 0; n < height; n++) {
                 const float *row = sums[n / TILE_N * m_tiles + m0 / PADDED_M][n % TILE_N];
-                for (int i = 0; i < PADDED_M; i++) lines[i][n] = row[i] * scale[n] + bias[n];
+                if (j->width == PADDED_M)
+                    for (int i = 0; i < PADDED_M; i++) lines[i][n] = row[i] * scale[n] + bias[n];
+                else
+                    for (int i = 0; i < PADDED_M / 2; i++)
+                        lines[i][n] = (row[2 * i] + row[2 * i + 1]) * scale[n] + bias[n];
             }
             for (int64_t m = m0; m < least(m0 + PADDED_M, j->M); m++)
                 write_floats(lines[m - m0], height, j->x_dtype, j->y, m * j->N + n0);
@@ -731,8 +916,12 @@ int chatglm_linear(const void *x, int x_dtype, const int8_t *weight, int bits, c
             .scale = scale, .scale_dtype = scale_dtype, .bias = bias, .bias_dtype = bias_dtype,
             .y = (char *)y + m * N * size_of(x_dtype), .M = least(M - m, M_AT_ONCE), .N = N, .K = K,
             .planes = digits_of(x_dtype, one ? sizeof(digit_t) : sizeof(panel_t)),
-            .padded_M = one ? 1 : round_up(least(M - m, M_AT_ONCE), PADDED_M), .padded_K = round_up(K, LINE),
+            .width = PADDED_M, .padded_M = one ? 1 : round_up(least(M - m, M_AT_ONCE), PADDED_M),
+            .padded_K = round_up(K, LINE),
         };
+#ifdef BYTE_TILES
+        if (j.M <= PADDED_M / 2) j.width = PADDED_M / 2;
+#endif
         int64_t chunk = j.M <= 32 ? TILE_N : CHUNK;
         /* For each thread: sums; a panel of weights. For all: digits and their scales. */
         size_t sums_size = one ? 0 : (size_t)(round_up(chunk, TILE_N) * j.padded_M) * 4;
@@ -742,10 +931,13 @@ int chatglm_linear(const void *x, int x_dtype, const int8_t *weight, int bits, c
         size_t digits_size = (size_t)(j.planes * j.padded_M * j.padded_K) * (one ? sizeof(digit_t) : sizeof(panel_t));
         size_t all_own = (size_t)threads * own_size;
         size_t beyond = LINE * sizeof(digit_t); /* read after one row's digits, and multiplied by zeros */
-        char *memory = aligned_alloc(64, all_own + round_up(scale_size, 64) + round_up(digits_size, 64) + beyond);
+        size_t start_size = one ? (size_t)((blocks + 1) * j.planes * FLOATS) * 4 : scale_size;
+        size_t shared = round_up(scale_size, 64) + round_up(start_size, 64) + round_up(digits_size, 64) + beyond;
+        char *memory = aligned_alloc(64, all_own + shared);
         if (!memory) return NO_MEMORY;
         j.digit_scale = (float *)(memory + all_own);
-        char *digits = (char *)j.digit_scale + round_up(scale_size, 64);
+        j.start = (int32_t *)((char *)j.digit_scale + round_up(scale_size, 64));
+        char *digits = (char *)j.start + round_up(start_size, 64);
         if (one) j.row_digits = (digit_t *)digits;
         else j.digits = (panel_t *)digits;
         memset(j.digit_scale, 0, scale_size); /* of the rows that pad M */
@@ -753,6 +945,7 @@ int chatglm_linear(const void *x, int x_dtype, const int8_t *weight, int bits, c
             memset(digits + digits_size, 0, beyond);
             for (int block = 0; block < blocks; block++)
                 split_block(&j, 0, block, DIGIT_MAX, j.row_digits + block * BLOCK, j.padded_K);
+            set_start(&j);
         }
         #pragma omp parallel num_threads(threads)
         {
