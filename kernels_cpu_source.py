@@ -296,7 +296,10 @@ static inline floats load_int32(const int32_t *p) { floats v; EACH(FLOATS) v.of[
 static inline float total_sums(sums s) { return total(from_sums(s)); }
 #if defined(UNSIGNED_WEIGHTS) && !defined(AMX)
 #define BYTE_TILES
-enum { TILE_M = 16, BLOCK = 1024 };
+enum { TILE_M = 16, BLOCK = 512 };
+#ifdef __AVX512F__
+#define PAIRS
+#endif
 #endif
 #ifndef AMX
 enum { TILE_K = LINE, PANEL_DIGIT_MAX = sizeof(digit_t) == 1 ? 127 : 32767 };
@@ -396,6 +399,8 @@ enum {
     GROUP = sizeof(panel_t) == 1 ? 512 : 64,
 #endif
     M_AT_ONCE = 512,  /* rows of x that are held as digits */
+    PAIR_CHUNK = 256, /* CHUNK for pairs */
+    PAIR_DIGIT_MAX = 32639, /* with a weight added, 32767 at most; times 128, summed over a block, below 2^31 */
 };
 
 struct job {
@@ -405,11 +410,12 @@ struct job {
     int x_dtype, scale_dtype, bias_dtype, bits;
     int planes;           /* digits that a number has */
     int width;            /* rows of x in a tile of PADDED_M sums: that, or half as many with two sums each */
+    int pairs;            /* whether products are taken in pairs: see add_pairs */
     int64_t M, N, K, padded_M, padded_K; /* padded_M: sums that a weight row has */
     digit_t *row_digits;  /* of one row: [plane][padded_K] */
-    panel_t *digits;      /* of several: [plane][padded_M][padded_K], or as tile_of says */
+    panel_t *digits;      /* of several: [plane][padded_M][padded_K], or as tile_of or pairs_of says */
     float *digit_scale;   /* [blocks][planes][padded_M] */
-    int32_t *start;       /* with unsigned weights, what sums start with: [blocks][planes][padded_M], of one row
+    int32_t *start;       /* what sums start with, if not 0: [blocks][planes][padded_M], of one row
                              [parts of add_columns][planes][FLOATS] */
 };
 
@@ -585,6 +591,76 @@ static void multiply_tile(const struct job *j, const panel_t *panel, int64_t str
 }
 #endif
 
+#ifdef PAIRS
+/* ---- Many rows with half as many products ----
+   Where additions are cheaper than products, two products become one with two additions (Winograd, A New Algorithm for
+   Inner Products, 1968):  x0·w0 + x1·w1 = (x0 + w1)·(x1 + w0) - x0·x1 - w0·w1.  The last two are summed once for each row
+   of x and each weight row. Digits have 16 bits. Sums may wrap around: what comes out is below 2^31. Pairs are the columns
+   k and k + 2 of four, so that a lane of 32 bits holds two numbers of neighbouring columns. */
+
+/* Digits of 16 rows of x: [block][m / 16][plane][k / 2][m % 16][k % 2]. */
+static inline int16_t *pairs_of(const struct job *j, int64_t m, int64_t block, int plane) {
+    int64_t columns = least(BLOCK, j->padded_K - block * BLOCK);
+    return (int16_t *)j->digits + block * BLOCK * j->padded_M * j->planes + (m * j->planes + plane * 16) * columns;
+}
+
+static inline sums multiply_pairs(sums s, __m512i a, __m512i b) { return (sums)_mm512_dpwssd_epi32((__m512i)s, a, b); }
+
+/* start[m] = minus the sum of x0·x1. */
+static void start_pairs(const struct job *j, int64_t m, int64_t block, int plane, int32_t *start) {
+    const int16_t *x = pairs_of(j, m, block, plane);
+    sums s = no_sums();
+    for (int64_t k = least(BLOCK, j->padded_K - block * BLOCK); k > 0; k -= 4, x += 64)
+        s = multiply_pairs(s, _mm512_loadu_si512(x), _mm512_loadu_si512(x + 32));
+    _mm512_storeu_si512(start, _mm512_sub_epi32(_mm512_setzero_si512(), (__m512i)s));
+}
+
+/* One block of TILE_N rows of bytes as a panel [k / 32][TILE_N][32] of int16, and minus their sums of w0·w1. */
+static void widen_panel(const int8_t *bytes, int64_t columns, int16_t *panel, int32_t *start) {
+    for (int n = 0; n < TILE_N; n++) {
+        sums s = no_sums();
+        for (int64_t k = 0; k < columns; k += 32) {
+            __m512i w = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)(bytes + k * TILE_N + n * 32)));
+            _mm512_storeu_si512(panel + k * TILE_N + n * 32, w);
+            s = multiply_pairs(s, w, _mm512_srli_epi64(w, 32));
+        }
+        start[n] = -_mm512_reduce_add_epi32((__m512i)s);
+    }
+}
+
+/* total[half][n, m] += weights · digits for TILE_N weight rows and two times 16 rows of x from m on. */
+static __attribute__((noinline)) void add_pairs(const struct job *j, const int16_t *panel, const int32_t *start_n,
+                                                int64_t block, int64_t m, float (*total)[TILE_N][PADDED_M]) {
+    const int64_t columns = least(BLOCK, j->padded_K - block * BLOCK), P = j->padded_M;
+    for (int n = 0; n < TILE_N; n++) __builtin_prefetch(total[0][n], 1), __builtin_prefetch(total[1][n], 1);
+    for (int plane = 0; plane < j->planes; plane++) {
+        const int64_t at = (block * j->planes + plane) * P + m;
+        const int16_t *w = panel, *x = pairs_of(j, m, block, plane), *y = pairs_of(j, m + 16, block, plane);
+        const __m512i x_start = _mm512_loadu_si512(j->start + at), y_start = _mm512_loadu_si512(j->start + at + 16);
+#define START_PAIRS(n) \
+        const __m512i start##n = _mm512_set1_epi32(start_n[n]); \
+        sums a##n = (sums)_mm512_add_epi32(x_start, start##n), b##n = (sums)_mm512_add_epi32(y_start, start##n);
+        FOR_TILE_N(START_PAIRS)
+        for (int64_t k = 0; k < columns; k += 32, w += 32 * TILE_N)
+            for (int four = 0; four < 32; four += 4, x += 64, y += 64) {
+                const __m512i x0 = _mm512_loadu_si512(x), x1 = _mm512_loadu_si512(x + 32);
+                const __m512i y0 = _mm512_loadu_si512(y), y1 = _mm512_loadu_si512(y + 32);
+#define ADD_PAIRS(n) { \
+                const __m512i w0 = repeat4((const int8_t *)(w + n * 32 + four)); \
+                const __m512i w1 = repeat4((const int8_t *)(w + n * 32 + four + 2)); \
+                a##n = multiply_pairs(a##n, _mm512_add_epi16(x0, w1), _mm512_add_epi16(x1, w0)); \
+                b##n = multiply_pairs(b##n, _mm512_add_epi16(y0, w1), _mm512_add_epi16(y1, w0)); }
+                FOR_TILE_N(ADD_PAIRS)
+            }
+        const floats x_scale = load(j->digit_scale + at), y_scale = load(j->digit_scale + at + 16);
+#define TOTAL_PAIRS(n) \
+        store(total[0][n], multiply_add(from_sums(a##n), x_scale, load(total[0][n]))); \
+        store(total[1][n], multiply_add(from_sums(b##n), y_scale, load(total[1][n])));
+        FOR_TILE_N(TOTAL_PAIRS)
+    }
+}
+#endif
+
 /* `count` columns of row m of x from `first` on, all of one block, as floats. For int4 the even columns come first,
    then the odd ones, as the high and the low halves of bytes. */
 static void read_columns(const struct job *j, int64_t m, int64_t first, int64_t count, float *out) {
@@ -602,7 +678,7 @@ static void read_columns(const struct job *j, int64_t m, int64_t first, int64_t 
 
 /* One block of row m of x as digits of at most `digit_max`, the next digits `stride` numbers farther, padded with zeros
    to a multiple of LINE; and their scales. What is not finite makes the whole block NaN. */
-static void split_block(const struct job *j, int64_t m, int64_t block, int digit_max, digit_t *digits, int64_t stride) {
+static void split_block(const struct job *j, int64_t m, int64_t block, int digit_max, int16_t *digits, int64_t stride) {
     int64_t padded = least(BLOCK, j->padded_K - block * BLOCK), count = least(BLOCK, j->K - block * BLOCK);
     float rest[BLOCK];
     uint32_t largest = 0; /* as the bits of a float, which order like its size */
@@ -622,7 +698,7 @@ static void split_block(const struct job *j, int64_t m, int64_t block, int digit
         if (finite)
             for (int64_t k = 0; k < count; k++) {
                 float digit = (rest[k] * inverse + 0x1.8p23f) - 0x1.8p23f; /* rounds to an integer */
-                digits[k] = (digit_t)digit;
+                digits[k] = (int16_t)digit;
                 rest[k] -= digit * scale;
             }
         j->digit_scale[(block * j->planes + plane) * j->padded_M + m] = finite ? scale / lift : NAN;
@@ -631,45 +707,60 @@ static void split_block(const struct job *j, int64_t m, int64_t block, int digit
     }
 }
 
+/* `count` digits, as numbers of `size` bytes. */
+static void write_digits(const int16_t *digits, int64_t count, size_t size, void *to) {
+    if (size == 2) memcpy(to, digits, (size_t)count * 2);
+    else
+        for (int64_t k = 0; k < count; k++) ((int8_t *)to)[k] = (int8_t)digits[k];
+}
+
 /* One block of the rows of x of a tile, from m on, as far as there are so many, as digits in their place. */
 static void split_rows(const struct job *j, int64_t m, int64_t block) {
-    int64_t rows = least(j->width, j->M - m);
+    int64_t rows = least(j->width, j->M - m), columns = least(BLOCK, j->padded_K - block * BLOCK);
+    int16_t digits[3][BLOCK];
+    size_t size = j->pairs ? 2 : sizeof(panel_t);
 #ifdef TILES
-    enum { STRIDE = BLOCK + 64 }; /* of no power of 2, lest all rows fall on the same place of the cache */
-    panel_t narrow[3][PADDED_M][STRIDE];
-    digit_t digits[3][BLOCK];
-    int64_t columns = least(BLOCK, j->padded_K - block * BLOCK);
-    int deep = 64 / j->width; /* columns that a sum takes at a time */
-    if (rows < j->width) memset(narrow, 0, sizeof narrow);
+    enum { STRIDE = 2 * BLOCK + 64 }; /* bytes; of no power of 2, lest all rows fall on the same place of the cache */
+    int8_t lines[3][PADDED_M][STRIDE];
+    int64_t bytes = columns * (int64_t)size;
+    int deep = 64 / j->width; /* bytes that a sum takes at a time */
+    if (rows < j->width) memset(lines, 0, sizeof lines);
+    for (int64_t i = 0; i < rows; i++) {
+        split_block(j, m + i, block, j->pairs ? PAIR_DIGIT_MAX : PANEL_DIGIT_MAX, digits[0], BLOCK);
+        for (int plane = 0; plane < j->planes; plane++) write_digits(digits[plane], columns, size, lines[plane][i]);
+    }
+    for (int plane = 0; plane < j->planes; plane++) {
+        int8_t *to = j->pairs ? (int8_t *)pairs_of(j, m, block, plane) : tile_of(j, m, block) + plane * 64 * j->width;
+        int64_t next = j->pairs ? 0 : (j->planes - 1) * 64 * j->width; /* from 64 columns of a plane to the next */
+        for (int64_t k = 0; k < bytes; k += 64, to += next)
+            if (deep == 4)
+                for (int64_t from = k; from < k + 64; from += 4)
+                    for (int64_t i = 0; i < PADDED_M; i++, to += 4) memcpy(to, lines[plane][i] + from, 4);
+            else
+                for (int64_t from = k; from < k + 64; from += 8)
+                    for (int64_t i = 0; i < PADDED_M / 2; i++, to += 8) memcpy(to, lines[plane][i] + from, 8);
+    }
+#else
     for (int64_t i = 0; i < rows; i++) {
         split_block(j, m + i, block, PANEL_DIGIT_MAX, digits[0], BLOCK);
         for (int plane = 0; plane < j->planes; plane++)
-            for (int64_t k = 0; k < columns; k++) narrow[plane][i][k] = (panel_t)digits[plane][k];
+            write_digits(digits[plane], columns, size,
+                         j->digits + (plane * j->padded_M + m + i) * j->padded_K + block * BLOCK);
     }
-    panel_t *to = tile_of(j, m, block);
-    for (int64_t k = 0; k < columns; k += 64)
-        for (int plane = 0; plane < j->planes; plane++)
-            if (deep == 4)
-                for (int64_t from = k; from < k + 64; from += 4)
-                    for (int64_t i = 0; i < PADDED_M; i++, to += 4) memcpy(to, narrow[plane][i] + from, 4);
-            else
-                for (int64_t from = k; from < k + 64; from += 8)
-                    for (int64_t i = 0; i < PADDED_M / 2; i++, to += 8) memcpy(to, narrow[plane][i] + from, 8);
-#else
-    panel_t *to = j->digits + m * j->padded_K + block * BLOCK;
-    for (int64_t i = 0; i < rows; i++, to += j->padded_K)
-        split_block(j, m + i, block, PANEL_DIGIT_MAX, to, j->padded_M * j->padded_K);
 #endif
 #ifdef BYTE_TILES
     for (int plane = 0; plane < j->planes; plane++) {
-        const int64_t at = (block * j->planes + plane) * j->padded_M + m, size = 64 * j->width;
+        const int64_t at = (block * j->planes + plane) * j->padded_M + m, plane_size = 64 * j->width;
         if (deep == 8) /* two sums a row */
             for (int i = PADDED_M - 1; i > 0; i--) j->digit_scale[at + i] = j->digit_scale[at + i / 2];
+#ifdef PAIRS
+        if (j->pairs) { start_pairs(j, m, block, plane, j->start + at); continue; }
+#endif
         for (int i = 0; i < PADDED_M; i += FLOATS) {
-            const panel_t *x = tile_of(j, m, block) + plane * size + 4 * i;
+            const panel_t *x = tile_of(j, m, block) + plane * plane_size + 4 * i;
             sums start = no_sums();
-            for (int64_t k = 0; k < columns; k += 64, x += j->planes * size)
-                for (int64_t from = 0; from < size; from += 64)
+            for (int64_t k = 0; k < columns; k += 64, x += j->planes * plane_size)
+                for (int64_t from = 0; from < plane_size; from += 64)
                     start = take_multiple(start, load_digits(x + from), 128);
             store_sums(j->start + at + i, start);
         }
@@ -677,8 +768,8 @@ static void split_rows(const struct job *j, int64_t m, int64_t block) {
 #endif
 }
 
-/* `rows` weight rows from n on, columns of one block, as digits, 0 where there are none: [TILE_N][BLOCK], and for tiles
-   [k / 64][TILE_N][64]. */
+/* `rows` weight rows from n on, columns of one block, as digits, 0 where there are none: [TILE_N][BLOCK], for tiles
+   [k / 64][TILE_N][64], for pairs [k / 32][TILE_N][32]. */
 static void fill_panel(const struct job *j, int64_t n, int64_t rows, int64_t block, panel_t *panel) {
     int64_t first = block * BLOCK, columns = least(BLOCK, j->K - first), bytes = j->K * j->bits / 8;
     int64_t padded = least(BLOCK, j->padded_K - first);
@@ -700,6 +791,12 @@ static void fill_panel(const struct job *j, int64_t n, int64_t rows, int64_t blo
             }
         }
         for (; k < padded; k++) to[k] = 0;
+#ifdef PAIRS
+        if (j->pairs) {
+            for (k = 0; k < padded; k += 32) memcpy(panel + k * TILE_N + i * 32, to + k, 32);
+            continue;
+        }
+#endif
 #ifdef BYTE_TILES
         for (k = 0; k < padded; k++) to[k] ^= -128; /* unsigned: 128 more */
 #endif
@@ -825,6 +922,36 @@ static void multiply_row(const struct job *j, int64_t begin, int64_t end) {
     }
 }
 
+#ifdef PAIRS
+/* sums[n, m] of `height` output features from n0 on. `panel` has room for as many rows of int16, and starts. */
+static void multiply_chunk_by_pairs(const struct job *j, int64_t n0, int64_t height, int64_t end,
+                                    float (*sums)[TILE_N][PADDED_M], panel_t *panel) {
+    int16_t *panels = (int16_t *)panel;
+    int32_t *start = (int32_t *)(panels + PAIR_CHUNK * BLOCK);
+    int64_t m_tiles = j->padded_M / PADDED_M;
+    _Alignas(64) int8_t bytes[TILE_N * BLOCK];
+    for (int64_t block = 0; block * BLOCK < j->padded_K; block++) {
+        int64_t columns = least(BLOCK, j->padded_K - block * BLOCK), next_n = n0, next_block = block + 1, fetched = 0;
+        const int64_t x_bytes = columns * j->planes * 4 * PADDED_M; /* digits of 32 rows of x */
+        if (next_block * BLOCK >= j->padded_K) next_block = 0, next_n = n0 + PAIR_CHUNK;
+        for (int64_t n = 0; n < height; n += TILE_N) {
+            fill_panel(j, n0 + n, least(TILE_N, height - n), block, bytes);
+            widen_panel(bytes, columns, panels + n * BLOCK, start + n);
+        }
+        for (int64_t m = 0; m < j->M; m += 2 * PADDED_M) {
+            for (; fetched * j->M < (m + 2 * PADDED_M) * PAIR_CHUNK && next_n + fetched < end; fetched++)
+                prefetch_row(j, next_n + fetched, next_block);
+            const char *next_x = (const char *)pairs_of(j, m + 2 * PADDED_M, block, 0);
+            for (int64_t n = 0; n < height; n += TILE_N) {
+                for (int i = 0; i < x_bytes * TILE_N / PAIR_CHUNK; i += LINE)
+                    __builtin_prefetch(next_x + n * x_bytes / PAIR_CHUNK + i);
+                add_pairs(j, panels + n * BLOCK, start + n, block, m, sums + n / TILE_N * m_tiles + m / PADDED_M);
+            }
+        }
+    }
+}
+#endif
+
 /* y[:, begin:end] for several rows. `sums` holds [chunk / TILE_N][padded_M / PADDED_M][TILE_N][PADDED_M] floats,
    `panel` TILE_N · BLOCK digits. */
 static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64_t chunk,
@@ -834,7 +961,8 @@ static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64
     for (int64_t n0 = begin; n0 < end; n0 += chunk) {
         int64_t height = least(chunk, end - n0);
         memset(sums, 0, (size_t)((height + TILE_N - 1) / TILE_N * m_tiles) * sizeof *sums);
-        for (int64_t block = 0; block * BLOCK < j->padded_K; block++)
+        if (j->pairs) multiply_chunk_by_pairs(j, n0, height, end, sums, panel);
+        else for (int64_t block = 0; block * BLOCK < j->padded_K; block++)
             for (int64_t group = 0; group < j->M; group += GROUP)
                 for (int64_t n = n0; n < n0 + height; n += TILE_N) {
                     int64_t rows = least(TILE_N, n0 + height - n), stride = BLOCK, step = TILE_K;
@@ -915,36 +1043,45 @@ int chatglm_linear(const void *x, int x_dtype, const int8_t *weight, int bits, c
             .x = (const char *)x + m * K * size_of(x_dtype), .x_dtype = x_dtype, .weight = weight, .bits = bits,
             .scale = scale, .scale_dtype = scale_dtype, .bias = bias, .bias_dtype = bias_dtype,
             .y = (char *)y + m * N * size_of(x_dtype), .M = least(M - m, M_AT_ONCE), .N = N, .K = K,
-            .planes = digits_of(x_dtype, one ? sizeof(digit_t) : sizeof(panel_t)),
-            .width = PADDED_M, .padded_M = one ? 1 : round_up(least(M - m, M_AT_ONCE), PADDED_M),
-            .padded_K = round_up(K, LINE),
+            .width = PADDED_M, .padded_K = round_up(K, LINE),
         };
+#ifdef PAIRS
+        j.pairs = j.M > PADDED_M && __builtin_cpu_is("amd"); /* whose additions don't take turns with products */
+#endif
 #ifdef BYTE_TILES
         if (j.M <= PADDED_M / 2) j.width = PADDED_M / 2;
 #endif
-        int64_t chunk = j.M <= 32 ? TILE_N : CHUNK;
-        /* For each thread: sums; a panel of weights. For all: digits and their scales. */
+        size_t digit_size = one ? sizeof(digit_t) : j.pairs ? 2 : sizeof(panel_t);
+        int64_t chunk = j.pairs ? PAIR_CHUNK : j.M <= 32 ? TILE_N : CHUNK;
+        j.planes = digits_of(x_dtype, digit_size);
+        j.padded_M = one ? 1 : round_up(j.M, j.pairs ? 2 * PADDED_M : PADDED_M);
+        /* For each thread: sums; a panel of weights. For all: digits, their scales, and what sums start with. */
         size_t sums_size = one ? 0 : (size_t)(round_up(chunk, TILE_N) * j.padded_M) * 4;
         size_t panel_size = one ? 0 : (size_t)round_up(TILE_N * BLOCK * sizeof(panel_t), 64);
-        size_t own_size = sums_size + panel_size;
-        size_t scale_size = (size_t)(blocks * j.planes * j.padded_M) * 4;
-        size_t digits_size = (size_t)(j.planes * j.padded_M * j.padded_K) * (one ? sizeof(digit_t) : sizeof(panel_t));
-        size_t all_own = (size_t)threads * own_size;
-        size_t beyond = LINE * sizeof(digit_t); /* read after one row's digits, and multiplied by zeros */
+        if (j.pairs) panel_size = PAIR_CHUNK * (BLOCK * 2 + 4);
+        size_t own_size = sums_size + panel_size, all_own = (size_t)threads * own_size;
+        size_t scale_size = (size_t)round_up(blocks * j.planes * j.padded_M * 4, 64);
         size_t start_size = one ? (size_t)((blocks + 1) * j.planes * FLOATS) * 4 : scale_size;
-        size_t shared = round_up(scale_size, 64) + round_up(start_size, 64) + round_up(digits_size, 64) + beyond;
-        char *memory = aligned_alloc(64, all_own + shared);
+        size_t digits_size = (size_t)(j.planes * j.padded_M * j.padded_K) * digit_size;
+        size_t beyond = LINE * sizeof(digit_t); /* read after one row's digits, and multiplied by zeros */
+        size_t all = all_own + scale_size + start_size + digits_size + beyond;
+        char *memory = aligned_alloc(64, round_up((int64_t)all, 64));
         if (!memory) return NO_MEMORY;
         j.digit_scale = (float *)(memory + all_own);
-        j.start = (int32_t *)((char *)j.digit_scale + round_up(scale_size, 64));
-        char *digits = (char *)j.start + round_up(start_size, 64);
+        j.start = (int32_t *)(memory + all_own + scale_size);
+        char *digits = memory + all_own + scale_size + start_size;
         if (one) j.row_digits = (digit_t *)digits;
         else j.digits = (panel_t *)digits;
         memset(j.digit_scale, 0, scale_size); /* of the rows that pad M */
         if (one) {
             memset(digits + digits_size, 0, beyond);
-            for (int block = 0; block < blocks; block++)
-                split_block(&j, 0, block, DIGIT_MAX, j.row_digits + block * BLOCK, j.padded_K);
+            for (int block = 0; block < blocks; block++) {
+                int64_t columns = least(BLOCK, j.padded_K - block * BLOCK);
+                int16_t split[3][BLOCK];
+                split_block(&j, 0, block, DIGIT_MAX, split[0], BLOCK);
+                for (int plane = 0; plane < j.planes; plane++)
+                    write_digits(split[plane], columns, sizeof(digit_t), j.row_digits + plane * j.padded_K + block * BLOCK);
+            }
             set_start(&j);
         }
         #pragma omp parallel num_threads(threads)
@@ -954,7 +1091,7 @@ int chatglm_linear(const void *x, int x_dtype, const int8_t *weight, int bits, c
             if (one) multiply_row(&j, begin, end);
             else {
                 char *own = memory + (size_t)thread_number() * own_size;
-                int64_t parts = blocks * (j.padded_M / PADDED_M);
+                int64_t parts = blocks * (j.padded_M / PADDED_M); /* also of those that pad M */
                 for (int64_t i = part_begin(parts); i < part_end(parts); i++)
                     split_rows(&j, i / blocks * PADDED_M, i % blocks);
                 #pragma omp barrier
