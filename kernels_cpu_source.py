@@ -27,7 +27,8 @@ enum { FLOAT, HALF, BFLOAT };             /* dtypes, as the caller numbers them 
 enum { OK, NO_MEMORY };
 enum {
     LINE = 64,                            /* bytes of weights that are taken at a time: a cache line */
-    NEAR = 1024,                          /* bytes ahead that weights are prefetched */
+    NEAR = 1024,                          /* bytes ahead that weights are prefetched, of rows side by side */
+    FAR = 4096,                           /* the same in one stream */
     ROWS = 4,                             /* weight rows that are read side by side */
 };
 
@@ -296,7 +297,7 @@ static inline floats load_int32(const int32_t *p) { floats v; EACH(FLOATS) v.of[
 static inline float total_sums(sums s) { return total(from_sums(s)); }
 #if defined(UNSIGNED_WEIGHTS) && !defined(AMX)
 #define BYTE_TILES
-enum { TILE_M = 16, BLOCK = 512 };
+enum { TILE_M = 16, BLOCK = 1024 };
 #ifdef __AVX512F__
 #define PAIRS
 #endif
@@ -333,6 +334,15 @@ static void write_floats(const float *from, int64_t count, int dtype, void *y, i
         for (; i < count; i++) bits[i] = to_half(from[i]);
     } else
         for (; i < count; i++) bits[i] = to_bfloat(from[i]);
+}
+
+/* Whether memory is read fastest in one stream a thread, not in some side by side. */
+static int one_stream(void) {
+#ifdef __AVX512VNNI__
+    return __builtin_cpu_is("amd");
+#else
+    return 0;
+#endif
 }
 
 /* ---- Half weights ---- */
@@ -399,7 +409,7 @@ enum {
     GROUP = sizeof(panel_t) == 1 ? 512 : 64,
 #endif
     M_AT_ONCE = 512,  /* rows of x that are held as digits */
-    PAIR_CHUNK = 256, /* CHUNK for pairs */
+    PAIR_BLOCK = 512, PAIR_CHUNK = 256, /* BLOCK and CHUNK for pairs */
     PAIR_DIGIT_MAX = 32639, /* with a weight added, 32767 at most; times 128, summed over a block, below 2^31 */
 };
 
@@ -411,12 +421,13 @@ struct job {
     int planes;           /* digits that a number has */
     int width;            /* rows of x in a tile of PADDED_M sums: that, or half as many with two sums each */
     int pairs;            /* whether products are taken in pairs: see add_pairs */
-    int64_t M, N, K, padded_M, padded_K; /* padded_M: sums that a weight row has */
+    int64_t M, N, K, block; /* block: columns of a block, BLOCK at most */
+    int64_t padded_M, padded_K; /* padded_M: sums that a weight row has */
     digit_t *row_digits;  /* of one row: [plane][padded_K] */
     panel_t *digits;      /* of several: [plane][padded_M][padded_K], or as tile_of or pairs_of says */
     float *digit_scale;   /* [blocks][planes][padded_M] */
     int32_t *start;       /* what sums start with, if not 0: [blocks][planes][padded_M], of one row
-                             [parts of add_columns][planes][FLOATS] */
+                             [parts][halves][planes][FLOATS] */
 };
 
 /* Digits of one number: those of int16 hold 15 bits, those of int8 about 7.5. */
@@ -428,8 +439,8 @@ static int digits_of(int x_dtype, size_t digit_size) { return (digit_size == 1 ?
    [block][m / 16][k / 64][plane][k / 4 % 16][m % 16][k % 4], and of 8 rows [block][k / 64][plane][k / 8 % 8][m][k % 8].
 */
 static inline panel_t *tile_of(const struct job *j, int64_t m, int64_t block) {
-    int64_t columns = least(BLOCK, j->padded_K - block * BLOCK);
-    return j->digits + (block * BLOCK * j->padded_M + m / 16 * 16 * columns) * j->planes;
+    int64_t columns = least(j->block, j->padded_K - block * j->block);
+    return j->digits + (block * j->block * j->padded_M + m / 16 * 16 * columns) * j->planes;
 }
 #endif
 
@@ -439,7 +450,7 @@ static inline panel_t *tile_of(const struct job *j, int64_t m, int64_t block) {
    parts of 64 columns `step` bytes: K and 64 in the weight itself, 64 and 2048 in a panel. */
 static void multiply_tile(const struct job *j, const panel_t *weights, int64_t stride, int64_t step, int64_t block,
                           int64_t m, float sums[TILE_N][PADDED_M]) {
-    int64_t steps = least(BLOCK, j->padded_K - block * BLOCK) / 64;
+    int64_t steps = least(j->block, j->padded_K - block * j->block) / 64;
     const panel_t *x = tile_of(j, m, block), *lower = weights + 16 * stride;
     const float *scale = j->digit_scale + block * j->planes * j->padded_M + m;
     _Alignas(64) int32_t product[2][3][16][16];
@@ -503,6 +514,8 @@ static inline __attribute__((always_inline)) void
 add_tile(const struct job *j, const int8_t *weights, int64_t stride, int64_t step, const int stored, int64_t block,
          int64_t m, const int planes, const int deep, float total[TILE_N][PADDED_M]) {
     const int64_t plane_size = 64 * (64 / deep), P = j->padded_M;
+    /* Of stored weights, the next TILE_N rows are fetched as they lie in memory: that is faster than in TILE_N streams. */
+    const int8_t *ahead = weights + TILE_N * j->K + (TILE_N - 1) * block * j->block;
     for (int i = 0; i < PADDED_M; i += FLOATS) {
         const int8_t *x = tile_of(j, m, block) + 4 * i, *w = weights;
         const int32_t *start = j->start + block * planes * P + m + i;
@@ -510,7 +523,9 @@ add_tile(const struct job *j, const int8_t *weights, int64_t stride, int64_t ste
         const sums start0 = load_sums(start), start1 = load_sums(start + P), start2 = load_sums(start + (planes - 1) * P);
 #define START(n) sums a##n = start0, b##n = start1, c##n = start2; /* an array would stay in memory, with gcc 12 */
         FOR_TILE_N(START)
-        for (int64_t k = least(BLOCK, j->padded_K - block * BLOCK); k > 0; k -= 64, w += step, x += planes * plane_size)
+        for (int64_t k = least(j->block, j->padded_K - block * j->block); k > 0; k -= 64, w += step, x += planes * plane_size) {
+            if (stored && i == 0)
+                for (int n = 0; n < TILE_N; n++, ahead += LINE) __builtin_prefetch(ahead, 0, 2);
             for (int part = 0; part < 64 / deep; part++) {
                 const int8_t *from = w + part * deep, *at = x + part * 64;
                 const digits x0 = load_digits(at), x1 = load_digits(at + plane_size),
@@ -523,6 +538,7 @@ add_tile(const struct job *j, const int8_t *weights, int64_t stride, int64_t ste
                 if (planes == 3) c##n = add_products(c##n, of_w, x2); }
                 FOR_TILE_N(ADD)
             }
+        }
         const floats scale0 = load(scale), scale1 = load(scale + P), scale2 = load(scale + (planes - 1) * P);
 #define TOTAL(n) { \
         floats sum = multiply_add(from_sums(a##n), scale0, load(total[n] + i)); \
@@ -562,10 +578,10 @@ static void multiply_tile(const struct job *j, const panel_t *weights, int64_t s
 /* total[n, m] += weights · digits, for the TILE_N rows of a panel and TILE_M rows of x. */
 static void multiply_tile(const struct job *j, const panel_t *panel, int64_t stride, int64_t step, int64_t block,
                           int64_t m, float total[TILE_N][PADDED_M]) {
-    int64_t columns = least(BLOCK, j->padded_K - block * BLOCK);
+    int64_t columns = least(j->block, j->padded_K - block * j->block);
     (void)step;
     for (int plane = 0; plane < j->planes; plane++) {
-        const panel_t *x = j->digits + (plane * j->padded_M + m) * j->padded_K + block * BLOCK;
+        const panel_t *x = j->digits + (plane * j->padded_M + m) * j->padded_K + block * j->block;
         const float *scale = j->digit_scale + (block * j->planes + plane) * j->padded_M + m;
         sums sum[TILE_N][TILE_M];
         for (int n = 0; n < TILE_N; n++)
@@ -600,8 +616,8 @@ static void multiply_tile(const struct job *j, const panel_t *panel, int64_t str
 
 /* Digits of 16 rows of x: [block][m / 16][plane][k / 2][m % 16][k % 2]. */
 static inline int16_t *pairs_of(const struct job *j, int64_t m, int64_t block, int plane) {
-    int64_t columns = least(BLOCK, j->padded_K - block * BLOCK);
-    return (int16_t *)j->digits + block * BLOCK * j->padded_M * j->planes + (m * j->planes + plane * 16) * columns;
+    int64_t columns = least(j->block, j->padded_K - block * j->block);
+    return (int16_t *)j->digits + block * j->block * j->padded_M * j->planes + (m * j->planes + plane * 16) * columns;
 }
 
 static inline sums multiply_pairs(sums s, __m512i a, __m512i b) { return (sums)_mm512_dpwssd_epi32((__m512i)s, a, b); }
@@ -610,7 +626,7 @@ static inline sums multiply_pairs(sums s, __m512i a, __m512i b) { return (sums)_
 static void start_pairs(const struct job *j, int64_t m, int64_t block, int plane, int32_t *start) {
     const int16_t *x = pairs_of(j, m, block, plane);
     sums s = no_sums();
-    for (int64_t k = least(BLOCK, j->padded_K - block * BLOCK); k > 0; k -= 4, x += 64)
+    for (int64_t k = least(j->block, j->padded_K - block * j->block); k > 0; k -= 4, x += 64)
         s = multiply_pairs(s, _mm512_loadu_si512(x), _mm512_loadu_si512(x + 32));
     _mm512_storeu_si512(start, _mm512_sub_epi32(_mm512_setzero_si512(), (__m512i)s));
 }
@@ -631,7 +647,7 @@ static void widen_panel(const int8_t *bytes, int64_t columns, int16_t *panel, in
 /* total[half][n, m] += weights · digits for TILE_N weight rows and two times 16 rows of x from m on. */
 static __attribute__((noinline)) void add_pairs(const struct job *j, const int16_t *panel, const int32_t *start_n,
                                                 int64_t block, int64_t m, float (*total)[TILE_N][PADDED_M]) {
-    const int64_t columns = least(BLOCK, j->padded_K - block * BLOCK), P = j->padded_M;
+    const int64_t columns = least(j->block, j->padded_K - block * j->block), P = j->padded_M;
     for (int n = 0; n < TILE_N; n++) __builtin_prefetch(total[0][n], 1), __builtin_prefetch(total[1][n], 1);
     for (int plane = 0; plane < j->planes; plane++) {
         const int64_t at = (block * j->planes + plane) * P + m;
@@ -659,6 +675,11 @@ static __attribute__((noinline)) void add_pairs(const struct job *j, const int16
         FOR_TILE_N(TOTAL_PAIRS)
     }
 }
+#elif defined(TILES)
+static inline int16_t *pairs_of(const struct job *j, int64_t m, int64_t block, int plane) {
+    (void)m, (void)block, (void)plane;
+    return (int16_t *)j->digits;
+}
 #endif
 
 /* `count` columns of row m of x from `first` on, all of one block, as floats. For int4 the even columns come first,
@@ -679,10 +700,10 @@ static void read_columns(const struct job *j, int64_t m, int64_t first, int64_t 
 /* One block of row m of x as digits of at most `digit_max`, the next digits `stride` numbers farther, padded with zeros
    to a multiple of LINE; and their scales. What is not finite makes the whole block NaN. */
 static void split_block(const struct job *j, int64_t m, int64_t block, int digit_max, int16_t *digits, int64_t stride) {
-    int64_t padded = least(BLOCK, j->padded_K - block * BLOCK), count = least(BLOCK, j->K - block * BLOCK);
+    int64_t padded = least(j->block, j->padded_K - block * j->block), count = least(j->block, j->K - block * j->block);
     float rest[BLOCK];
     uint32_t largest = 0; /* as the bits of a float, which order like its size */
-    read_columns(j, m, block * BLOCK, count, rest);
+    read_columns(j, m, block * j->block, count, rest);
     for (int64_t k = 0; k < count; k++) {
         uint32_t size = bits_of_float(rest[k]) & 0x7fffffff;
         largest = size > largest ? size : largest;
@@ -716,7 +737,7 @@ static void write_digits(const int16_t *digits, int64_t count, size_t size, void
 
 /* One block of the rows of x of a tile, from m on, as far as there are so many, as digits in their place. */
 static void split_rows(const struct job *j, int64_t m, int64_t block) {
-    int64_t rows = least(j->width, j->M - m), columns = least(BLOCK, j->padded_K - block * BLOCK);
+    int64_t rows = least(j->width, j->M - m), columns = least(j->block, j->padded_K - block * j->block);
     int16_t digits[3][BLOCK];
     size_t size = j->pairs ? 2 : sizeof(panel_t);
 #ifdef TILES
@@ -745,7 +766,7 @@ static void split_rows(const struct job *j, int64_t m, int64_t block) {
         split_block(j, m + i, block, PANEL_DIGIT_MAX, digits[0], BLOCK);
         for (int plane = 0; plane < j->planes; plane++)
             write_digits(digits[plane], columns, size,
-                         j->digits + (plane * j->padded_M + m + i) * j->padded_K + block * BLOCK);
+                         j->digits + (plane * j->padded_M + m + i) * j->padded_K + block * j->block);
     }
 #endif
 #ifdef BYTE_TILES
@@ -771,8 +792,8 @@ static void split_rows(const struct job *j, int64_t m, int64_t block) {
 /* `rows` weight rows from n on, columns of one block, as digits, 0 where there are none: [TILE_N][BLOCK], for tiles
    [k / 64][TILE_N][64], for pairs [k / 32][TILE_N][32]. */
 static void fill_panel(const struct job *j, int64_t n, int64_t rows, int64_t block, panel_t *panel) {
-    int64_t first = block * BLOCK, columns = least(BLOCK, j->K - first), bytes = j->K * j->bits / 8;
-    int64_t padded = least(BLOCK, j->padded_K - first);
+    int64_t first = block * j->block, columns = least(j->block, j->K - first), bytes = j->K * j->bits / 8;
+    int64_t padded = least(j->block, j->padded_K - first);
     for (int64_t i = 0; i < TILE_N; i++) {
 #ifdef TILES
         panel_t to[BLOCK];
@@ -808,7 +829,7 @@ static void fill_panel(const struct job *j, int64_t n, int64_t rows, int64_t blo
 
 /* Prefetch what fill_panel will read of weight row n, if there is one. */
 static void prefetch_row(const struct job *j, int64_t n, int64_t block) {
-    int64_t bytes = j->K * j->bits / 8, first = block * BLOCK % bytes, columns = least(BLOCK, bytes - first);
+    int64_t bytes = j->K * j->bits / 8, first = block * j->block % bytes, columns = least(j->block, bytes - first);
     if (n < j->N)
         for (int64_t k = 0; k < columns; k += LINE) __builtin_prefetch(j->weight + n * bytes + first + k, 0, 2);
 }
@@ -820,26 +841,30 @@ static void read_vectors(const struct job *j, int64_t n, int64_t height, float *
     else memset(bias, 0, (size_t)height * sizeof *bias);
 }
 
-enum part { WHOLE, HIGH, LOW };    /* of bytes: which numbers they are */
+/* ---- One row ---- */
 
-/* Columns from `column` on that are of one block and, of int4, of one half of bytes. */
-static int64_t part_columns(const struct job *j, int64_t column) {
-    int64_t bytes = j->K * j->bits / 8;
-    return least(BLOCK - column % BLOCK, (column < bytes ? bytes : j->K) - column);
+/* Bytes of a weight row from `first` on whose numbers are of one block; of int4, the high and the low halves each. */
+static int64_t part_bytes(const struct job *j, int64_t first) {
+    int64_t bytes = j->K * j->bits / 8, part = least(j->block - first % j->block, bytes - first);
+    return j->bits == 8 ? part : least(part, j->block - (first + bytes) % j->block);
 }
 
 #ifdef UNSIGNED_WEIGHTS
-/* What sums start with, as weights have 128 or 8 added to them, for one row. */
+/* What sums start with, as weights have 128 or 8 added to them. */
 static void set_start(const struct job *j) {
     int32_t *start = j->start;
-    for (int64_t first = 0, columns; first < j->K; first += columns) {
-        columns = part_columns(j, first);
-        for (int plane = 0; plane < j->planes; plane++, start += FLOATS) {
-            sums s = no_sums();
-            for (int64_t k = 0; k < round_up(columns, LINE); k += LANES) /* as far as add_columns reads */
-                s = take_multiple(s, load_digits(j->row_digits + plane * j->padded_K + first + k), j->bits == 8 ? 128 : 8);
-            store_sums(start, s);
-        }
+    int64_t bytes = j->K * j->bits / 8;
+    for (int64_t first = 0, part; first < bytes; first += part) {
+        part = part_bytes(j, first);
+        for (int64_t x = first; x < j->K; x += bytes) /* halves of bytes */
+            for (int plane = 0; plane < j->planes; plane++, start += FLOATS) {
+                sums s = no_sums();
+                for (int64_t k = 0; k < part; k += LINE) /* as far as add_part reads */
+                    for (int64_t i = k; i < k + LINE; i += LANES)
+                        s = take_multiple(s, load_digits(j->row_digits + plane * j->padded_K + x + i),
+                                          j->bits == 8 ? 128 : 8);
+                store_sums(start, s);
+            }
     }
 }
 static inline sums start_sums(const int32_t *start) { return load_sums(start); }
@@ -848,58 +873,72 @@ static void set_start(const struct job *j) { (void)j; }
 static inline sums start_sums(const int32_t *start) { (void)start; return no_sums(); }
 #endif
 
-/* sum[r] += weights · digits of `columns` columns from `column` on, all of one block, for `count` weight rows. Their
-   bytes, of which each is read as `part` says, begin at w, and lie `bytes` apart. */
+/* s[r] += bytes of `count` weight rows, which lie `stride` bytes apart, times LINE digits from x on; of int4, high halves
+   times these and low halves times those from x + low on. */
 static inline __attribute__((always_inline)) void
-add_columns(const struct job *j, const int8_t *w, int64_t bytes, const int count, const enum part part,
-            const int planes, int64_t column, int64_t columns, const int32_t *start, floats *sum) {
-    const digit_t *x = j->row_digits + column;
-    const float *scale = j->digit_scale + column / BLOCK * planes;
-    int64_t at = column % bytes;
-    sums s[ROWS][3];
-    for (int r = 0; r < count; r++)
-        for (int plane = 0; plane < planes; plane++) s[r][plane] = start_sums(start + plane * FLOATS);
-    int8_t rest[ROWS][LINE];
-    for (int64_t k = 0; k < columns; k += LINE) {
-        const int8_t *from = w + k;
-        int64_t stride = bytes;
-        if (columns - k < LINE) {
-            memset(rest, 0, sizeof rest);
-            for (int r = 0; r < count; r++) memcpy(rest[r], w + r * bytes + k, (size_t)(columns - k));
-            from = rest[0], stride = LINE;
-        } else if (part != LOW) {
-            int64_t ahead = at + k + NEAR < bytes ? NEAR : NEAR + (count - 1) * bytes; /* the next rows' beginnings */
-            for (int r = 0; r < count; r++) __builtin_prefetch(from + r * bytes + ahead);
-        }
-        for (int i = 0; i < LINE; i += LANES) {
-            digits of_x[3];
-            for (int plane = 0; plane < planes; plane++) of_x[plane] = load_digits(x + plane * j->padded_K + k + i);
-            for (int r = 0; r < count; r++) {
-                digits of_w = load_int8(from + r * stride + i);
-                if (part == HIGH) of_w = high_halves(of_w);
-                if (part == LOW) of_w = low_halves(of_w);
-                for (int plane = 0; plane < planes; plane++) s[r][plane] = add_products(s[r][plane], of_w, of_x[plane]);
+add_line(const int8_t *w, int64_t stride, const int count, const int halves, const digit_t *x, int64_t low,
+         int64_t x_stride, const int planes, sums (*s)[2][3]) {
+    for (int i = 0; i < LINE; i += LANES) {
+        digits of_x[2][3];
+        for (int half = 0; half < halves; half++)
+            for (int plane = 0; plane < planes; plane++)
+                of_x[half][plane] = load_digits(x + half * low + plane * x_stride + i);
+        for (int r = 0; r < count; r++) {
+            digits bytes = load_int8(w + r * stride + i);
+            for (int half = 0; half < halves; half++) {
+                digits of_w = halves == 1 ? bytes : half == 0 ? high_halves(bytes) : low_halves(bytes);
+                for (int plane = 0; plane < planes; plane++)
+                    s[r][half][plane] = add_products(s[r][half][plane], of_w, of_x[half][plane]);
             }
         }
     }
-    for (int r = 0; r < count; r++)
-        for (int plane = 0; plane < planes; plane++)
-            sum[r] = multiply_add(from_sums(s[r][plane]), all(scale[plane]), sum[r]);
 }
 
-/* line[r] = weight row n + r · x, for `count` rows. */
+/* sum[r] += weights · digits of `part` bytes from `first` on, as part_bytes says, of `count` weight rows. Their bytes
+   begin at w. */
 static inline __attribute__((always_inline)) void
-dot_rows(const struct job *j, int64_t n, const int count, const int planes, float *line) {
-    int64_t bytes = j->K * j->bits / 8;
+add_part(const struct job *j, const int8_t *w, const int count, const int halves, const int planes, int64_t first,
+         int64_t part, const int32_t *start, floats *sum) {
+    const int64_t bytes = halves == 1 ? j->K : j->K / 2;
+    const digit_t *x = j->row_digits + first;
+    int64_t k = 0;
+    sums s[ROWS][2][3];
+    for (int r = 0; r < count; r++)
+        for (int half = 0; half < halves; half++)
+            for (int plane = 0; plane < planes; plane++)
+                s[r][half][plane] = start_sums(start + (half * planes + plane) * FLOATS);
+    for (; k + LINE <= part; k += LINE) {
+        int64_t ahead = first + k + NEAR < bytes ? NEAR : NEAR + (count - 1) * bytes; /* the next rows' beginnings */
+        if (count == 1) __builtin_prefetch(w + k + FAR, 0, 0);
+        else
+            for (int r = 0; r < count; r++) __builtin_prefetch(w + k + r * bytes + ahead);
+        add_line(w + k, bytes, count, halves, x + k, bytes, j->padded_K, planes, s);
+    }
+    if (k < part) {
+        int8_t rest[ROWS][LINE];
+        memset(rest, 0, sizeof rest);
+        for (int r = 0; r < count; r++) memcpy(rest[r], w + r * bytes + k, (size_t)(part - k));
+        add_line(rest[0], LINE, count, halves, x + k, bytes, j->padded_K, planes, s);
+    }
+    for (int half = 0; half < halves; half++) {
+        const float *scale = j->digit_scale + (first + half * bytes) / j->block * planes;
+        for (int plane = 0; plane < planes; plane++)
+            for (int r = 0; r < count; r++)
+                sum[r] = multiply_add(from_sums(s[r][half][plane]), all(scale[plane]), sum[r]);
+    }
+}
+
+/* line[r] = weight row n + r · x, for `count` weight rows. */
+static inline __attribute__((always_inline)) void
+dot_rows(const struct job *j, int64_t n, const int count, const int halves, const int planes, float *line) {
+    const int64_t bytes = halves == 1 ? j->K : j->K / 2;
     const int8_t *w = j->weight + n * bytes;
+    const int32_t *start = j->start;
     floats sum[ROWS];
     for (int r = 0; r < count; r++) sum[r] = zeros();
-    const int32_t *start = j->start;
-    for (int64_t k = 0, columns; k < j->K; k += columns, start += planes * FLOATS) {
-        columns = part_columns(j, k);
-        if (j->bits == 8) add_columns(j, w + k, bytes, count, WHOLE, planes, k, columns, start, sum);
-        else if (k < bytes) add_columns(j, w + k, bytes, count, HIGH, planes, k, columns, start, sum);
-        else add_columns(j, w + k - bytes, bytes, count, LOW, planes, k, columns, start, sum);
+    for (int64_t k = 0, part; k < bytes; k += part, start += halves * planes * FLOATS) {
+        part = part_bytes(j, k);
+        add_part(j, w + k, count, halves, planes, k, part, start, sum);
     }
     for (int r = 0; r < count; r++) line[r] = total(sum[r]);
 }
@@ -908,16 +947,22 @@ dot_rows(const struct job *j, int64_t n, const int count, const int planes, floa
 static void multiply_row(const struct job *j, int64_t begin, int64_t end) {
     enum { OF_HALF = sizeof(digit_t) == 1 ? 2 : 1, OF_FLOAT = OF_HALF + 1 };
     float scale[CHUNK], bias[CHUNK], line[CHUNK];
+    int of_half = j->planes == OF_HALF;
     for (int64_t n0 = begin; n0 < end; n0 += CHUNK) {
-        int64_t height = least(CHUNK, end - n0), n = 0;
-        for (; n + ROWS <= height; n += ROWS)
-            if (j->planes == OF_HALF) dot_rows(j, n0 + n, ROWS, OF_HALF, line + n);
-            else dot_rows(j, n0 + n, ROWS, OF_FLOAT, line + n);
-        for (; n < height; n++)
-            if (j->planes == OF_HALF) dot_rows(j, n0 + n, 1, OF_HALF, line + n);
-            else dot_rows(j, n0 + n, 1, OF_FLOAT, line + n);
+        int64_t height = least(CHUNK, end - n0);
+        for (int64_t n = 0, count; n < height; n += count) {
+            count = height - n < ROWS || one_stream() ? 1 : ROWS;
+            if (j->bits == 8 && count == 1 && of_half) dot_rows(j, n0 + n, 1, 1, OF_HALF, line + n);
+            else if (j->bits == 8 && count == 1) dot_rows(j, n0 + n, 1, 1, OF_FLOAT, line + n);
+            else if (j->bits == 8 && of_half) dot_rows(j, n0 + n, ROWS, 1, OF_HALF, line + n);
+            else if (j->bits == 8) dot_rows(j, n0 + n, ROWS, 1, OF_FLOAT, line + n);
+            else if (count == 1 && of_half) dot_rows(j, n0 + n, 1, 2, OF_HALF, line + n);
+            else if (count == 1) dot_rows(j, n0 + n, 1, 2, OF_FLOAT, line + n);
+            else if (of_half) dot_rows(j, n0 + n, ROWS, 2, OF_HALF, line + n);
+            else dot_rows(j, n0 + n, ROWS, 2, OF_FLOAT, line + n);
+        }
         read_vectors(j, n0, height, scale, bias);
-        for (n = 0; n < height; n++) line[n] = line[n] * scale[n] + bias[n];
+        for (int64_t n = 0; n < height; n++) line[n] = line[n] * scale[n] + bias[n];
         write_floats(line, height, j->x_dtype, j->y, n0);
     }
 }
@@ -927,16 +972,16 @@ static void multiply_row(const struct job *j, int64_t begin, int64_t end) {
 static void multiply_chunk_by_pairs(const struct job *j, int64_t n0, int64_t height, int64_t end,
                                     float (*sums)[TILE_N][PADDED_M], panel_t *panel) {
     int16_t *panels = (int16_t *)panel;
-    int32_t *start = (int32_t *)(panels + PAIR_CHUNK * BLOCK);
+    int32_t *start = (int32_t *)(panels + PAIR_CHUNK * PAIR_BLOCK);
     int64_t m_tiles = j->padded_M / PADDED_M;
-    _Alignas(64) int8_t bytes[TILE_N * BLOCK];
-    for (int64_t block = 0; block * BLOCK < j->padded_K; block++) {
-        int64_t columns = least(BLOCK, j->padded_K - block * BLOCK), next_n = n0, next_block = block + 1, fetched = 0;
+    _Alignas(64) int8_t bytes[TILE_N * PAIR_BLOCK];
+    for (int64_t block = 0; block * j->block < j->padded_K; block++) {
+        int64_t columns = least(j->block, j->padded_K - block * j->block), next_n = n0, next_block = block + 1, fetched = 0;
         const int64_t x_bytes = columns * j->planes * 4 * PADDED_M; /* digits of 32 rows of x */
-        if (next_block * BLOCK >= j->padded_K) next_block = 0, next_n = n0 + PAIR_CHUNK;
+        if (next_block * j->block >= j->padded_K) next_block = 0, next_n = n0 + PAIR_CHUNK;
         for (int64_t n = 0; n < height; n += TILE_N) {
             fill_panel(j, n0 + n, least(TILE_N, height - n), block, bytes);
-            widen_panel(bytes, columns, panels + n * BLOCK, start + n);
+            widen_panel(bytes, columns, panels + n * PAIR_BLOCK, start + n);
         }
         for (int64_t m = 0; m < j->M; m += 2 * PADDED_M) {
             for (; fetched * j->M < (m + 2 * PADDED_M) * PAIR_CHUNK && next_n + fetched < end; fetched++)
@@ -945,7 +990,7 @@ static void multiply_chunk_by_pairs(const struct job *j, int64_t n0, int64_t hei
             for (int64_t n = 0; n < height; n += TILE_N) {
                 for (int i = 0; i < x_bytes * TILE_N / PAIR_CHUNK; i += LINE)
                     __builtin_prefetch(next_x + n * x_bytes / PAIR_CHUNK + i);
-                add_pairs(j, panels + n * BLOCK, start + n, block, m, sums + n / TILE_N * m_tiles + m / PADDED_M);
+                add_pairs(j, panels + n * PAIR_BLOCK, start + n, block, m, sums + n / TILE_N * m_tiles + m / PADDED_M);
             }
         }
     }
@@ -961,18 +1006,20 @@ static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64
     for (int64_t n0 = begin; n0 < end; n0 += chunk) {
         int64_t height = least(chunk, end - n0);
         memset(sums, 0, (size_t)((height + TILE_N - 1) / TILE_N * m_tiles) * sizeof *sums);
+#ifdef PAIRS
         if (j->pairs) multiply_chunk_by_pairs(j, n0, height, end, sums, panel);
-        else for (int64_t block = 0; block * BLOCK < j->padded_K; block++)
+#endif
+        for (int64_t block = 0; block * j->block < j->padded_K && !j->pairs; block++)
             for (int64_t group = 0; group < j->M; group += GROUP)
                 for (int64_t n = n0; n < n0 + height; n += TILE_N) {
                     int64_t rows = least(TILE_N, n0 + height - n), stride = BLOCK, step = TILE_K;
                     int64_t last = least(group + GROUP, j->M), next_n = n + TILE_N, next_block = block, fetched = 0;
                     const panel_t *weights = panel;
                     if (next_n >= n0 + height) next_block++, next_n = n0;
-                    if (next_block * BLOCK >= j->K) next_block = 0, next_n = n0 + chunk;
+                    if (next_block * j->block >= j->K) next_block = 0, next_n = n0 + chunk;
 #ifdef TILES
                     if (j->M <= TILE_M && j->bits == 8 && rows == TILE_N && j->K == j->padded_K) { /* each used once */
-                        weights = j->weight + n * j->K + block * BLOCK;
+                        weights = j->weight + n * j->K + block * j->block;
                         stride = j->K;
                     } else {
                         fill_panel(j, n, rows, block, panel);
@@ -984,7 +1031,7 @@ static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64
 #endif
                     for (int64_t m = group; m < last; m += TILE_M) {
                         float(*tile)[PADDED_M] = sums[(n - n0) / TILE_N * m_tiles + m / PADDED_M];
-                        for (; fetched * (last - group) < (m + TILE_M - group) * TILE_N; fetched++)
+                        for (; weights == panel && fetched * (last - group) < (m + TILE_M - group) * TILE_N; fetched++)
                             prefetch_row(j, next_n + fetched, next_block);
                         multiply_tile(j, weights, stride, step, block, m, (float(*)[PADDED_M]) & tile[0][m % PADDED_M]);
                     }
@@ -1037,20 +1084,21 @@ static int64_t part_end(int64_t count) { return count * (thread_number() + 1) / 
 int chatglm_linear(const void *x, int x_dtype, const int8_t *weight, int bits, const void *scale, int scale_dtype,
                    const void *bias, int bias_dtype, void *y, int64_t M, int64_t N, int64_t K, int threads) {
     int one = M == 1;
-    int blocks = (int)((round_up(K, LINE) + BLOCK - 1) / BLOCK);
     for (int64_t m = 0; m < M; m += M_AT_ONCE) { /* the rows that are held as digits at once */
         struct job j = {
             .x = (const char *)x + m * K * size_of(x_dtype), .x_dtype = x_dtype, .weight = weight, .bits = bits,
             .scale = scale, .scale_dtype = scale_dtype, .bias = bias, .bias_dtype = bias_dtype,
             .y = (char *)y + m * N * size_of(x_dtype), .M = least(M - m, M_AT_ONCE), .N = N, .K = K,
-            .width = PADDED_M, .padded_K = round_up(K, LINE),
+            .width = PADDED_M, .padded_K = round_up(K, LINE), .block = BLOCK,
         };
 #ifdef PAIRS
         j.pairs = j.M > PADDED_M && __builtin_cpu_is("amd"); /* whose additions don't take turns with products */
+        if (j.pairs) j.block = PAIR_BLOCK;
 #endif
 #ifdef BYTE_TILES
         if (j.M <= PADDED_M / 2) j.width = PADDED_M / 2;
 #endif
+        int blocks = (int)((j.padded_K + j.block - 1) / j.block);
         size_t digit_size = one ? sizeof(digit_t) : j.pairs ? 2 : sizeof(panel_t);
         int64_t chunk = j.pairs ? PAIR_CHUNK : j.M <= 32 ? TILE_N : CHUNK;
         j.planes = digits_of(x_dtype, digit_size);
@@ -1058,10 +1106,10 @@ int chatglm_linear(const void *x, int x_dtype, const int8_t *weight, int bits, c
         /* For each thread: sums; a panel of weights. For all: digits, their scales, and what sums start with. */
         size_t sums_size = one ? 0 : (size_t)(round_up(chunk, TILE_N) * j.padded_M) * 4;
         size_t panel_size = one ? 0 : (size_t)round_up(TILE_N * BLOCK * sizeof(panel_t), 64);
-        if (j.pairs) panel_size = PAIR_CHUNK * (BLOCK * 2 + 4);
+        if (j.pairs) panel_size = PAIR_CHUNK * (PAIR_BLOCK * 2 + 4);
         size_t own_size = sums_size + panel_size, all_own = (size_t)threads * own_size;
         size_t scale_size = (size_t)round_up(blocks * j.planes * j.padded_M * 4, 64);
-        size_t start_size = one ? (size_t)((blocks + 1) * j.planes * FLOATS) * 4 : scale_size;
+        size_t start_size = one ? (size_t)(2 * blocks * j.planes * FLOATS) * 4 : scale_size;
         size_t digits_size = (size_t)(j.planes * j.padded_M * j.padded_K) * digit_size;
         size_t beyond = LINE * sizeof(digit_t); /* read after one row's digits, and multiplied by zeros */
         size_t all = all_own + scale_size + start_size + digits_size + beyond;
@@ -1117,7 +1165,7 @@ int chatglm_half_linear(const void *x, int x_dtype, const uint16_t *weight, int 
         for (int64_t n = part_begin(N), height; n < end; n += height) {
             const uint16_t *w = weight + n * K;
             float sum[2][ROWS];
-            height = end - n < ROWS ? 1 : ROWS;
+            height = end - n < ROWS || one_stream() ? 1 : ROWS;
             for (int64_t m = 0, count; m < M; m += count) {
                 const float *row = rows + m * K;
                 count = M - m < 2 || height == 1 ? 1 : 2;
