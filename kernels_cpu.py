@@ -62,8 +62,8 @@ class Library:
         self._half_linear = library.chatglm_half_linear
         self._half_linear.argtypes = (pointer, count, pointer, count, pointer, size, size, size, count)
         self._attention = library.chatglm_attention
-        self._attention.argtypes = (pointer, size, size, pointer, size, size, size, pointer, size, size, size)
-        self._attention.argtypes += (pointer, size, pointer, count, ctypes.c_float, size, size, size, size, count)
+        self._attention.argtypes = (pointer, size, size, size) * 3
+        self._attention.argtypes += (pointer, size, size, pointer, count, ctypes.c_float, *(size,) * 5, count)
         self._rotary = library.chatglm_rotary
         self._rotary.argtypes = (pointer, pointer, pointer, count, size, size, size, size, count)
         self._rotary.restype = None
@@ -187,14 +187,13 @@ class Library:
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
     ) -> bool:
         """Whether `attention` takes these."""
-        batch, heads, one, width = query.shape
+        batch, heads, queries, width = query.shape
         length = key.shape[2]
         tensors = (query, key, value) if mask is None else (query, key, value, mask)
         return (
-            one == 1
-            and width in HEAD_DIMS
+            width in HEAD_DIMS
             and key.shape == value.shape == (batch, heads, length, width)
-            and (mask is None or mask.shape in ((batch, 1, 1, length), (1, 1, 1, length)))
+            and (mask is None or mask.shape in ((batch, 1, queries, length), (1, 1, queries, length)))
             and query.dtype in _DTYPES
             and all(t.dtype == query.dtype and t.device.type == "cpu" and t.stride(-1) == 1 for t in tensors)
         )
@@ -208,15 +207,15 @@ class Library:
         scaling: float,
         threads: int | None = None,
     ) -> torch.Tensor:
-        """softmax(scaling · query · keyᵀ + mask) · value for one query a head, summed in float32.
+        """softmax(scaling · query · keyᵀ + mask) · value, summed in float32.
 
         Args:
-            query: [B, H, 1, D] float32, float16 or bfloat16, D a multiple of 16, 256 at most.
+            query: [B, H, S, D] float32, float16 or bfloat16, D a multiple of 16, 256 at most.
             key, value: [B, H, T, D] of the same dtype.
-            mask: [B or 1, 1, 1, T] of the same dtype, or None.
+            mask: [B or 1, 1, S, T] of the same dtype, or None.
 
         Returns:
-            [B, 1, H, D] of this dtype, contiguous.
+            [B, S, H, D] of this dtype, contiguous.
 
         Raises:
             ValueError, MemoryError: as `linear`.
@@ -225,26 +224,28 @@ class Library:
         if not self.can_attend(*tensors):
             got = [f"{t.dtype} {list(t.shape)} on {t.device}" for t in tensors]
             raise ValueError(
-                "A kernel for query [B, H, 1, D], key and value [B, H, T, D] and mask [B, 1, 1, T] of one dtype on the "
+                "A kernel for query [B, H, S, D], key and value [B, H, T, D] and mask [B, 1, S, T] of one dtype on the "
                 f"CPU, D a multiple of 16 and 256 at most, the last dimension contiguous, got {', '.join(got)}."
             )
-        batch, heads, _, width = query.shape
+        batch, heads, queries, width = query.shape
         length = key.shape[2]
-        context = torch.empty(batch, 1, heads, width, dtype=query.dtype)
+        context = torch.empty(batch, queries, heads, width, dtype=query.dtype)
         failed = self._attention(
             query.data_ptr(),
-            *query.stride()[:2],
+            *query.stride()[:3],
             key.data_ptr(),
             *key.stride()[:3],
             value.data_ptr(),
             *value.stride()[:3],
             None if mask is None else mask.data_ptr(),
             0 if mask is None or mask.shape[0] == 1 else mask.stride(0),
+            0 if mask is None else mask.stride(2),
             context.data_ptr(),
             _DTYPES[query.dtype],
             scaling,
             batch,
             heads,
+            queries,
             length,
             width,
             threads or torch.get_num_threads(),

@@ -352,23 +352,26 @@ static inline __attribute__((always_inline)) void
 half_dots(const uint16_t *w, int dtype, const int rows, const float *x, const int count, int64_t K,
           float (*sum)[ROWS]) {
     enum { HALVES = LINE / 2 };
-    floats s[2][ROWS];
+    const int parts = rows == 1 ? 2 : 1; /* lest each sum waits for the one before */
+    floats s[2][ROWS][2];
     int64_t k = 0;
     for (int i = 0; i < count; i++)
-        for (int r = 0; r < rows; r++) s[i][r] = zeros();
+        for (int r = 0; r < rows; r++) s[i][r][0] = s[i][r][1] = zeros();
     for (; k + HALVES <= K; k += HALVES) {
         int64_t ahead = k + NEAR / 2 < K ? NEAR / 2 : NEAR / 2 + (rows - 1) * K; /* the next rows' beginnings */
-        for (int r = 0; r < rows; r++) __builtin_prefetch(w + r * K + k + ahead);
-        for (int64_t at = k; at < k + HALVES; at += FLOATS)
+        if (rows == 1) __builtin_prefetch(w + k + FAR / 2, 0, 0);
+        else
+            for (int r = 0; r < rows; r++) __builtin_prefetch(w + r * K + k + ahead);
+        for (int at = 0; at < HALVES; at += FLOATS)
             for (int r = 0; r < rows; r++) {
-                const uint16_t *from = w + r * K + at;
-                floats weight = dtype == HALF ? load_half(from) : load_bfloat(from);
-                for (int i = 0; i < count; i++) s[i][r] = multiply_add(weight, load(x + i * K + at), s[i][r]);
+                const uint16_t *from = w + r * K + k + at;
+                floats weight = dtype == HALF ? load_half(from) : load_bfloat(from), *to = &s[0][r][at / FLOATS % parts];
+                for (int i = 0; i < count; i++, to += 2 * ROWS) *to = multiply_add(weight, load(x + i * K + k + at), *to);
             }
     }
     for (int i = 0; i < count; i++)
         for (int r = 0; r < rows; r++) {
-            sum[i][r] = total(s[i][r]);
+            sum[i][r] = total(parts == 1 ? s[i][r][0] : add(s[i][r][0], s[i][r][1]));
             for (int64_t rest = k; rest < K; rest++) sum[i][r] += element(w + r * K, dtype, rest) * x[i * K + rest];
         }
 }
@@ -1165,7 +1168,7 @@ int chatglm_half_linear(const void *x, int x_dtype, const uint16_t *weight, int 
         for (int64_t n = part_begin(N), height; n < end; n += height) {
             const uint16_t *w = weight + n * K;
             float sum[2][ROWS];
-            height = end - n < ROWS || one_stream() ? 1 : ROWS;
+            height = end - n < ROWS || (M == 1 && one_stream()) ? 1 : ROWS;
             for (int64_t m = 0, count; m < M; m += count) {
                 const float *row = rows + m * K;
                 count = M - m < 2 || height == 1 ? 1 : 2;
@@ -1199,6 +1202,30 @@ static inline float quick_exp(float x) {
     return x > 88.7f ? INFINITY : x != x ? x : power;
 }
 
+enum {
+    QUERIES = FLOATS == 16 ? 8 : 4, /* rows of a tile of scores, as many as registers hold */
+    KEYS = 2 * FLOATS,
+};
+
+/* weight [T] = exp(weight · scaling + mask - the largest of these); returns their sum. There is room for a multiple of
+   KEYS weights. */
+static float soften(float *weight, int64_t T, float scaling, const char *mask, int dtype) {
+    float most[KEYS], sum[KEYS] = {0};
+    int64_t t = 0;
+    for (; t + FLOATS <= T; t += FLOATS)
+        store(weight + t, multiply_add(load(weight + t), all(scaling), mask ? load_any(mask, dtype, t) : zeros()));
+    for (; t < T; t++) weight[t] = weight[t] * scaling + (mask ? element(mask, dtype, t) : 0);
+    for (; t % KEYS; t++) weight[t] = -INFINITY;
+    for (int i = 0; i < KEYS; i++) most[i] = weight[i];
+    for (t = KEYS; t < T; t += KEYS)
+        for (int i = 0; i < KEYS; i++) most[i] = weight[t + i] > most[i] ? weight[t + i] : most[i];
+    for (int i = 1; i < KEYS; i++) most[0] = most[i] > most[0] ? most[i] : most[0];
+    for (t = 0; t < T; t += KEYS)
+        for (int i = 0; i < KEYS; i++) sum[i] += weight[t + i] = quick_exp(weight[t + i] - most[0]);
+    for (int i = 1; i < KEYS; i++) sum[0] += sum[i];
+    return sum[0];
+}
+
 /* sum [D] = softmax(shrunk · query · keysᵀ + mask) · values for a query [D] and T keys and values that lie k_t and v_t
    numbers apart; weight [T] is working memory. The caller names the dtype, so that a compiler sees which. */
 static inline __attribute__((always_inline)) void
@@ -1206,7 +1233,6 @@ attend_head(const float *query, const char *keys, int64_t k_t, const char *value
             const int dtype, float scaling, int64_t T, int64_t D, float *weight, float *sum) {
     enum { WIDTH = 4 }; /* vectors of the context that are summed at a time */
     int64_t size = size_of(dtype);
-    float largest = -INFINITY, whole = 0;
     for (int64_t t = 0; t < T; t++) {
         const char *key = keys + t * k_t * size;
         floats score[2] = {zeros(), zeros()};
@@ -1215,12 +1241,9 @@ attend_head(const float *query, const char *keys, int64_t k_t, const char *value
             if (d + FLOATS < D)
                 score[1] = multiply_add(load_any(key, dtype, d + FLOATS), load(query + d + FLOATS), score[1]);
         }
-        weight[t] = total(add(score[0], score[1])) * scaling;
-        if (mask) weight[t] += element(mask, dtype, t);
-        largest = weight[t] > largest ? weight[t] : largest;
+        weight[t] = total(add(score[0], score[1]));
     }
-    for (int64_t t = 0; t < T; t++) weight[t] = quick_exp(weight[t] - largest);
-    for (int64_t t = 0; t < T; t++) whole += weight[t];
+    float whole = soften(weight, T, scaling, mask, dtype);
     for (int64_t d = 0; d < D; d += WIDTH * FLOATS) {
         floats part[WIDTH] = {zeros(), zeros(), zeros(), zeros()};
         int64_t vectors = least(WIDTH, (D - d) / FLOATS);
@@ -1239,30 +1262,113 @@ attend_head(const float *query, const char *keys, int64_t k_t, const char *value
     for (int64_t d = 0; d < D; d++) sum[d] /= whole;
 }
 
-/* Attention of one query a head: context [B, H, D] = softmax(shrunk · q · kᵀ + mask) · v, summed in fp32.
-   q [B, H, D], k and v [B, H, T, D] and mask [B, T] (or NULL) of one dtype; B, H and T may be strided (in numbers), and
-   mask_b may be 0. D is a multiple of FLOATS, 256 at most. Returns OK or NO_MEMORY. */
-int chatglm_attention(const void *q, int64_t q_b, int64_t q_h, const void *k, int64_t k_b, int64_t k_h, int64_t k_t,
-                      const void *v, int64_t v_b, int64_t v_h, int64_t v_t, const void *mask, int64_t mask_b,
-                      void *context, int dtype, float scaling, int64_t B, int64_t H, int64_t T, int64_t D,
-                      int threads) {
-    int64_t size = size_of(dtype), T_size = round_up(T, 16);
-    float *memory = aligned_alloc(64, (size_t)(threads * T_size) * sizeof *memory);
+/* Keys [T, D] that lie k_t numbers apart as floats [T / KEYS][D][KEYS], zeros where there are none. */
+static void turn_keys(const char *keys, int64_t k_t, int dtype, int64_t T, int64_t D, float *to) {
+    float key[256];
+    memset(to + T / KEYS * KEYS * D, 0, (size_t)(T % KEYS ? KEYS * D : 0) * sizeof *to);
+    for (int64_t t = 0; t < T; t++) {
+        read_floats(keys + t * k_t * size_of(dtype), dtype, D, key);
+        for (int64_t d = 0; d < D; d++) to[(t / KEYS * D + d) * KEYS + t % KEYS] = key[d];
+    }
+}
+
+/* score[i, t] = query i · key t: query [QUERIES, D], score [QUERIES, stride]. */
+static void score_queries(const float *query, const float *keys, int64_t T, int64_t D, float *score, int64_t stride) {
+    for (int64_t t = 0; t < T; t += KEYS) {
+        floats s[QUERIES][2];
+        for (int i = 0; i < QUERIES; i++) s[i][0] = s[i][1] = zeros();
+        for (int64_t d = 0; d < D; d++, keys += KEYS) {
+            floats first = load(keys), second = load(keys + FLOATS);
+            for (int i = 0; i < QUERIES; i++) {
+                floats q = all(query[i * D + d]);
+                s[i][0] = multiply_add(first, q, s[i][0]);
+                s[i][1] = multiply_add(second, q, s[i][1]);
+            }
+        }
+        for (int i = 0; i < QUERIES; i++) {
+            store(score + i * stride + t, s[i][0]);
+            store(score + i * stride + t + FLOATS, s[i][1]);
+        }
+    }
+}
+
+/* sum[i, d] = Σ weight[i, t] · value[t, d], for `vectors` vectors from d on: 1 or 2. */
+static inline __attribute__((always_inline)) void
+sum_values(const float *weight, int64_t stride, const char *values, int64_t v_t, const int dtype, int64_t T, int64_t D,
+           int64_t d, const int vectors, float *sum) {
+    floats s[QUERIES][2];
+    for (int i = 0; i < QUERIES; i++) s[i][0] = s[i][1] = zeros();
+    for (int64_t t = 0; t < T; t++, values += v_t * size_of(dtype)) {
+        floats first = load_any(values, dtype, d), second = vectors == 2 ? load_any(values, dtype, d + FLOATS) : first;
+        for (int i = 0; i < QUERIES; i++) {
+            floats w = all(weight[i * stride + t]);
+            s[i][0] = multiply_add(first, w, s[i][0]);
+            if (vectors == 2) s[i][1] = multiply_add(second, w, s[i][1]);
+        }
+    }
+    for (int i = 0; i < QUERIES; i++)
+        for (int j = 0; j < vectors; j++) store(sum + i * D + d + j * FLOATS, s[i][j]);
+}
+
+static void sum_all_values(const float *weight, int64_t stride, const char *values, int64_t v_t, int dtype, int64_t T,
+                           int64_t D, float *sum) {
+    for (int64_t d = 0; d < D; d += 2 * FLOATS) {
+        int two = D - d > FLOATS;
+        if (two && dtype == HALF) sum_values(weight, stride, values, v_t, HALF, T, D, d, 2, sum);
+        else if (two && dtype == FLOAT) sum_values(weight, stride, values, v_t, FLOAT, T, D, d, 2, sum);
+        else if (two) sum_values(weight, stride, values, v_t, BFLOAT, T, D, d, 2, sum);
+        else sum_values(weight, stride, values, v_t, dtype, T, D, d, 1, sum);
+    }
+}
+
+/* context [B, S, H, D] = softmax(scaling · q · kᵀ + mask) · v, summed in fp32. q [B, H, S, D], k and v [B, H, T, D] and
+   mask [B, S, T] (or NULL) of one dtype; all but D and the mask's T may be strided (in numbers), and mask_b and mask_s
+   may be 0. D is a multiple of FLOATS, 256 at most. Returns OK or NO_MEMORY. */
+int chatglm_attention(const void *q, int64_t q_b, int64_t q_h, int64_t q_s, const void *k, int64_t k_b, int64_t k_h,
+                      int64_t k_t, const void *v, int64_t v_b, int64_t v_h, int64_t v_t, const void *mask,
+                      int64_t mask_b, int64_t mask_s, void *context, int dtype, float scaling, int64_t B, int64_t H,
+                      int64_t S, int64_t T, int64_t D, int threads) {
+    int64_t size = size_of(dtype), padded_T = round_up(T, KEYS), rows = S == 1 ? 1 : QUERIES;
+    /* For each thread: scores; for several queries, turned keys. */
+    int64_t own_size = rows * padded_T + (S == 1 ? 0 : padded_T * D);
+    float *memory = aligned_alloc(64, (size_t)(threads * own_size) * sizeof *memory);
     if (!memory) return NO_MEMORY;
     #pragma omp parallel num_threads(threads)
     {
-        float *weight = memory + thread_number() * T_size, query[256], sum[256];
+        float *weight = memory + thread_number() * own_size, *turned = weight + rows * padded_T;
+        float query[QUERIES * 256], sum[QUERIES * 256];
         for (int64_t i = part_begin(B * H); i < part_end(B * H); i++) {
             int64_t b = i / H, h = i % H;
+            const char *queries = (const char *)q + (b * q_b + h * q_h) * size;
             const char *keys = (const char *)k + (b * k_b + h * k_h) * size;
             const char *values = (const char *)v + (b * v_b + h * v_h) * size;
             const char *masks = mask ? (const char *)mask + b * mask_b * size : NULL;
-            read_floats((const char *)q + (b * q_b + h * q_h) * size, dtype, D, query);
-            if (dtype == HALF) attend_head(query, keys, k_t, values, v_t, masks, HALF, scaling, T, D, weight, sum);
-            else if (dtype == FLOAT)
-                attend_head(query, keys, k_t, values, v_t, masks, FLOAT, scaling, T, D, weight, sum);
-            else attend_head(query, keys, k_t, values, v_t, masks, BFLOAT, scaling, T, D, weight, sum);
-            write_floats(sum, D, dtype, context, i * D);
+            if (S == 1) {
+                read_floats(queries, dtype, D, query);
+                if (dtype == HALF) attend_head(query, keys, k_t, values, v_t, masks, HALF, scaling, T, D, weight, sum);
+                else if (dtype == FLOAT)
+                    attend_head(query, keys, k_t, values, v_t, masks, FLOAT, scaling, T, D, weight, sum);
+                else attend_head(query, keys, k_t, values, v_t, masks, BFLOAT, scaling, T, D, weight, sum);
+                write_floats(sum, D, dtype, context, i * D);
+                continue;
+            }
+            turn_keys(keys, k_t, dtype, T, D, turned);
+            for (int64_t s = 0; s < S; s += QUERIES) {
+                int64_t count = least(QUERIES, S - s);
+                float whole[QUERIES];
+                memset(query, 0, sizeof query);
+                for (int64_t r = 0; r < count; r++)
+                    read_floats(queries + (s + r) * q_s * size, dtype, D, query + r * D);
+                score_queries(query, turned, T, D, weight, padded_T);
+                for (int64_t r = 0; r < count; r++)
+                    whole[r] = soften(weight + r * padded_T, T, scaling,
+                                      masks ? masks + (s + r) * mask_s * size : NULL, dtype);
+                sum_all_values(weight, padded_T, values, v_t, dtype, T, D, sum);
+                for (int64_t r = 0; r < count; r++) {
+                    for (int64_t d = 0; d < D; d++) sum[r * D + d] /= whole[r];
+                    write_floats(sum + r * D, D, dtype, context, ((b * S + s + r) * H + h) * D);
+                }
+            }
         }
     }
     free(memory);
