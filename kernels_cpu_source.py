@@ -129,8 +129,8 @@ static inline digits high_halves(digits bytes) {
 static inline digits low_halves(digits bytes) {
     return _mm512_xor_si512(_mm512_and_si512(bytes, _mm512_set1_epi8(15)), _mm512_set1_epi8(8));
 }
-static inline digits repeat4(const int8_t *p) { int32_t four; memcpy(&four, p, 4); return _mm512_set1_epi32(four); }
-static inline digits repeat8(const int8_t *p) { int64_t eight; memcpy(&eight, p, 8); return _mm512_set1_epi64(eight); }
+static inline digits repeat4(const void *p) { int32_t four; memcpy(&four, p, 4); return _mm512_set1_epi32(four); }
+static inline digits repeat8(const void *p) { int64_t eight; memcpy(&eight, p, 8); return _mm512_set1_epi64(eight); }
 static inline sums add_products(sums s, digits weights, digits x) {
     return (sums)_mm512_dpbusd_epi32((__m512i)s, weights, x);
 }
@@ -196,8 +196,8 @@ static inline digits high_halves(digits bytes) {
 static inline digits low_halves(digits bytes) {
     return _mm256_xor_si256(_mm256_and_si256(bytes, _mm256_set1_epi8(15)), _mm256_set1_epi8(8));
 }
-static inline digits repeat4(const int8_t *p) { int32_t four; memcpy(&four, p, 4); return _mm256_set1_epi32(four); }
-static inline digits repeat8(const int8_t *p) { int64_t eight; memcpy(&eight, p, 8); return _mm256_set1_epi64x(eight); }
+static inline digits repeat4(const void *p) { int32_t four; memcpy(&four, p, 4); return _mm256_set1_epi32(four); }
+static inline digits repeat8(const void *p) { int64_t eight; memcpy(&eight, p, 8); return _mm256_set1_epi64x(eight); }
 static inline sums add_products(sums s, digits weights, digits x) {
     return (sums)_mm256_dpbusd_avx_epi32((__m256i)s, weights, x);
 }
@@ -614,74 +614,106 @@ static void multiply_tile(const struct job *j, const panel_t *panel, int64_t str
 /* ---- Many rows with half as many products ----
    Where additions are cheaper than products, two products become one with two additions (Winograd, A New Algorithm for
    Inner Products, 1968):  x0·w0 + x1·w1 = (x0 + w1)·(x1 + w0) - x0·x1 - w0·w1.  The last two are summed once for each row
-   of x and each weight row. Digits have 16 bits. Sums may wrap around: what comes out is below 2^31. Pairs are the columns
-   k and k + 2 of four, so that a lane of 32 bits holds two numbers of neighbouring columns. */
+   of x and each weight row. Pairs are the columns k and k + 2 of four, so that a lane of 32 bits holds two numbers of
+   neighbouring columns. Sums may wrap around: what comes out is below 2^31. Digits have 16 bits; what they leave of
+   floats has 8 bits and is multiplied as bytes. */
 
-/* Digits of 16 rows of x: [block][m / 16][plane][k / 2][m % 16][k % 2]. */
-static inline int16_t *pairs_of(const struct job *j, int64_t m, int64_t block, int plane) {
+/* Digits of 16 rows of x from m on, of 16 bits: [block][m / 16][k / 2][m % 16][k % 2], followed by those of 8 bits:
+   [block][m / 16][k / 4][m % 16][k % 4]. */
+static inline int16_t *pairs_of(const struct job *j, int64_t m, int64_t block) {
     int64_t columns = least(j->block, j->padded_K - block * j->block);
-    return (int16_t *)j->digits + block * j->block * j->padded_M * j->planes + (m * j->planes + plane * 16) * columns;
+    return (int16_t *)j->digits + block * j->block * j->padded_M + m * columns;
+}
+static inline int8_t *rest_of(const struct job *j, int64_t m, int64_t block) {
+    return (int8_t *)j->digits + 2 * j->padded_M * j->padded_K + (pairs_of(j, m, block) - (int16_t *)j->digits);
 }
 
 static inline sums multiply_pairs(sums s, __m512i a, __m512i b) { return (sums)_mm512_dpwssd_epi32((__m512i)s, a, b); }
 
-/* start[m] = minus the sum of x0·x1. */
-static void start_pairs(const struct job *j, int64_t m, int64_t block, int plane, int32_t *start) {
-    const int16_t *x = pairs_of(j, m, block, plane);
-    sums s = no_sums();
-    for (int64_t k = least(j->block, j->padded_K - block * j->block); k > 0; k -= 4, x += 64)
+/* What sums of 16 rows of x start with: minus the sums of x0·x1, and of 128·x. */
+static void start_pairs(const struct job *j, int64_t m, int64_t block) {
+    const int64_t columns = least(j->block, j->padded_K - block * j->block);
+    const int16_t *x = pairs_of(j, m, block);
+    int32_t *start = j->start + block * j->planes * j->padded_M + m;
+    sums s = no_sums(), rest = no_sums();
+    for (int64_t k = 0; k < columns; k += 4, x += 64)
         s = multiply_pairs(s, _mm512_loadu_si512(x), _mm512_loadu_si512(x + 32));
     _mm512_storeu_si512(start, _mm512_sub_epi32(_mm512_setzero_si512(), (__m512i)s));
+    if (j->planes == 1) return;
+    for (int64_t k = 0; k < columns; k += 4)
+        rest = take_multiple(rest, load_digits(rest_of(j, m, block) + k * 16), 128);
+    store_sums(start + j->padded_M, rest);
 }
 
-/* One block of TILE_N rows of bytes as a panel [k / 32][TILE_N][32] of int16, and minus their sums of w0·w1. */
-static void widen_panel(const int8_t *bytes, int64_t columns, int16_t *panel, int32_t *start) {
+/* One block of TILE_N weight rows, [k / 32][TILE_N][32]: of int16, with minus the sums of w0·w1; and unsigned bytes. */
+struct pairs_panel {
+    _Alignas(64) int16_t pairs[PAIR_BLOCK * TILE_N];
+    int8_t bytes[PAIR_BLOCK * TILE_N];
+    int32_t start[16];
+};
+
+/* Makes the panel of its bytes, which are not unsigned yet. */
+static void widen_panel(struct pairs_panel *panel, int64_t columns) {
     for (int n = 0; n < TILE_N; n++) {
         sums s = no_sums();
-        for (int64_t k = 0; k < columns; k += 32) {
-            __m512i w = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)(bytes + k * TILE_N + n * 32)));
-            _mm512_storeu_si512(panel + k * TILE_N + n * 32, w);
+        for (int64_t k = n * 32; k < columns * TILE_N; k += 32 * TILE_N) {
+            __m512i w = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)(panel->bytes + k)));
+            _mm512_storeu_si512(panel->pairs + k, w);
             s = multiply_pairs(s, w, _mm512_srli_epi64(w, 32));
         }
-        start[n] = -_mm512_reduce_add_epi32((__m512i)s);
+        panel->start[n] = -_mm512_reduce_add_epi32((__m512i)s);
     }
+    for (int64_t k = 0; k < columns * TILE_N; k++) panel->bytes[k] ^= -128;
 }
 
-/* total[half][n, m] += weights · digits for TILE_N weight rows and two times 16 rows of x from m on. */
-static __attribute__((noinline)) void add_pairs(const struct job *j, const int16_t *panel, const int32_t *start_n,
-                                                int64_t block, int64_t m, float (*total)[TILE_N][PADDED_M]) {
-    const int64_t columns = least(j->block, j->padded_K - block * j->block), P = j->padded_M;
+/* total[half][n, m] += weights · digits of 16 bits, for TILE_N weight rows and two times 16 rows of x from m on. */
+static __attribute__((noinline)) void add_pairs(const struct job *j, const struct pairs_panel *panel, int64_t block,
+                                                int64_t m, float (*total)[TILE_N][PADDED_M]) {
+    const int64_t columns = least(j->block, j->padded_K - block * j->block), at = block * j->planes * j->padded_M + m;
+    const int16_t *w = panel->pairs, *x = pairs_of(j, m, block), *y = pairs_of(j, m + 16, block);
+    const __m512i x_start = _mm512_loadu_si512(j->start + at), y_start = _mm512_loadu_si512(j->start + at + 16);
     for (int n = 0; n < TILE_N; n++) __builtin_prefetch(total[0][n], 1), __builtin_prefetch(total[1][n], 1);
-    for (int plane = 0; plane < j->planes; plane++) {
-        const int64_t at = (block * j->planes + plane) * P + m;
-        const int16_t *w = panel, *x = pairs_of(j, m, block, plane), *y = pairs_of(j, m + 16, block, plane);
-        const __m512i x_start = _mm512_loadu_si512(j->start + at), y_start = _mm512_loadu_si512(j->start + at + 16);
 #define START_PAIRS(n) \
-        const __m512i start##n = _mm512_set1_epi32(start_n[n]); \
-        sums a##n = (sums)_mm512_add_epi32(x_start, start##n), b##n = (sums)_mm512_add_epi32(y_start, start##n);
-        FOR_TILE_N(START_PAIRS)
-        for (int64_t k = 0; k < columns; k += 32, w += 32 * TILE_N)
-            for (int four = 0; four < 32; four += 4, x += 64, y += 64) {
-                const __m512i x0 = _mm512_loadu_si512(x), x1 = _mm512_loadu_si512(x + 32);
-                const __m512i y0 = _mm512_loadu_si512(y), y1 = _mm512_loadu_si512(y + 32);
+    const __m512i start##n = _mm512_set1_epi32(panel->start[n]); \
+    sums a##n = (sums)_mm512_add_epi32(x_start, start##n), b##n = (sums)_mm512_add_epi32(y_start, start##n);
+    FOR_TILE_N(START_PAIRS)
+    for (int64_t k = 0; k < columns; k += 32, w += 32 * TILE_N)
+        for (int four = 0; four < 32; four += 4, x += 64, y += 64) {
+            const __m512i x0 = _mm512_loadu_si512(x), x1 = _mm512_loadu_si512(x + 32);
+            const __m512i y0 = _mm512_loadu_si512(y), y1 = _mm512_loadu_si512(y + 32);
 #define ADD_PAIRS(n) { \
-                const __m512i w0 = repeat4((const int8_t *)(w + n * 32 + four)); \
-                const __m512i w1 = repeat4((const int8_t *)(w + n * 32 + four + 2)); \
-                a##n = multiply_pairs(a##n, _mm512_add_epi16(x0, w1), _mm512_add_epi16(x1, w0)); \
-                b##n = multiply_pairs(b##n, _mm512_add_epi16(y0, w1), _mm512_add_epi16(y1, w0)); }
-                FOR_TILE_N(ADD_PAIRS)
-            }
-        const floats x_scale = load(j->digit_scale + at), y_scale = load(j->digit_scale + at + 16);
+            const __m512i w0 = repeat4(w + n * 32 + four), w1 = repeat4(w + n * 32 + four + 2); \
+            a##n = multiply_pairs(a##n, _mm512_add_epi16(x0, w1), _mm512_add_epi16(x1, w0)); \
+            b##n = multiply_pairs(b##n, _mm512_add_epi16(y0, w1), _mm512_add_epi16(y1, w0)); }
+            FOR_TILE_N(ADD_PAIRS)
+        }
+    const floats x_scale = load(j->digit_scale + at), y_scale = load(j->digit_scale + at + 16);
 #define TOTAL_PAIRS(n) \
-        store(total[0][n], multiply_add(from_sums(a##n), x_scale, load(total[0][n]))); \
-        store(total[1][n], multiply_add(from_sums(b##n), y_scale, load(total[1][n])));
-        FOR_TILE_N(TOTAL_PAIRS)
-    }
+    store(total[0][n], multiply_add(from_sums(a##n), x_scale, load(total[0][n]))); \
+    store(total[1][n], multiply_add(from_sums(b##n), y_scale, load(total[1][n])));
+    FOR_TILE_N(TOTAL_PAIRS)
 }
-#elif defined(TILES)
-static inline int16_t *pairs_of(const struct job *j, int64_t m, int64_t block, int plane) {
-    (void)m, (void)block, (void)plane;
-    return (int16_t *)j->digits;
+
+/* The same for digits of 8 bits. */
+static __attribute__((noinline)) void add_rest(const struct job *j, const struct pairs_panel *panel, int64_t block,
+                                               int64_t m, float (*total)[TILE_N][PADDED_M]) {
+    const int64_t columns = least(j->block, j->padded_K - block * j->block);
+    const int64_t at = (block * j->planes + 1) * j->padded_M + m;
+    const int8_t *w = panel->bytes, *x = rest_of(j, m, block), *y = rest_of(j, m + 16, block);
+    const sums x_start = load_sums(j->start + at), y_start = load_sums(j->start + at + 16);
+#define START_REST(n) sums a##n = x_start, b##n = y_start;
+    FOR_TILE_N(START_REST)
+    for (int64_t k = 0; k < columns; k += 32, w += 32 * TILE_N)
+        for (int four = 0; four < 32; four += 4, x += 64, y += 64) {
+            const digits of_x = load_digits(x), of_y = load_digits(y);
+#define ADD_REST(n) { \
+            const digits of_w = repeat4(w + n * 32 + four); \
+            a##n = add_products(a##n, of_w, of_x); \
+            b##n = add_products(b##n, of_w, of_y); }
+            FOR_TILE_N(ADD_REST)
+        }
+    const floats x_scale = load(j->digit_scale + at), y_scale = load(j->digit_scale + at + 16);
+    FOR_TILE_N(TOTAL_PAIRS)
 }
 #endif
 
@@ -700,9 +732,10 @@ static void read_columns(const struct job *j, int64_t m, int64_t first, int64_t 
     }
 }
 
-/* One block of row m of x as digits of at most `digit_max`, the next digits `stride` numbers farther, padded with zeros
+/* One block of row m of x as digits of at most `digit_max[plane]`, the next digits `stride` numbers farther, padded with zeros
    to a multiple of LINE; and their scales. What is not finite makes the whole block NaN. */
-static void split_block(const struct job *j, int64_t m, int64_t block, int digit_max, int16_t *digits, int64_t stride) {
+static void split_block(const struct job *j, int64_t m, int64_t block, const int *digit_max, int16_t *digits,
+                        int64_t stride) {
     int64_t padded = least(j->block, j->padded_K - block * j->block), count = least(j->block, j->K - block * j->block);
     float rest[BLOCK];
     uint32_t largest = 0; /* as the bits of a float, which order like its size */
@@ -713,7 +746,7 @@ static void split_block(const struct job *j, int64_t m, int64_t block, int digit
     }
     int finite = largest < 0x7f800000;
     float lift = float_of_bits(largest) < 0x1p-60f ? 0x1p60f : 1; /* keeps the scales of tiny numbers normal */
-    float scale = largest ? float_of_bits(largest) * lift / (float)digit_max : 1;
+    float scale = largest ? float_of_bits(largest) * lift / (float)digit_max[0] : 1;
     if (scale < 0x1p-60f) scale = 0x1p-60f; /* subnormal numbers are taken for the smallest normal ones */
     for (int64_t k = 0; k < count; k++) rest[k] *= lift;
     for (int plane = 0; plane < j->planes; plane++, digits += stride) {
@@ -727,7 +760,7 @@ static void split_block(const struct job *j, int64_t m, int64_t block, int digit
             }
         j->digit_scale[(block * j->planes + plane) * j->padded_M + m] = finite ? scale / lift : NAN;
         /* About half a unit is left, somewhat more where the division was rounded: the next digit reaches that. */
-        scale /= (float)(2 * (digit_max - digit_max / 64));
+        if (plane + 1 < j->planes) scale /= (float)(2 * (digit_max[plane + 1] - digit_max[plane + 1] / 64));
     }
 }
 
@@ -738,37 +771,52 @@ static void write_digits(const int16_t *digits, int64_t count, size_t size, void
         for (int64_t k = 0; k < count; k++) ((int8_t *)to)[k] = (int8_t)digits[k];
 }
 
+#ifdef TILES
+/* PADDED_M lines of 64 bytes, in turn 4 bytes of each line; or half as many, and 8 bytes. */
+static void interleave(const int8_t *lines, int64_t stride, int deep, int8_t *to) {
+    if (deep == 4)
+        for (int k = 0; k < 64; k += 4)
+            for (int i = 0; i < PADDED_M; i++, to += 4) memcpy(to, lines + i * stride + k, 4);
+    else
+        for (int k = 0; k < 64; k += 8)
+            for (int i = 0; i < PADDED_M / 2; i++, to += 8) memcpy(to, lines + i * stride + k, 8);
+}
+#endif
+
 /* One block of the rows of x of a tile, from m on, as far as there are so many, as digits in their place. */
 static void split_rows(const struct job *j, int64_t m, int64_t block) {
     int64_t rows = least(j->width, j->M - m), columns = least(j->block, j->padded_K - block * j->block);
     int16_t digits[3][BLOCK];
-    size_t size = j->pairs ? 2 : sizeof(panel_t);
 #ifdef TILES
     enum { STRIDE = 2 * BLOCK + 64 }; /* bytes; of no power of 2, lest all rows fall on the same place of the cache */
+    const int panel_max[3] = {PANEL_DIGIT_MAX, PANEL_DIGIT_MAX, PANEL_DIGIT_MAX}, pair_max[] = {PAIR_DIGIT_MAX, 127};
     int8_t lines[3][PADDED_M][STRIDE];
-    int64_t bytes = columns * (int64_t)size;
     int deep = 64 / j->width; /* bytes that a sum takes at a time */
     if (rows < j->width) memset(lines, 0, sizeof lines);
     for (int64_t i = 0; i < rows; i++) {
-        split_block(j, m + i, block, j->pairs ? PAIR_DIGIT_MAX : PANEL_DIGIT_MAX, digits[0], BLOCK);
-        for (int plane = 0; plane < j->planes; plane++) write_digits(digits[plane], columns, size, lines[plane][i]);
+        split_block(j, m + i, block, j->pairs ? pair_max : panel_max, digits[0], BLOCK);
+        for (int plane = 0; plane < j->planes; plane++)
+            write_digits(digits[plane], columns, j->pairs && plane == 0 ? 2 : 1, lines[plane][i]);
     }
-    for (int plane = 0; plane < j->planes; plane++) {
-        int8_t *to = j->pairs ? (int8_t *)pairs_of(j, m, block, plane) : tile_of(j, m, block) + plane * 64 * j->width;
-        int64_t next = j->pairs ? 0 : (j->planes - 1) * 64 * j->width; /* from 64 columns of a plane to the next */
-        for (int64_t k = 0; k < bytes; k += 64, to += next)
-            if (deep == 4)
-                for (int64_t from = k; from < k + 64; from += 4)
-                    for (int64_t i = 0; i < PADDED_M; i++, to += 4) memcpy(to, lines[plane][i] + from, 4);
-            else
-                for (int64_t from = k; from < k + 64; from += 8)
-                    for (int64_t i = 0; i < PADDED_M / 2; i++, to += 8) memcpy(to, lines[plane][i] + from, 8);
+#ifdef PAIRS
+    if (j->pairs) {
+        for (int64_t k = 0; k < 2 * columns; k += 64)
+            interleave(lines[0][0] + k, STRIDE, 4, (int8_t *)pairs_of(j, m, block) + k * 16);
+        for (int64_t k = 0; k < columns && j->planes == 2; k += 64)
+            interleave(lines[1][0] + k, STRIDE, 4, rest_of(j, m, block) + k * 16);
+        start_pairs(j, m, block);
+        return;
     }
+#endif
+    int8_t *to = tile_of(j, m, block);
+    for (int64_t k = 0; k < columns; k += 64)
+        for (int plane = 0; plane < j->planes; plane++, to += 64 * j->width)
+            interleave(lines[plane][0] + k, STRIDE, deep, to);
 #else
     for (int64_t i = 0; i < rows; i++) {
-        split_block(j, m + i, block, PANEL_DIGIT_MAX, digits[0], BLOCK);
+        split_block(j, m + i, block, (int[]){PANEL_DIGIT_MAX, PANEL_DIGIT_MAX, PANEL_DIGIT_MAX}, digits[0], BLOCK);
         for (int plane = 0; plane < j->planes; plane++)
-            write_digits(digits[plane], columns, size,
+            write_digits(digits[plane], columns, sizeof(panel_t),
                          j->digits + (plane * j->padded_M + m + i) * j->padded_K + block * j->block);
     }
 #endif
@@ -777,9 +825,6 @@ static void split_rows(const struct job *j, int64_t m, int64_t block) {
         const int64_t at = (block * j->planes + plane) * j->padded_M + m, plane_size = 64 * j->width;
         if (deep == 8) /* two sums a row */
             for (int i = PADDED_M - 1; i > 0; i--) j->digit_scale[at + i] = j->digit_scale[at + i / 2];
-#ifdef PAIRS
-        if (j->pairs) { start_pairs(j, m, block, plane, j->start + at); continue; }
-#endif
         for (int i = 0; i < PADDED_M; i += FLOATS) {
             const panel_t *x = tile_of(j, m, block) + plane * plane_size + 4 * i;
             sums start = no_sums();
@@ -971,29 +1016,27 @@ static void multiply_row(const struct job *j, int64_t begin, int64_t end) {
 }
 
 #ifdef PAIRS
-/* sums[n, m] of `height` output features from n0 on. `panel` has room for as many rows of int16, and starts. */
+/* sums[n, m] of `height` output features from n0 on, PAIR_CHUNK at most, as many as `panels` have weight rows. */
 static void multiply_chunk_by_pairs(const struct job *j, int64_t n0, int64_t height, int64_t end,
-                                    float (*sums)[TILE_N][PADDED_M], panel_t *panel) {
-    int16_t *panels = (int16_t *)panel;
-    int32_t *start = (int32_t *)(panels + PAIR_CHUNK * PAIR_BLOCK);
-    int64_t m_tiles = j->padded_M / PADDED_M;
-    _Alignas(64) int8_t bytes[TILE_N * PAIR_BLOCK];
+                                    float (*sums)[TILE_N][PADDED_M], struct pairs_panel *panels) {
+    int64_t m_tiles = j->padded_M / PADDED_M, tiles = (height + TILE_N - 1) / TILE_N;
     for (int64_t block = 0; block * j->block < j->padded_K; block++) {
         int64_t columns = least(j->block, j->padded_K - block * j->block), next_n = n0, next_block = block + 1, fetched = 0;
-        const int64_t x_bytes = columns * j->planes * 4 * PADDED_M; /* digits of 32 rows of x */
         if (next_block * j->block >= j->padded_K) next_block = 0, next_n = n0 + PAIR_CHUNK;
-        for (int64_t n = 0; n < height; n += TILE_N) {
-            fill_panel(j, n0 + n, least(TILE_N, height - n), block, bytes);
-            widen_panel(bytes, columns, panels + n * PAIR_BLOCK, start + n);
+        for (int64_t i = 0; i < tiles; i++) {
+            fill_panel(j, n0 + i * TILE_N, least(TILE_N, height - i * TILE_N), block, panels[i].bytes);
+            widen_panel(panels + i, columns);
         }
         for (int64_t m = 0; m < j->M; m += 2 * PADDED_M) {
+            const char *next_x = (const char *)pairs_of(j, m + 2 * PADDED_M, block); /* fetched meanwhile */
+            int64_t next_bytes = columns * 4 * PADDED_M / tiles;
             for (; fetched * j->M < (m + 2 * PADDED_M) * PAIR_CHUNK && next_n + fetched < end; fetched++)
                 prefetch_row(j, next_n + fetched, next_block);
-            const char *next_x = (const char *)pairs_of(j, m + 2 * PADDED_M, block, 0);
-            for (int64_t n = 0; n < height; n += TILE_N) {
-                for (int i = 0; i < x_bytes * TILE_N / PAIR_CHUNK; i += LINE)
-                    __builtin_prefetch(next_x + n * x_bytes / PAIR_CHUNK + i);
-                add_pairs(j, panels + n * PAIR_BLOCK, start + n, block, m, sums + n / TILE_N * m_tiles + m / PADDED_M);
+            for (int64_t i = 0; i < tiles; i++) {
+                float(*tile)[TILE_N][PADDED_M] = sums + i * m_tiles + m / PADDED_M;
+                for (int64_t k = i * next_bytes; k < (i + 1) * next_bytes; k += LINE) __builtin_prefetch(next_x + k);
+                add_pairs(j, panels + i, block, m, tile);
+                if (j->planes == 2) add_rest(j, panels + i, block, m, tile);
             }
         }
     }
@@ -1010,7 +1053,7 @@ static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64
         int64_t height = least(chunk, end - n0);
         memset(sums, 0, (size_t)((height + TILE_N - 1) / TILE_N * m_tiles) * sizeof *sums);
 #ifdef PAIRS
-        if (j->pairs) multiply_chunk_by_pairs(j, n0, height, end, sums, panel);
+        if (j->pairs) multiply_chunk_by_pairs(j, n0, height, end, sums, (struct pairs_panel *)panel);
 #endif
         for (int64_t block = 0; block * j->block < j->padded_K && !j->pairs; block++)
             for (int64_t group = 0; group < j->M; group += GROUP)
@@ -1109,7 +1152,9 @@ int chatglm_linear(const void *x, int x_dtype, const int8_t *weight, int bits, c
         /* For each thread: sums; a panel of weights. For all: digits, their scales, and what sums start with. */
         size_t sums_size = one ? 0 : (size_t)(round_up(chunk, TILE_N) * j.padded_M) * 4;
         size_t panel_size = one ? 0 : (size_t)round_up(TILE_N * BLOCK * sizeof(panel_t), 64);
-        if (j.pairs) panel_size = PAIR_CHUNK * (PAIR_BLOCK * 2 + 4);
+#ifdef PAIRS
+        if (j.pairs) panel_size = PAIR_CHUNK / TILE_N * sizeof(struct pairs_panel);
+#endif
         size_t own_size = sums_size + panel_size, all_own = (size_t)threads * own_size;
         size_t scale_size = (size_t)round_up(blocks * j.planes * j.padded_M * 4, 64);
         size_t start_size = one ? (size_t)(2 * blocks * j.planes * FLOATS) * 4 : scale_size;
@@ -1129,7 +1174,7 @@ int chatglm_linear(const void *x, int x_dtype, const int8_t *weight, int bits, c
             for (int block = 0; block < blocks; block++) {
                 int64_t columns = least(BLOCK, j.padded_K - block * BLOCK);
                 int16_t split[3][BLOCK];
-                split_block(&j, 0, block, DIGIT_MAX, split[0], BLOCK);
+                split_block(&j, 0, block, (int[]){DIGIT_MAX, DIGIT_MAX, DIGIT_MAX}, split[0], BLOCK);
                 for (int plane = 0; plane < j.planes; plane++)
                     write_digits(split[plane], columns, sizeof(digit_t), j.row_digits + plane * j.padded_K + block * BLOCK);
             }
