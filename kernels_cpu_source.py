@@ -1043,6 +1043,38 @@ static void multiply_chunk_by_pairs(const struct job *j, int64_t n0, int64_t hei
 }
 #endif
 
+#ifdef __AVX512F__
+/* Columns of 16 rows as rows, times `scale` plus `bias`: to[i][n] = rows[n][i] · scale[n] + bias[n]. */
+static void turn(const float *const *rows, floats scale, floats bias, float *to, int64_t stride) {
+    __m512 one[16], two[16];
+    for (int i = 0; i < 16; i += 2) { /* a pair of rows, then four, have their numbers side by side */
+        __m512 a = load(rows[i]), b = load(rows[i + 1]);
+        one[i] = _mm512_unpacklo_ps(a, b), one[i + 1] = _mm512_unpackhi_ps(a, b);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int k = 0; k < 2; k++) {
+            __m512d a = _mm512_castps_pd(one[i + k]), b = _mm512_castps_pd(one[i + k + 2]);
+            two[i + 2 * k] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+            two[i + 2 * k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+        }
+    for (int i = 0; i < 4; i++) { /* lane l of two[4·r + i] has column 4·l + i of rows 4·r to 4·r + 3 */
+        __m512 a = two[i], b = two[4 + i], c = two[8 + i], d = two[12 + i];
+        __m512 even0 = _mm512_shuffle_f32x4(a, b, 0x88), odd0 = _mm512_shuffle_f32x4(a, b, 0xdd);
+        __m512 even1 = _mm512_shuffle_f32x4(c, d, 0x88), odd1 = _mm512_shuffle_f32x4(c, d, 0xdd);
+        store(to + i * stride, multiply_add(_mm512_shuffle_f32x4(even0, even1, 0x88), scale, bias));
+        store(to + (4 + i) * stride, multiply_add(_mm512_shuffle_f32x4(odd0, odd1, 0x88), scale, bias));
+        store(to + (8 + i) * stride, multiply_add(_mm512_shuffle_f32x4(even0, even1, 0xdd), scale, bias));
+        store(to + (12 + i) * stride, multiply_add(_mm512_shuffle_f32x4(odd0, odd1, 0xdd), scale, bias));
+    }
+}
+enum { CAN_TURN = 1 };
+#else
+static void turn(const float *const *rows, floats scale, floats bias, float *to, int64_t stride) {
+    (void)rows, (void)scale, (void)bias, (void)to, (void)stride;
+}
+enum { CAN_TURN = 0 };
+#endif
+
 /* y[:, begin:end] for several rows. `sums` holds [chunk / TILE_N][padded_M / PADDED_M][TILE_N][PADDED_M] floats,
    `panel` TILE_N · BLOCK digits. */
 static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64_t chunk,
@@ -1084,7 +1116,13 @@ static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64
                 }
         read_vectors(j, n0, height, scale, bias);
         for (int64_t m0 = 0; m0 < j->M; m0 += PADDED_M) { /* sums are [n, m], y is [m, n] */
-            for (int64_t n = 0; n < height; n++) {
+            int64_t n = 0;
+            for (; CAN_TURN && j->width == PADDED_M && n + FLOATS <= height; n += FLOATS) {
+                const float *rows[FLOATS];
+                for (int i = 0; i < FLOATS; i++) rows[i] = sums[(n + i) / TILE_N * m_tiles + m0 / PADDED_M][(n + i) % TILE_N];
+                turn(rows, load(scale + n), load(bias + n), lines[0] + n, CHUNK);
+            }
+            for (; n < height; n++) {
                 const float *row = sums[n / TILE_N * m_tiles + m0 / PADDED_M][n % TILE_N];
                 if (j->width == PADDED_M)
                     for (int i = 0; i < PADDED_M; i++) lines[i][n] = row[i] * scale[n] + bias[n];
