@@ -326,7 +326,7 @@ def apply_linear(
     elif gelu:
         y = nn.functional.gelu(y, approximate="tanh")
     # Autocast may have given the product another dtype than activations have between blocks.
-    return y if residual is None else alpha * residual + y.to(residual.dtype)
+    return y if residual is None else torch.add(y.to(residual.dtype), residual, alpha=alpha)
 
 
 def apply_layer_norm(
