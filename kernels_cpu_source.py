@@ -29,6 +29,8 @@ enum {
     LINE = 64,                            /* bytes of weights that are taken at a time: a cache line */
     NEAR = 1024,                          /* bytes ahead that weights are prefetched, of rows side by side */
     FAR = 4096,                           /* the same in one stream */
+    STRIP = 4096,                         /* bytes of a row that are taken at a time in one stream */
+    STRIPS = 12,                          /* rows whose strips are taken one after the other */
     ROWS = 4,                             /* weight rows that are read side by side */
 };
 
@@ -943,10 +945,10 @@ add_line(const int8_t *w, int64_t stride, const int count, const int halves, con
 }
 
 /* sum[r] += weights · digits of `part` bytes from `first` on, as part_bytes says, of `count` weight rows. Their bytes
-   begin at w. */
+   begin at w. `ahead`: what to prefetch beside one row, for long, if it is taken in strips. */
 static inline __attribute__((always_inline)) void
 add_part(const struct job *j, const int8_t *w, const int count, const int halves, const int planes, int64_t first,
-         int64_t part, const int32_t *start, floats *sum) {
+         int64_t part, const int32_t *start, const int8_t *ahead, const int strips, floats *sum) {
     const int64_t bytes = halves == 1 ? j->K : j->K / 2;
     const digit_t *x = j->row_digits + first;
     int64_t k = 0;
@@ -956,10 +958,11 @@ add_part(const struct job *j, const int8_t *w, const int count, const int halves
             for (int plane = 0; plane < planes; plane++)
                 s[r][half][plane] = start_sums(start + (half * planes + plane) * FLOATS);
     for (; k + LINE <= part; k += LINE) {
-        int64_t ahead = first + k + NEAR < bytes ? NEAR : NEAR + (count - 1) * bytes; /* the next rows' beginnings */
-        if (count == 1) __builtin_prefetch(w + k + FAR, 0, 0);
+        int64_t near = first + k + NEAR < bytes ? NEAR : NEAR + (count - 1) * bytes; /* the next rows' beginnings */
+        if (strips) __builtin_prefetch(ahead + k);
+        else if (count == 1) __builtin_prefetch(ahead + k, 0, 0);
         else
-            for (int r = 0; r < count; r++) __builtin_prefetch(w + k + r * bytes + ahead);
+            for (int r = 0; r < count; r++) __builtin_prefetch(w + k + r * bytes + near);
         add_line(w + k, bytes, count, halves, x + k, bytes, j->padded_K, planes, s);
     }
     if (k < part) {
@@ -976,7 +979,7 @@ add_part(const struct job *j, const int8_t *w, const int count, const int halves
     }
 }
 
-/* line[r] = weight row n + r · x, for `count` weight rows. */
+/* line[r] = weight row n + r · x, for `count` weight rows side by side. */
 static inline __attribute__((always_inline)) void
 dot_rows(const struct job *j, int64_t n, const int count, const int halves, const int planes, float *line) {
     const int64_t bytes = halves == 1 ? j->K : j->K / 2;
@@ -986,28 +989,57 @@ dot_rows(const struct job *j, int64_t n, const int count, const int halves, cons
     for (int r = 0; r < count; r++) sum[r] = zeros();
     for (int64_t k = 0, part; k < bytes; k += part, start += halves * planes * FLOATS) {
         part = part_bytes(j, k);
-        add_part(j, w + k, count, halves, planes, k, part, start, sum);
+        add_part(j, w + k, count, halves, planes, k, part, start, w + k + FAR, 0, sum);
     }
     for (int r = 0; r < count; r++) line[r] = total(sum[r]);
+}
+
+/* The same for STRIPS rows one after the other, in strips: the digits of a long row would leave the nearest cache. What
+   is fetched meanwhile are the next rows, as they lie in memory. */
+static inline __attribute__((always_inline)) void
+dot_strips(const struct job *j, int64_t n, const int halves, const int planes, float *line) {
+    const int64_t bytes = halves == 1 ? j->K : j->K / 2;
+    const int8_t *w = j->weight + n * bytes, *ahead = w + STRIPS * bytes;
+    const int32_t *start = j->start, *next = start;
+    floats sum[STRIPS];
+    for (int r = 0; r < STRIPS; r++) sum[r] = zeros();
+    for (int64_t strip = 0; strip < bytes; strip += STRIP, start = next)
+        for (int r = 0; r < STRIPS; r++) {
+            next = start;
+            for (int64_t k = strip, part; k < least(strip + STRIP, bytes); k += part, ahead += part) {
+                part = part_bytes(j, k); /* ends with a strip, which is some blocks long */
+                add_part(j, w + r * bytes + k, 1, halves, planes, k, part, next, ahead, 1, sum + r);
+                next += halves * planes * FLOATS;
+            }
+        }
+    for (int r = 0; r < STRIPS; r++) line[r] = total(sum[r]);
+}
+
+enum way { BY_ROW, BY_ROWS, BY_STRIPS };
+
+/* The same for as many rows as `way` takes. */
+static inline __attribute__((always_inline)) void
+dot_by(const struct job *j, int64_t n, enum way way, const int halves, const int planes, float *line) {
+    if (way == BY_ROW) dot_rows(j, n, 1, halves, planes, line);
+    else if (way == BY_ROWS) dot_rows(j, n, ROWS, halves, planes, line);
+    else dot_strips(j, n, halves, planes, line);
 }
 
 /* y[begin:end] for one row. */
 static void multiply_row(const struct job *j, int64_t begin, int64_t end) {
     enum { OF_HALF = sizeof(digit_t) == 1 ? 2 : 1, OF_FLOAT = OF_HALF + 1 };
+    const int rows_of[] = {[BY_ROW] = 1, [BY_ROWS] = ROWS, [BY_STRIPS] = STRIPS};
+    const enum way many = !one_stream() ? BY_ROWS : j->K * j->bits / 8 > STRIP ? BY_STRIPS : BY_ROW;
     float scale[CHUNK], bias[CHUNK], line[CHUNK];
-    int of_half = j->planes == OF_HALF;
     for (int64_t n0 = begin; n0 < end; n0 += CHUNK) {
         int64_t height = least(CHUNK, end - n0);
-        for (int64_t n = 0, count; n < height; n += count) {
-            count = height - n < ROWS || one_stream() ? 1 : ROWS;
-            if (j->bits == 8 && count == 1 && of_half) dot_rows(j, n0 + n, 1, 1, OF_HALF, line + n);
-            else if (j->bits == 8 && count == 1) dot_rows(j, n0 + n, 1, 1, OF_FLOAT, line + n);
-            else if (j->bits == 8 && of_half) dot_rows(j, n0 + n, ROWS, 1, OF_HALF, line + n);
-            else if (j->bits == 8) dot_rows(j, n0 + n, ROWS, 1, OF_FLOAT, line + n);
-            else if (count == 1 && of_half) dot_rows(j, n0 + n, 1, 2, OF_HALF, line + n);
-            else if (count == 1) dot_rows(j, n0 + n, 1, 2, OF_FLOAT, line + n);
-            else if (of_half) dot_rows(j, n0 + n, ROWS, 2, OF_HALF, line + n);
-            else dot_rows(j, n0 + n, ROWS, 2, OF_FLOAT, line + n);
+        enum way way = many;
+        for (int64_t n = 0; n < height; n += rows_of[way]) {
+            if (height - n < rows_of[way]) way = BY_ROW;
+            if (j->bits == 8 && j->planes == OF_HALF) dot_by(j, n0 + n, way, 1, OF_HALF, line + n);
+            else if (j->bits == 8) dot_by(j, n0 + n, way, 1, OF_FLOAT, line + n);
+            else if (j->planes == OF_HALF) dot_by(j, n0 + n, way, 2, OF_HALF, line + n);
+            else dot_by(j, n0 + n, way, 2, OF_FLOAT, line + n);
         }
         read_vectors(j, n0, height, scale, bias);
         for (int64_t n = 0; n < height; n++) line[n] = line[n] * scale[n] + bias[n];
