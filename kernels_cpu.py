@@ -49,7 +49,8 @@ class Library:
     """A compiled library.
 
     Attributes:
-        instructions: what it is for: "AMX", "AVX512", "AVX2", "NEON with dot product", "NEON" or "portable C".
+        instructions: what it is for: "AMX", "AVX512 with VNNI", "AVX512", "AVX2 with VNNI", "AVX2",
+            "NEON with dot product", "NEON" or "portable C".
         allowed: False if the operating system refuses these instructions.
     """
 

@@ -338,9 +338,12 @@ static void write_floats(const float *from, int64_t count, int dtype, void *y, i
         for (; i < count; i++) bits[i] = to_bfloat(from[i]);
 }
 
-/* Whether memory is read fastest in one stream a thread, not in some side by side. */
-static int one_stream(void) {
-#ifdef __AVX512VNNI__
+/* Whether this is a processor whose additions don't take turns with products, and whose threads read memory fastest in
+   one stream each: AMD's with AVX512. ON_AMD=0 or 1 has it otherwise, for tests. */
+static int on_amd(void) {
+#ifdef ON_AMD
+    return ON_AMD;
+#elif defined(__AVX512VNNI__)
     return __builtin_cpu_is("amd");
 #else
     return 0;
@@ -1029,7 +1032,7 @@ dot_by(const struct job *j, int64_t n, enum way way, const int halves, const int
 static void multiply_row(const struct job *j, int64_t begin, int64_t end) {
     enum { OF_HALF = sizeof(digit_t) == 1 ? 2 : 1, OF_FLOAT = OF_HALF + 1 };
     const int rows_of[] = {[BY_ROW] = 1, [BY_ROWS] = ROWS, [BY_STRIPS] = STRIPS};
-    const enum way many = !one_stream() ? BY_ROWS : j->K * j->bits / 8 > STRIP ? BY_STRIPS : BY_ROW;
+    const enum way many = !on_amd() ? BY_ROWS : j->K * j->bits / 8 > STRIP ? BY_STRIPS : BY_ROW;
     float scale[CHUNK], bias[CHUNK], line[CHUNK];
     for (int64_t n0 = begin; n0 < end; n0 += CHUNK) {
         int64_t height = least(CHUNK, end - n0);
@@ -1208,7 +1211,7 @@ int chatglm_linear(const void *x, int x_dtype, const int8_t *weight, int bits, c
             .width = PADDED_M, .padded_K = round_up(K, LINE), .block = BLOCK,
         };
 #ifdef PAIRS
-        j.pairs = j.M > PADDED_M && __builtin_cpu_is("amd"); /* whose additions don't take turns with products */
+        j.pairs = j.M > PADDED_M && on_amd();
         if (j.pairs) j.block = PAIR_BLOCK;
 #endif
 #ifdef BYTE_TILES
@@ -1283,7 +1286,7 @@ int chatglm_half_linear(const void *x, int x_dtype, const uint16_t *weight, int 
         for (int64_t n = part_begin(N), height; n < end; n += height) {
             const uint16_t *w = weight + n * K;
             float sum[2][ROWS];
-            height = end - n < ROWS || (M == 1 && one_stream()) ? 1 : ROWS;
+            height = end - n < ROWS || (M == 1 && on_amd()) ? 1 : ROWS;
             for (int64_t m = 0, count; m < M; m += count) {
                 const float *row = rows + m * K;
                 count = M - m < 2 || height == 1 ? 1 : 2;

@@ -50,9 +50,9 @@ needs_gcc = pytest.mark.skipif(GCC is None, reason="needs gcc")
 def levels() -> dict[str, tuple[str, ...]]:
     """Names of instruction levels that this machine can run, and the flags that force them."""
     found = {"native": ()}
-    if "amx_int8" in CPU:
-        found["no AMX"] = WITHOUT_AMX
     if "avx512_vnni" in CPU:
+        found["AMD"] = (*WITHOUT_AMX, "-DON_AMD=1")
+        found["not AMD"] = (*WITHOUT_AMX, "-DON_AMD=0")
         found["no VNNI"] = (*WITHOUT_AMX, "-mno-avx512vnni")
     if "avx_vnni" in CPU:
         found["AVX2 with VNNI"] = ("-march=x86-64-v3", "-mavxvnni")
@@ -70,9 +70,10 @@ def levels() -> dict[str, tuple[str, ...]]:
 LEVELS = levels()
 EXPECTED = {
     "AMX emulated": "AMX",
-    "no AMX": "AVX512",
+    "AMD": "AVX512 with VNNI",
+    "not AMD": "AVX512 with VNNI",
     "no VNNI": "AVX512",
-    "AVX2 with VNNI": "AVX2",
+    "AVX2 with VNNI": "AVX2 with VNNI",
     "AVX2": "AVX2",
     "portable C": "portable C",
     "NEON": "NEON",
