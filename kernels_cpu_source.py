@@ -139,6 +139,12 @@ static inline sums add_products(sums s, digits weights, digits x) {
 static inline sums take_multiple(sums s, digits x, uint8_t times) { /* s - times · x */
     return s - add_products(no_sums(), _mm512_set1_epi8((char)times), x);
 }
+static inline sums join_sums(sums high, sums low) { /* 256 · high + low; may wrap around on the way */
+    return (sums)_mm512_add_epi32(_mm512_slli_epi32((__m512i)high, 8), (__m512i)low);
+}
+static inline sums add_neighbours(sums s) { /* in both places of a pair */
+    return s + (sums)_mm512_shuffle_epi32((__m512i)s, _MM_PERM_CDAB);
+}
 #ifndef AMX
 #define INSTRUCTIONS "AVX512 with VNNI"
 enum { TILE_N = 8 };
@@ -206,6 +212,10 @@ static inline sums add_products(sums s, digits weights, digits x) {
 static inline sums take_multiple(sums s, digits x, uint8_t times) {
     return s - add_products(no_sums(), _mm256_set1_epi8((char)times), x);
 }
+static inline sums join_sums(sums high, sums low) {
+    return (sums)_mm256_add_epi32(_mm256_slli_epi32((__m256i)high, 8), (__m256i)low);
+}
+static inline sums add_neighbours(sums s) { return s + (sums)_mm256_shuffle_epi32((__m256i)s, 0xb1); }
 #ifndef AMX
 #define INSTRUCTIONS "AVX2 with VNNI"
 enum { TILE_N = 4 };
@@ -417,8 +427,10 @@ enum {
     GROUP = sizeof(panel_t) == 1 ? 512 : 64,
 #endif
     M_AT_ONCE = 512,  /* rows of x that are held as digits */
-    PAIR_BLOCK = 512, PAIR_CHUNK = 256, /* BLOCK and CHUNK for pairs */
-    PAIR_DIGIT_MAX = 32639, /* with a weight added, 32767 at most; times 128, summed over a block, below 2^31 */
+    /* Of tiles of bytes and of pairs, whose sums of a block are exact in 32 bits: */
+    TILE_BLOCK = 512,       /* columns of a block */
+    TILE_DIGIT_MAX = 32639, /* a weight more is 32767 at most; times 128, summed over a block, it is below 2^31 */
+    PAIR_CHUNK = 256,       /* CHUNK for pairs */
 };
 
 struct job {
@@ -427,7 +439,7 @@ struct job {
     void *y;
     int x_dtype, scale_dtype, bias_dtype, bits;
     int planes;           /* digits that a number has */
-    int width;            /* rows of x in a tile of PADDED_M sums: that, or half as many with two sums each */
+    int width;            /* rows of x in a tile of PADDED_M sums: that, or half as many with two sums each, both whole */
     int pairs;            /* whether products are taken in pairs: see add_pairs */
     int64_t M, N, K, block; /* block: columns of a block, BLOCK at most */
     int64_t padded_M, padded_K; /* padded_M: sums that a weight row has */
@@ -438,17 +450,23 @@ struct job {
                              [parts][halves][planes][FLOATS] */
 };
 
+#ifdef BYTE_TILES
+static inline int byte_planes(const struct job *j) { return j->planes + 1; }
+#else
+static inline int byte_planes(const struct job *j) { return j->planes; }
+#endif
+
 /* Digits of one number: those of int16 hold 15 bits, those of int8 about 7.5. */
 static int digits_of(int x_dtype, size_t digit_size) { return (digit_size == 1 ? 2 : 1) + (x_dtype == FLOAT); }
 
 #if defined(AMX) || defined(BYTE_TILES)
 #define TILES
-/* Digits in the order that tiles are multiplied in, where a sum takes four bytes at a time:
+/* Bytes of digits in the order that tiles are multiplied in, where a sum takes four at a time:
    [block][m / 16][k / 64][plane][k / 4 % 16][m % 16][k % 4], and of 8 rows [block][k / 64][plane][k / 8 % 8][m][k % 8].
-*/
+   The planes of a matrix unit are digits; else they are the two bytes of the first, and the second digit's. */
 static inline panel_t *tile_of(const struct job *j, int64_t m, int64_t block) {
     int64_t columns = least(j->block, j->padded_K - block * j->block);
-    return j->digits + (block * j->block * j->padded_M + m / 16 * 16 * columns) * j->planes;
+    return j->digits + (block * j->block * j->padded_M + m / 16 * 16 * columns) * byte_planes(j);
 }
 #endif
 
@@ -516,42 +534,40 @@ static void multiply_tile(const struct job *j, const panel_t *weights, int64_t s
 }
 #elif defined(BYTE_TILES)
 /* total[n, i] += weights · digits for TILE_N weight rows and PADDED_M sums, each of which takes `deep` columns at a time.
-   Weight rows lie `stride` bytes apart, and their parts of 64 columns `step` bytes. `stored`: weights are as they are
-   stored, not unsigned yet. */
+   Digits of 16 bits are two bytes, 256 · high + low, and what these leave of floats is a third. Weight rows lie `stride`
+   bytes apart, and their parts of 64 columns `step` bytes. `stored`: weights are as they are stored, not unsigned yet. */
 static inline __attribute__((always_inline)) void
 add_tile(const struct job *j, const int8_t *weights, int64_t stride, int64_t step, const int stored, int64_t block,
          int64_t m, const int planes, const int deep, float total[TILE_N][PADDED_M]) {
-    const int64_t plane_size = 64 * (64 / deep), P = j->padded_M;
+    const int64_t size = 64 * (64 / deep), P = j->padded_M, at = block * planes * P + m; /* size: of a plane's 64 columns */
     /* Of stored weights, the next TILE_N rows are fetched as they lie in memory: that is faster than in TILE_N streams. */
     const int8_t *ahead = weights + TILE_N * j->K + (TILE_N - 1) * block * j->block;
     for (int i = 0; i < PADDED_M; i += FLOATS) {
         const int8_t *x = tile_of(j, m, block) + 4 * i, *w = weights;
-        const int32_t *start = j->start + block * planes * P + m + i;
-        const float *scale = j->digit_scale + block * planes * P + m + i;
-        const sums start0 = load_sums(start), start1 = load_sums(start + P), start2 = load_sums(start + (planes - 1) * P);
-#define START(n) sums a##n = start0, b##n = start1, c##n = start2; /* an array would stay in memory, with gcc 12 */
+        const sums start = load_sums(j->start + at + i), start_rest = load_sums(j->start + at + (planes - 1) * P + i);
+#define START(n) sums a##n = no_sums(), b##n = start, c##n = start_rest; /* an array would stay in memory, with gcc 12 */
         FOR_TILE_N(START)
-        for (int64_t k = least(j->block, j->padded_K - block * j->block); k > 0; k -= 64, w += step, x += planes * plane_size) {
+        for (int64_t k = least(j->block, j->padded_K - block * j->block); k > 0; k -= 64, w += step, x += (planes + 1) * size) {
             if (stored && i == 0)
                 for (int n = 0; n < TILE_N; n++, ahead += LINE) __builtin_prefetch(ahead, 0, 2);
             for (int part = 0; part < 64 / deep; part++) {
-                const int8_t *from = w + part * deep, *at = x + part * 64;
-                const digits x0 = load_digits(at), x1 = load_digits(at + plane_size),
-                             x2 = load_digits(at + (planes - 1) * plane_size);
+                const int8_t *from = w + part * deep, *digit = x + part * 64;
+                const digits high = load_digits(digit), low = load_digits(digit + size), rest = load_digits(digit + planes * size);
 #define ADD(n) { \
                 digits of_w = deep == 4 ? repeat4(from + n * stride) : repeat8(from + n * stride); \
                 if (stored) of_w = flip_signs(of_w); \
-                a##n = add_products(a##n, of_w, x0); \
-                b##n = add_products(b##n, of_w, x1); \
-                if (planes == 3) c##n = add_products(c##n, of_w, x2); }
+                a##n = add_products(a##n, of_w, high); \
+                b##n = add_products(b##n, of_w, low); \
+                if (planes == 2) c##n = add_products(c##n, of_w, rest); }
                 FOR_TILE_N(ADD)
             }
         }
-        const floats scale0 = load(scale), scale1 = load(scale + P), scale2 = load(scale + (planes - 1) * P);
+        const floats scale = load(j->digit_scale + at + i), scale_rest = load(j->digit_scale + at + (planes - 1) * P + i);
 #define TOTAL(n) { \
-        floats sum = multiply_add(from_sums(a##n), scale0, load(total[n] + i)); \
-        sum = multiply_add(from_sums(b##n), scale1, sum); \
-        store(total[n] + i, planes == 3 ? multiply_add(from_sums(c##n), scale2, sum) : sum); }
+        const sums joined = join_sums(a##n, b##n); \
+        floats sum = multiply_add(from_sums(deep == 4 ? joined : add_neighbours(joined)), scale, load(total[n] + i)); \
+        if (planes == 2) sum = multiply_add(from_sums(deep == 4 ? c##n : add_neighbours(c##n)), scale_rest, sum); \
+        store(total[n] + i, sum); }
         FOR_TILE_N(TOTAL)
     }
 }
@@ -563,14 +579,14 @@ add_tile(const struct job *j, const int8_t *weights, int64_t stride, int64_t ste
                                                float total[TILE_N][PADDED_M]) { \
         add_tile(j, weights, stride, step, stored, block, m, planes, deep, total); \
     }
-TILE(tile_of_half, 0, 2, 4)
-TILE(tile_of_half_stored, 1, 2, 4)
-TILE(tile_of_half_few, 0, 2, 8)
-TILE(tile_of_half_few_stored, 1, 2, 8)
-TILE(tile_of_float, 0, 3, 4)
-TILE(tile_of_float_stored, 1, 3, 4)
-TILE(tile_of_float_few, 0, 3, 8)
-TILE(tile_of_float_few_stored, 1, 3, 8)
+TILE(tile_of_half, 0, 1, 4)
+TILE(tile_of_half_stored, 1, 1, 4)
+TILE(tile_of_half_few, 0, 1, 8)
+TILE(tile_of_half_few_stored, 1, 1, 8)
+TILE(tile_of_float, 0, 2, 4)
+TILE(tile_of_float_stored, 1, 2, 4)
+TILE(tile_of_float_few, 0, 2, 8)
+TILE(tile_of_float_few_stored, 1, 2, 8)
 #undef TILE
 
 static void multiply_tile(const struct job *j, const panel_t *weights, int64_t stride, int64_t step, int64_t block,
@@ -580,7 +596,7 @@ static void multiply_tile(const struct job *j, const panel_t *weights, int64_t s
         {{tile_of_half, tile_of_half_stored}, {tile_of_half_few, tile_of_half_few_stored}},
         {{tile_of_float, tile_of_float_stored}, {tile_of_float_few, tile_of_float_few_stored}},
     };
-    tiles[j->planes == 3][j->width < PADDED_M][step == 64](j, weights, stride, step, block, m, total);
+    tiles[j->planes - 1][j->width < PADDED_M][step == 64](j, weights, stride, step, block, m, total);
 }
 #else
 /* total[n, m] += weights · digits, for the TILE_N rows of a panel and TILE_M rows of x. */
@@ -652,8 +668,8 @@ static void start_pairs(const struct job *j, int64_t m, int64_t block) {
 
 /* One block of TILE_N weight rows, [k / 32][TILE_N][32]: of int16, with minus the sums of w0·w1; and unsigned bytes. */
 struct pairs_panel {
-    _Alignas(64) int16_t pairs[PAIR_BLOCK * TILE_N];
-    int8_t bytes[PAIR_BLOCK * TILE_N];
+    _Alignas(64) int16_t pairs[TILE_BLOCK * TILE_N];
+    int8_t bytes[TILE_BLOCK * TILE_N];
     int32_t start[16];
 };
 
@@ -794,28 +810,41 @@ static void split_rows(const struct job *j, int64_t m, int64_t block) {
     int16_t digits[3][BLOCK];
 #ifdef TILES
     enum { STRIDE = 2 * BLOCK + 64 }; /* bytes; of no power of 2, lest all rows fall on the same place of the cache */
-    const int panel_max[3] = {PANEL_DIGIT_MAX, PANEL_DIGIT_MAX, PANEL_DIGIT_MAX}, pair_max[] = {PAIR_DIGIT_MAX, 127};
+#ifdef AMX
+    const int most[] = {PANEL_DIGIT_MAX, PANEL_DIGIT_MAX, PANEL_DIGIT_MAX};
+#else
+    const int most[] = {TILE_DIGIT_MAX, 127};
+#endif
     int8_t lines[3][PADDED_M][STRIDE];
     int deep = 64 / j->width; /* bytes that a sum takes at a time */
     if (rows < j->width) memset(lines, 0, sizeof lines);
     for (int64_t i = 0; i < rows; i++) {
-        split_block(j, m + i, block, j->pairs ? pair_max : panel_max, digits[0], BLOCK);
-        for (int plane = 0; plane < j->planes; plane++)
-            write_digits(digits[plane], columns, j->pairs && plane == 0 ? 2 : 1, lines[plane][i]);
+        split_block(j, m + i, block, most, digits[0], BLOCK);
+#ifdef AMX
+        for (int plane = 0; plane < j->planes; plane++) write_digits(digits[plane], columns, 1, lines[plane][i]);
+#else
+        if (j->pairs) memcpy(lines[0][i], digits[0], (size_t)columns * 2);
+        else
+            for (int64_t k = 0; k < columns; k++) {
+                lines[0][i][k] = (int8_t)((digits[0][k] + 128) >> 8);
+                lines[1][i][k] = (int8_t)digits[0][k];
+            }
+        if (j->planes == 2) write_digits(digits[1], columns, 1, lines[2][i]);
+#endif
     }
 #ifdef PAIRS
     if (j->pairs) {
         for (int64_t k = 0; k < 2 * columns; k += 64)
             interleave(lines[0][0] + k, STRIDE, 4, (int8_t *)pairs_of(j, m, block) + k * 16);
         for (int64_t k = 0; k < columns && j->planes == 2; k += 64)
-            interleave(lines[1][0] + k, STRIDE, 4, rest_of(j, m, block) + k * 16);
+            interleave(lines[2][0] + k, STRIDE, 4, rest_of(j, m, block) + k * 16);
         start_pairs(j, m, block);
         return;
     }
 #endif
     int8_t *to = tile_of(j, m, block);
     for (int64_t k = 0; k < columns; k += 64)
-        for (int plane = 0; plane < j->planes; plane++, to += 64 * j->width)
+        for (int plane = 0; plane < byte_planes(j); plane++, to += 64 * j->width)
             interleave(lines[plane][0] + k, STRIDE, deep, to);
 #else
     for (int64_t i = 0; i < rows; i++) {
@@ -826,18 +855,22 @@ static void split_rows(const struct job *j, int64_t m, int64_t block) {
     }
 #endif
 #ifdef BYTE_TILES
-    for (int plane = 0; plane < j->planes; plane++) {
-        const int64_t at = (block * j->planes + plane) * j->padded_M + m, plane_size = 64 * j->width;
-        if (deep == 8) /* two sums a row */
-            for (int i = PADDED_M - 1; i > 0; i--) j->digit_scale[at + i] = j->digit_scale[at + i / 2];
-        for (int i = 0; i < PADDED_M; i += FLOATS) {
-            const panel_t *x = tile_of(j, m, block) + plane * plane_size + 4 * i;
-            sums start = no_sums();
-            for (int64_t k = 0; k < columns; k += 64, x += j->planes * plane_size)
-                for (int64_t from = 0; from < plane_size; from += 64)
-                    start = take_multiple(start, load_digits(x + from), 128);
-            store_sums(j->start + at + i, start);
+    /* Weights have 128 added to them. Of the two bytes of a digit, sums of the second start with all that this adds. */
+    const int64_t size = 64 * j->width, at = block * j->planes * j->padded_M + m;
+    for (int plane = 0; plane < j->planes; plane++)
+        for (int i = PADDED_M - 1; i > 0 && deep == 8; i--) { /* two sums a row */
+            float *scale = j->digit_scale + at + plane * j->padded_M;
+            scale[i] = scale[i / 2];
         }
+    for (int i = 0; i < PADDED_M; i += FLOATS) {
+        sums start[3] = {no_sums(), no_sums(), no_sums()};
+        const int8_t *x = tile_of(j, m, block) + 4 * i;
+        for (int64_t k = 0; k < columns; k += 64)
+            for (int plane = 0; plane < byte_planes(j); plane++, x += size)
+                for (int64_t from = 0; from < size; from += 64)
+                    start[plane] = take_multiple(start[plane], load_digits(x + from), 128);
+        store_sums(j->start + at + i, join_sums(start[0], start[1]));
+        if (j->planes == 2) store_sums(j->start + at + j->padded_M + i, start[2]);
     }
 #endif
 }
@@ -1159,11 +1192,7 @@ static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64
             }
             for (; n < height; n++) {
                 const float *row = sums[n / TILE_N * m_tiles + m0 / PADDED_M][n % TILE_N];
-                if (j->width == PADDED_M)
-                    for (int i = 0; i < PADDED_M; i++) lines[i][n] = row[i] * scale[n] + bias[n];
-                else
-                    for (int i = 0; i < PADDED_M / 2; i++)
-                        lines[i][n] = (row[2 * i] + row[2 * i + 1]) * scale[n] + bias[n];
+                for (int i = 0; i < j->width; i++) lines[i][n] = row[i * PADDED_M / j->width] * scale[n] + bias[n];
             }
             for (int64_t m = m0; m < least(m0 + PADDED_M, j->M); m++)
                 write_floats(lines[m - m0], height, j->x_dtype, j->y, m * j->N + n0);
@@ -1212,13 +1241,17 @@ int chatglm_linear(const void *x, int x_dtype, const int8_t *weight, int bits, c
         };
 #ifdef PAIRS
         j.pairs = j.M > PADDED_M && on_amd();
-        if (j.pairs) j.block = PAIR_BLOCK;
 #endif
 #ifdef BYTE_TILES
+        if (!one) j.block = TILE_BLOCK;
         if (j.M <= PADDED_M / 2) j.width = PADDED_M / 2;
 #endif
         int blocks = (int)((j.padded_K + j.block - 1) / j.block);
-        size_t digit_size = one ? sizeof(digit_t) : j.pairs ? 2 : sizeof(panel_t);
+#ifdef BYTE_TILES
+        size_t digit_size = one ? sizeof(digit_t) : 2;
+#else
+        size_t digit_size = one ? sizeof(digit_t) : sizeof(panel_t);
+#endif
         int64_t chunk = j.pairs ? PAIR_CHUNK : j.M <= 32 ? TILE_N : CHUNK;
         j.planes = digits_of(x_dtype, digit_size);
         j.padded_M = one ? 1 : round_up(j.M, j.pairs ? 2 * PADDED_M : PADDED_M);
