@@ -45,6 +45,8 @@ from .cuda_graphs import StepCache, can_record, draw
 # Early transformers 5 brings along only what this very file imports, so the kernels of the others stand here.
 from .kernel_cache import keep  # noqa: F401
 from .kernels_cpu import library as cpu_library
+from .kernels_cpu_layers import LAYERS  # noqa: F401
+from .kernels_cpu_linear import LINEAR  # noqa: F401
 from .kernels_cpu_source import SOURCE  # noqa: F401
 from .kernels_cuda import available  # noqa: F401
 from .kernels_cuda_source import SOURCES  # noqa: F401

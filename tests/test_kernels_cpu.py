@@ -700,7 +700,8 @@ static void half(int64_t M, int64_t N, int64_t K, int dtype, int weight_dtype, i
 }
 
 static void attend(int64_t B, int64_t H, int64_t S, int64_t T, int64_t D, int dtype, int threads) {
-    void *q = filled(dtype, B * H * S * D, 2), *k = filled(dtype, B * H * T * D, 2), *v = filled(dtype, B * H * T * D, 1);
+    void *q = filled(dtype, B * H * S * D, 2), *k = filled(dtype, B * H * T * D, 2);
+    void *v = filled(dtype, B * H * T * D, 1);
     void *mask = filled(dtype, B * S * T, 2), *y = fresh(B * H * S * D * size_of(dtype));
     double *p = fresh(T * 8);
     if (chatglm_attention(q, H * S * D, S * D, D, k, H * T * D, T * D, D, v, H * T * D, T * D, D, mask, S * T, T, y,
