@@ -38,6 +38,7 @@ half_dots(const uint16_t *w, int dtype, const int rows, const float *x, const in
 /* y = x · weightᵀ with half or bfloat weights, for few rows: x [M, K], y [M, N] of x_dtype. Returns OK or NO_MEMORY. */
 int chatglm_half_linear(const void *x, int x_dtype, const uint16_t *weight, int weight_dtype, void *y,
                         int64_t M, int64_t N, int64_t K, int threads) {
+    threads = of_threads(threads, M * N * K);
     float *rows = aligned_alloc(64, (size_t)round_up(M * K * 4, 64));
     if (!rows) return NO_MEMORY;
     read_floats(x, x_dtype, M * K, rows);
@@ -210,6 +211,7 @@ int chatglm_attention(const void *q, int64_t q_b, int64_t q_h, int64_t q_s, cons
                       int64_t mask_b, int64_t mask_s, void *context, int dtype, float scaling, int64_t B, int64_t H,
                       int64_t S, int64_t T, int64_t D, int threads) {
     int64_t size = size_of(dtype), padded_T = round_up(T, KEYS), rows = S == 1 ? 1 : QUERIES;
+    threads = of_threads(threads, 2 * B * H * S * T * D);
     /* For each thread: scores; for several queries, turned keys. */
     int64_t own_size = rows * padded_T + (S == 1 ? 0 : padded_T * D);
     float *memory = aligned_alloc(64, (size_t)(threads * own_size) * sizeof *memory);
@@ -260,6 +262,7 @@ int chatglm_attention(const void *q, int64_t q_b, int64_t q_h, int64_t q_s, cons
    have the same dtype. D, 256 at most, consists of `parts` parts; in each the first half is turned with the second. */
 void chatglm_rotary(void *x, const void *cosine, const void *sine, int dtype, int64_t rows, int64_t H, int64_t D,
                     int64_t parts, int threads) {
+    threads = of_threads(threads, 8 * rows * H * D);
     #pragma omp parallel num_threads(threads)
     {
         float c[256], s[256], from[256], to[256];
@@ -284,6 +287,7 @@ void chatglm_rotary(void *x, const void *cosine, const void *sine, int dtype, in
 /* x = gelu(x) in its tanh form, in place. */
 void chatglm_gelu(void *x, int dtype, int64_t count, int threads) {
     enum { PART = 1024 };
+    threads = of_threads(threads, 16 * count);
     #pragma omp parallel num_threads(threads)
     {
         int64_t parts = (count + PART - 1) / PART;

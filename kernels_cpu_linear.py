@@ -855,6 +855,7 @@ static void stop_tiles(void) {}
 int chatglm_linear(const void *x, int x_dtype, const int8_t *weight, int bits, const void *scale, int scale_dtype,
                    const void *bias, int bias_dtype, void *y, int64_t M, int64_t N, int64_t K, int threads) {
     int one = M == 1;
+    threads = of_threads(threads, M * N * K);
     for (int64_t m = 0; m < M; m += M_AT_ONCE) { /* the rows that are held as digits at once */
         struct job j = {
             .x = (const char *)x + m * K * size_of(x_dtype), .x_dtype = x_dtype, .weight = weight, .bits = bits,

@@ -372,6 +372,9 @@ static int64_t thread_number(void) { return 0; }
 static int64_t thread_count(void) { return 1; }
 #endif
 
+/* As many threads as there is work for, `threads` at most: to call one takes as long as some 100,000 products. */
+static int of_threads(int threads, int64_t products) { return (int)least(threads, 1 + products / (1 << 18)); }
+
 /* Of `count` things, those that this thread does. */
 static int64_t part_begin(int64_t count) { return count * thread_number() / thread_count(); }
 static int64_t part_end(int64_t count) { return count * (thread_number() + 1) / thread_count(); }

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from linear import SHAPES, reader
+from linear import SHAPES, medians, reader
 from transformers import AutoModel, LogitsProcessor
 
 from chatglm_int8 import ChatGLMConfig, ChatGLMForConditionalGeneration
@@ -92,14 +92,13 @@ def on_cpu(model: ChatGLMForConditionalGeneration, tokens: int, rounds: int) -> 
 
     bf16 = [torch.zeros(shape, dtype=torch.bfloat16).normal_() for shape in SHAPES]
     x = {columns: torch.randn(512, columns).bfloat16() for _, columns in SHAPES}
-    rival, ours = [], []
+    contestants = {
+        "rival": lambda: [torch.nn.functional.linear(x[w.shape[1]], w) for w in bf16],
+        "ours": lambda: model(prompt(512), logits_to_keep=1),
+    }
     with torch.no_grad():
-        for _ in range(max(2, rounds // 2)):
-            rival.append(
-                timed(lambda: [torch.nn.functional.linear(x[w.shape[1]], w) for w in bf16]) * config.num_layers
-            )
-            ours.append(timed(lambda: model(prompt(512), logits_to_keep=1)))
-    ours, rival = min(ours), min(rival)
+        seconds = medians(contestants, max(3, rounds // 2))
+    ours, rival = seconds["ours"], seconds["rival"] * config.num_layers
     result["prefill 512"] = {"tokens/s": 512 / ours, "over torch bf16 linears": rival / ours}
     print(f"prefill of 512: {512 / ours:.1f} tokens/s, {rival / ours:.2f} times as fast as torch's bf16 linears alone")
     result["peak GiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -7,6 +7,9 @@ All contestants take turns in every round, so that a noisy machine is noisy for 
 is judged by the bytes of weights a second over what a plain C loop reads from memory, many rows against torch's bf16
 linears (whose weights are bf16 already: twice the memory), an error by float64. A layer's four linears are multiplied
 one after the other, over enough layers not to stay in the cache.
+
+With `THP_MEM_ALLOC_ENABLE=1` torch's tensors have pages of 2 MiB, as the loop has them that reads memory, and as Linux
+may give them to the weights of a file.
 """
 
 import argparse
