@@ -51,8 +51,10 @@ def levels() -> dict[str, tuple[str, ...]]:
     """Names of instruction levels that this machine can run, and the flags that force them."""
     found = {"native": ()}
     if "avx512_vnni" in CPU:
-        found["AMD"] = (*WITHOUT_AMX, "-DON_AMD=1")
-        found["not AMD"] = (*WITHOUT_AMX, "-DON_AMD=0")
+        if "AuthenticAMD" not in CPU:
+            found["as on AMD"] = (*WITHOUT_AMX, "-DON_AMD=1")
+        if "AuthenticAMD" in CPU or "amx_int8" in CPU:
+            found["as on no AMD"] = (*WITHOUT_AMX, "-DON_AMD=0")
         found["no VNNI"] = (*WITHOUT_AMX, "-mno-avx512vnni")
     if "avx_vnni" in CPU:
         found["AVX2 with VNNI"] = ("-march=x86-64-v3", "-mavxvnni")
@@ -70,8 +72,8 @@ def levels() -> dict[str, tuple[str, ...]]:
 LEVELS = levels()
 EXPECTED = {
     "AMX emulated": "AMX",
-    "AMD": "AVX512 with VNNI",
-    "not AMD": "AVX512 with VNNI",
+    "as on AMD": "AVX512 with VNNI",
+    "as on no AMD": "AVX512 with VNNI",
     "no VNNI": "AVX512",
     "AVX2 with VNNI": "AVX2 with VNNI",
     "AVX2": "AVX2",
