@@ -66,8 +66,19 @@ from .training_loss import TrainingOutput, causal_loss
 
 logger = logging.get_logger(__name__)
 
+# transformers calls a model's cache `cache` since 5.24, in arguments and in outputs, and called it `past_key_values`
+# before. The models here take either name; what is handed to transformers or returned has the one that it knows.
+_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 # The id that gets all the weight when the scores are not finite; "▁" in the release. The public code's choice.
 _FALLBACK_TOKEN_ID = 5
+
+
+def _one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The cache, given under either of its names."""
+    if past_key_values is not None and cache is not None:
+        raise ValueError("past_key_values and cache are two names of the same argument: pass one of them.")
+    return past_key_values if cache is None else cache
 
 
 def _linear(config: ChatGLMConfig, in_features: int, out_features: int) -> nn.Linear:
@@ -214,6 +225,7 @@ class ChatGLMAttention(nn.Module):
         output_attentions: bool = False,
         residual: torch.Tensor | None = None,
         alpha: float = 1.0,
+        cache: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, S, hidden] → [B, S, hidden] and the probabilities [B, H, S, T], None unless asked for.
@@ -221,6 +233,7 @@ class ChatGLMAttention(nn.Module):
         `prefix` [2, B, H, P, D] are keys and values that stand before the sequence, given once, with the prompt.
         alpha · `residual` is added to the output.
         """
+        past_key_values = _one_cache(past_key_values, cache)
         batch, length, _ = hidden_states.shape
         # Per head: D queries, then D keys, then D values.
         qkv = apply_linear(self.query_key_value, hidden_states)
@@ -333,7 +346,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["GLMBlock"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
@@ -506,6 +519,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast | tuple:
         """Run the blocks.
@@ -515,19 +529,21 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             position_ids: int64 [B, 2, S] ([B, S] with 1-D positions); derived from the ids by default.
             attention_mask: [B, T] with 1 = real; or the public form, bool [B, 1, S, T] with True = hidden; or floats
                 [B, 1, S, T] to add to the scores. By default all ids are real, and what they see follows from them.
-            past_key_values: keys and values so far; with P-Tuning v2 they begin with the prefix.
+            past_key_values: keys and values so far; with P-Tuning v2 they begin with the prefix. `cache` is another
+                name of this argument.
             inputs_embeds: float [B, S, hidden] in place of ids. Needs `position_ids` (and with 1-D positions a 4-D
                 mask), since both come from the ids.
 
         Returns:
-            `last_hidden_state` [B, S, hidden], `past_key_values`, `hidden_states` (L + 1 of [B, S, hidden], the last
-            one normalised) and `attentions` (L of [B, H, S, T]).
+            `last_hidden_state` [B, S, hidden], `past_key_values` (which transformers names `cache` since 5.24),
+            `hidden_states` (L + 1 of [B, S, hidden], the last one normalised) and `attentions` (L of [B, H, S, T]).
 
         Raises:
             ValueError: no ids or both forms of them, empty sequences, ids outside the vocabulary, positions that
                 can't be derived.
         """
         config = self.config
+        past_key_values = _one_cache(past_key_values, cache)
         use_cache = config.use_cache if use_cache is None else use_cache
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -580,7 +596,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         block_kwargs = {
             "attention_mask": mask,
             "position_embeddings": rotary_embedding(rows, head_dim, inputs_embeds.dtype),
-            "past_key_values": past_key_values,
+            _CACHE: past_key_values,
             "cache_position": slots,
             "output_attentions": output_attentions,
             **kwargs,
@@ -600,16 +616,16 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=all_hidden_states,
             attentions=all_attentions,
+            **{_CACHE: past_key_values if use_cache else None},
         )
         return output if return_dict or return_dict is None else output.to_tuple()
 
     def run_blocks(self, hidden_states: torch.Tensor, position_embeddings: tuple, cache: StepCache) -> torch.Tensor:
         """The blocks and the final LayerNorm in a step that `cache` records: [B, 1, hidden] → [B, 1, hidden]."""
         for block in self.layers:
-            given = {"position_embeddings": position_embeddings, "past_key_values": cache}
+            given = {"position_embeddings": position_embeddings, _CACHE: cache}
             hidden_states, _ = block(hidden_states, **given)
         return apply_layer_norm(self.final_layernorm, hidden_states)
 
@@ -777,6 +793,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast | tuple:
         """Scores over the vocabulary; arguments and errors as of `ChatGLMModel.forward`, and:
@@ -789,9 +806,10 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             `logits` [B, S, V], `loss` (a scalar, fp32) with labels, and what `ChatGLMModel` returns beside. With labels
             and gradients the logits are computed when they are read (see `TrainingOutput`).
         """
+        past_key_values = _one_cache(past_key_values, cache)
         recorded = isinstance(past_key_values, StepCache) and past_key_values.knows_position()
         if recorded and position_ids is None and input_ids is not None:  # see `prepare_inputs_for_generation`
-            return CausalLMOutputWithPast(logits=past_key_values.step(input_ids), past_key_values=past_key_values)
+            return CausalLMOutputWithPast(logits=past_key_values.step(input_ids), **{_CACHE: past_key_values})
         # What the loss takes is not for the blocks.
         for_loss = {name: kwargs.pop(name) for name in _LOSS_ARGUMENTS if name in kwargs}
         output = self.transformer(
@@ -807,7 +825,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         )
         hidden_states = output.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        fields = {name: output[name] for name in ("past_key_values", "hidden_states", "attentions") if name in output}
+        fields = {name: output[name] for name in (_CACHE, "hidden_states", "attentions") if name in output}
         vocab_size = self.config.vocab_size
         if labels is None:
             output = CausalLMOutputWithPast(logits=self.score(hidden_states[:, kept]), **fields)
@@ -911,7 +929,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         given = (kwargs, vars(generation_config))
         if any(settings.get("prefill_chunk_size") is not None for settings in given):
             raise ValueError("prefill_chunk_size can't be used: the prompt sees itself both ways, so it is one piece.")
-        cache = kwargs.get("past_key_values")
+        cache = _one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        if cache is not None:
+            kwargs[_CACHE] = cache
         if cache is not None and self.config.pre_seq_len is not None and int(cache.get_seq_length()) > 0:
             raise ValueError("With P-Tuning v2, generate starts from the prompt: pass no filled past_key_values.")
         if all(settings.get(name) is None for settings in given for name in ("max_length", "max_new_tokens")):
@@ -938,7 +958,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             if mask is None or torch.equal(mask == 0, mask.cumsum(dim=1) == 0):  # padding on the left, or none
                 if len(padding) == batch_size and repeated > 1:
                     padding = padding.repeat_interleave(repeated)
-                model_kwargs["past_key_values"] = StepCache(self, padding)
+                model_kwargs[_CACHE] = StepCache(self, padding)
                 return None
         # A static cache needs places for the prefix too.
         return super()._prepare_cache_for_generation(
@@ -958,7 +978,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             and not generation_config.output_attentions
             and not generation_config.output_hidden_states
             and not getattr(generation_config, "is_assistant", False)
-            and model_kwargs.get("past_key_values") is None
+            and model_kwargs.get(_CACHE) is None
             and model_kwargs.get("inputs_embeds") is None
             and can_record(self)
         )
@@ -976,7 +996,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     ):
         """Greedy decoding and sampling. With recorded steps the next one is on its way before this one's token is
         looked at, so that the GPU waits for nobody; processors, criteria and streamer see what they always see."""
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(_CACHE)
         if not isinstance(cache, StepCache) or generation_config.return_dict_in_generate or synced_gpus:
             return super()._sample(
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
@@ -1052,10 +1072,12 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         next_sequence_length: int | None = None,
         cache_position: torch.Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> dict:
         """What `forward` gets in a step of `generate`: the ids [B, S] that are not in the cache yet, and their
         positions, derived from all ids so far [B, T]."""
+        past_key_values = _one_cache(past_key_values, cache)
         if next_sequence_length is None and cache_position is not None:
             next_sequence_length = cache_position.shape[0]  # how early transformers 5 says it
         if isinstance(past_key_values, StepCache) and next_sequence_length == 1 and not torch.is_grad_enabled():
@@ -1065,14 +1087,14 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
                     input_ids.shape[0], -1, input_ids.shape[1]
                 )
                 past_key_values.set_positions(positions[..., -1], positions[..., -1] - positions[..., -2])
-            return {"input_ids": input_ids[:, -1:], "past_key_values": past_key_values}
+            return {"input_ids": input_ids[:, -1:], _CACHE: past_key_values}
         new = slice(-next_sequence_length, None) if next_sequence_length is not None else slice(None)
         position_ids = self.get_position_ids(input_ids, attention_mask=attention_mask)
         inputs = {
             "input_ids": input_ids[:, new].contiguous(),
             "position_ids": position_ids[..., new].contiguous(),
             "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
+            _CACHE: past_key_values,
         }
         forwarded = ("use_cache", "output_attentions", "output_hidden_states", "logits_to_keep")
         inputs.update({name: kwargs[name] for name in forwarded if name in kwargs})
@@ -1295,7 +1317,7 @@ def _stream_tokens(
         if model_kwargs.get("attention_mask") is not None:
             mask = model_kwargs["attention_mask"]
             model_kwargs["attention_mask"] = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
-        if model_kwargs.get("past_key_values") is not None:
+        if model_kwargs.get(_CACHE) is not None:
             next_sequence_length = 1
         unfinished = unfinished & ~stopping_criteria(input_ids, None)
         if unfinished.any():

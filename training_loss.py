@@ -94,4 +94,4 @@ class TrainingOutput(CausalLMOutputWithPast):
         return self.logits if key == "logits" else super().__getitem__(key)
 
     def get(self, key, default=None):
-        return self[key] if key in self.keys() else default
+        return self.logits if key == "logits" and key in self else super().get(key, default)

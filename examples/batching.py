@@ -24,7 +24,7 @@ from collections.abc import AsyncIterator, Callable
 import numpy as np
 import torch
 from cli_demo import settled
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import DynamicCache, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from chatglm_int8.modeling_chatglm import FiniteScores
 
@@ -131,7 +131,7 @@ class RowCache:
 
     Keys carry their positions, so it does not matter in which column one stands: rows of all lengths are decoded
     together, a row enters by being copied in and leaves by the last one taking its place, and nothing else moves.
-    `ChatGLMModel.forward` takes it as `past_key_values` for steps of one token, with the mask of `mask`.
+    `ChatGLMModel.forward` takes it as its cache for steps of one token, with the mask of `mask`.
     """
 
     is_compileable = False
@@ -406,7 +406,8 @@ class Scheduler:
         ids = torch.tensor([[pad] * (longest - len(a.prompt)) + a.prompt for a in group], device=device)
         real = torch.tensor([[0] * (longest - len(a.prompt)) + [1] * len(a.prompt) for a in group], device=device)
         positions = self.model.get_position_ids(ids, attention_mask=real)
-        output = self.model(ids, positions, real, use_cache=True, logits_to_keep=1)
+        prefilled = DynamicCache(config=self.model.config)
+        output = self.model(ids, positions, real, prefilled, use_cache=True, logits_to_keep=1)
         last = positions.view(len(group), -1, longest)[..., -1].tolist()
         for answer, position in zip(group, last, strict=True):
             sampling = answer.sampling
@@ -418,7 +419,7 @@ class Scheduler:
         ended = self._choose(group, output.logits[:, -1])
         for index, answer in enumerate(group):
             if not ended[index]:
-                self._cache.append(output.past_key_values, index, len(answer.prompt))
+                self._cache.append(prefilled, index, len(answer.prompt))
                 self._rows.append(answer)
 
     @torch.no_grad()

@@ -5,7 +5,13 @@ import threading
 
 import pytest
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
 
 from chatglm_int8.modeling_chatglm import FiniteScores
 
@@ -126,6 +132,35 @@ def test_going_on_from_a_returned_cache(golden_model):
     first = model.generate(PROMPT, do_sample=False, max_new_tokens=4, return_dict_in_generate=True)
     rest = model.generate(first.sequences, past_key_values=first.past_key_values, do_sample=False, max_new_tokens=6)
     assert torch.equal(rest, whole)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_cache_under_either_name(name, caplog, golden_model, monkeypatch, recwarn):
+    """transformers calls it `cache` since 5.24, `past_key_values` before. Neither is complained of where it goes in."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    logging.Logger.warning_once.cache_clear()
+    model = golden_model("base")
+    whole = model.generate(PROMPT, do_sample=False, max_new_tokens=10)
+    cache = DynamicCache(config=model.config)
+    first = model.generate(PROMPT, do_sample=False, max_new_tokens=4, **{name: cache})
+    assert cache.get_seq_length() == first.shape[1] - 1
+    rest = model.generate(first, do_sample=False, max_new_tokens=6, **{name: cache})
+    assert torch.equal(rest, whole)
+    *_, streamed = model.stream_generate(
+        PROMPT, do_sample=False, max_new_tokens=10, **{name: DynamicCache(config=model.config)}
+    )
+    assert torch.equal(streamed, whole[:, : streamed.shape[1]])
+    cache = DynamicCache(config=model.config)
+    output = model(PROMPT, **{name: cache})
+    with torch.no_grad():
+        model.transformer(whole[:, 5:6], **{name: cache})
+    assert cache.get_seq_length() == PROMPT.shape[1] + 1
+    assert not caplog.messages
+    assert not [str(warning.message) for warning in recwarn if "deprecated" in str(warning.message)]
+    assert output.past_key_values is output["past_key_values"] is output[1] is cache
+    for call in (model, model.transformer, model.generate):
+        with pytest.raises(ValueError, match="two names"):
+            call(PROMPT, past_key_values=cache, cache=cache)
 
 
 def test_outputs_processors_and_criteria(golden_model):
