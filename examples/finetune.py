@@ -452,6 +452,7 @@ def main() -> None:
                     file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
+    trainer.accelerator.end_training()  # several processes part in good order
 
 
 if __name__ == "__main__":
