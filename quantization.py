@@ -242,7 +242,7 @@ class QuantizedLinear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, bits: int) -> "QuantizedLinear":
-        """Quantise a float `nn.Linear` into a new layer of the same device and dtype."""
+        """Quantise a float `nn.Linear` into a new layer of the same device, dtype and mode (training or not)."""
         dtype, device = linear.weight.dtype, linear.weight.device
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, bits, device=torch.device("meta"))
         weight, scale = quantize_weight(linear.weight.detach(), bits)
@@ -250,7 +250,7 @@ class QuantizedLinear(nn.Linear):
         layer.weight_scale = nn.Parameter(scale.to(device, dtype), requires_grad=False)
         if linear.bias is not None:
             layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
-        return layer
+        return layer.train(linear.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[-1] != self.in_features:

@@ -369,6 +369,8 @@ def test_from_linear_keeps_device_dtype_and_bias():
     )
     assert torch.equal(layer.bias, linear.bias)
     assert QuantizedLinear.from_linear(nn.Linear(8, 4, bias=False), 4).bias is None
+    assert QuantizedLinear.from_linear(linear, 8).training  # kernels beside autograd are for modules in eval mode
+    assert not QuantizedLinear.from_linear(linear.eval(), 8).training
     assert "bits=8" in repr(layer)
     assert "in_features=8, out_features=4" in repr(layer)
 
