@@ -811,9 +811,14 @@ static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64
 #else
                     fill_panel(j, n, rows, block, panel);
 #endif
+#ifdef BYTE_TILES
+                    const int fetch = weights == panel; /* of stored weights, add_tile fetches the next */
+#else
+                    const int fetch = 1;
+#endif
                     for (int64_t m = group; m < last; m += TILE_M) {
                         float(*tile)[PADDED_M] = sums[(n - n0) / TILE_N * m_tiles + m / PADDED_M];
-                        for (; weights == panel && fetched * (last - group) < (m + TILE_M - group) * TILE_N; fetched++)
+                        for (; fetch && fetched * (last - group) < (m + TILE_M - group) * TILE_N; fetched++)
                             prefetch_row(j, next_n + fetched, next_block);
                         multiply_tile(j, weights, stride, step, block, m, (float(*)[PADDED_M]) & tile[0][m % PADDED_M]);
                     }
