@@ -308,8 +308,8 @@ struct pairs_panel {
     int32_t start[16];
 };
 
-/* Makes the panel of its bytes, which are not unsigned yet. */
-static void widen_panel(struct pairs_panel *panel, int64_t columns) {
+/* Makes the panel of its bytes, which become unsigned if there are digits of 8 bits to multiply by them. */
+static void widen_panel(const struct job *j, struct pairs_panel *panel, int64_t columns) {
     for (int n = 0; n < TILE_N; n++) {
         sums s = no_sums();
         for (int64_t k = n * 32; k < columns * TILE_N; k += 32 * TILE_N) {
@@ -319,7 +319,8 @@ static void widen_panel(struct pairs_panel *panel, int64_t columns) {
         }
         panel->start[n] = -_mm512_reduce_add_epi32((__m512i)s);
     }
-    for (int64_t k = 0; k < columns * TILE_N; k++) panel->bytes[k] ^= -128;
+    if (j->planes == 2)
+        for (int64_t k = 0; k < columns * TILE_N; k++) panel->bytes[k] ^= -128;
 }
 
 /* total[half][n, m] += weights · digits of 16 bits, for TILE_N weight rows and two times 16 rows of x from m on. */
@@ -514,7 +515,7 @@ static void split_rows(const struct job *j, int64_t m, int64_t block) {
    [k / 64][TILE_N][64], for pairs [k / 32][TILE_N][32]. */
 static void fill_panel(const struct job *j, int64_t n, int64_t rows, int64_t block, panel_t *panel) {
     int64_t first = block * j->block, columns = least(j->block, j->K - first), bytes = j->K * j->bits / 8;
-    int64_t padded = least(j->block, j->padded_K - first);
+    int64_t padded = block_columns(j, block);
     for (int64_t i = 0; i < TILE_N; i++) {
 #ifdef TILES
         panel_t to[BLOCK];
@@ -729,7 +730,7 @@ static void multiply_chunk_by_pairs(const struct job *j, int64_t n0, int64_t hei
         if (next_block * j->block >= j->padded_K) next_block = 0, next_n = n0 + PAIR_CHUNK;
         for (int64_t i = 0; i < tiles; i++) {
             fill_panel(j, n0 + i * TILE_N, least(TILE_N, height - i * TILE_N), block, panels[i].bytes);
-            widen_panel(panels + i, columns);
+            widen_panel(j, panels + i, columns);
         }
         for (int64_t m = 0; m < j->M; m += 2 * PADDED_M) {
             const char *next_x = (const char *)pairs_of(j, m + 2 * PADDED_M, block); /* fetched meanwhile */
@@ -771,12 +772,6 @@ static void turn(const float *const *rows, floats scale, floats bias, float *to,
         store(to + (12 + i) * stride, multiply_add(_mm512_shuffle_f32x4(odd0, odd1, 0xdd), scale, bias));
     }
 }
-enum { CAN_TURN = 1 };
-#else
-static void turn(const float *const *rows, floats scale, floats bias, float *to, int64_t stride) {
-    (void)rows, (void)scale, (void)bias, (void)to, (void)stride;
-}
-enum { CAN_TURN = 0 };
 #endif
 
 /* y[:, begin:end] for several rows. `sums` holds [chunk / TILE_N][padded_M / PADDED_M][TILE_N][PADDED_M] floats,
@@ -826,12 +821,14 @@ static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64
         read_vectors(j, n0, height, scale, bias);
         for (int64_t m0 = 0; m0 < j->M; m0 += PADDED_M) { /* sums are [n, m], y is [m, n] */
             int64_t n = 0;
-            for (; CAN_TURN && j->width == PADDED_M && n + FLOATS <= height; n += FLOATS) {
+#ifdef __AVX512F__
+            for (; j->width == PADDED_M && n + FLOATS <= height; n += FLOATS) {
                 const float *rows[FLOATS];
                 for (int i = 0; i < FLOATS; i++)
                     rows[i] = sums[(n + i) / TILE_N * m_tiles + m0 / PADDED_M][(n + i) % TILE_N];
                 turn(rows, load(scale + n), load(bias + n), lines[0] + n, CHUNK);
             }
+#endif
             for (; n < height; n++) {
                 const float *row = sums[n / TILE_N * m_tiles + m0 / PADDED_M][n % TILE_N];
                 for (int i = 0; i < j->width; i++) lines[i][n] = row[i * PADDED_M / j->width] * scale[n] + bias[n];
@@ -907,12 +904,11 @@ int chatglm_linear(const void *x, int x_dtype, const int8_t *weight, int bits, c
         if (one) {
             memset(digits + digits_size, 0, beyond);
             for (int block = 0; block < blocks; block++) {
-                int64_t columns = least(BLOCK, j.padded_K - block * BLOCK);
                 int16_t split[3][BLOCK];
                 split_block(&j, 0, block, (int[]){DIGIT_MAX, DIGIT_MAX, DIGIT_MAX}, split[0], BLOCK);
                 digit_t *to = j.row_digits + block * BLOCK;
                 for (int plane = 0; plane < j.planes; plane++, to += j.padded_K)
-                    write_digits(split[plane], columns, sizeof(digit_t), to);
+                    write_digits(split[plane], block_columns(&j, block), sizeof(digit_t), to);
             }
             set_start(&j);
         }
