@@ -18,6 +18,7 @@ import importlib
 import importlib.util
 import os
 import re
+import struct
 import sys
 import threading
 import types
@@ -27,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from .kernel_cache import keep
-from .kernels_cuda_source import SOURCES, TILE_SHAPES
+from .kernels_cuda_source import FEW_DEPTH, FEW_WIDTHS, SOURCES, TILE_SHAPES
 
 _REMEDY = (
     "Install what is missing (pip install cpm_kernels; NVRTC comes with PyTorch's CUDA wheels or the CUDA toolkit), or "
@@ -270,36 +271,51 @@ class _LaunchConfig(ctypes.Structure):
 _DEPENDENT = _LaunchAttribute(6, 0, 1)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, allowed
 
 
-def _argument(value):
-    if isinstance(value, torch.Tensor):
-        return ctypes.c_void_p(value.data_ptr())
-    if value is None:
-        return ctypes.c_void_p(None)
-    if isinstance(value, Operation):
-        return value
-    return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int(value)
+_MOST_ARGUMENTS = 16
 
 
-def _launch(like: torch.Tensor, module: str, name: str, grid: tuple, block: int, shared: int, *arguments) -> None:
+class _Arguments(threading.local):
+    """Where a thread puts the arguments of its next launch, which copies them: eight bytes each."""
+
+    def __init__(self):
+        self.memory = ctypes.create_string_buffer(8 * _MOST_ARGUMENTS)
+        self.places = [ctypes.c_uint64.from_buffer(self.memory, 8 * i) for i in range(_MOST_ARGUMENTS)]
+
+
+_arguments = _Arguments()
+
+
+@functools.cache
+def _layout(kinds: str) -> struct.Struct:
+    return struct.Struct("<" + "".join({"P": "Q", "i": "i4x", "f": "f4x"}[kind] for kind in kinds))
+
+
+def _pack(kinds: str, *values) -> list:
+    """Arguments as `_launch` takes them: P, a pointer to a tensor or None; i, an int; f, a float."""
+    numbers = [value.data_ptr() if isinstance(value, torch.Tensor) else value or 0 for value in values]
+    _layout(kinds).pack_into(_arguments.memory, 0, *numbers)
+    return _arguments.places[: len(kinds)]
+
+
+def _launch(like: torch.Tensor, module: str, name: str, grid: tuple, block: int, shared: int, arguments: list) -> None:
     """Launch a kernel on the device of `like`, whose dtype it takes, and on PyTorch's current stream there."""
-    index = like.device.index
-    if torch.cuda.current_device() != index:
+    index = like.get_device()
+    if torch._C._cuda_getDevice() != index:
         with torch.cuda.device(index):
-            return _launch(like, module, name, grid, block, shared, *arguments)
+            return _launch(like, module, name, grid, block, shared, arguments)
     function = _function(name, module, like.dtype == torch.bfloat16, index)
     if shared > _SHARED_LIMIT:
         _allow_shared(function, index)
-    stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(index))
-    values = [_argument(value) for value in arguments]
+    stream = torch._C._cuda_getCurrentRawStream(index)
     if torch.cuda.is_current_stream_capturing() and _properties(index)[0] >= 90:
         # cpm_kernels has no launch with attributes. In a graph the next kernel may begin before this one has ended.
         cuda = load_libraries().cuda
-        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         config = _LaunchConfig((*grid, block, 1, 1, shared), stream, ctypes.pointer(_DEPENDENT), 1)
         launch = cuda.cuda._Lib__lib.cuLaunchKernelEx
         cuda.checkCUStatus(launch(ctypes.byref(config), function._prepare_func(), pointers, None))
     else:
-        function(grid, (block, 1, 1), shared, stream, values)
+        function(grid, (block, 1, 1), shared, stream, arguments)
     return None
 
 
@@ -357,7 +373,7 @@ class Operation(ctypes.Structure):
 def _operate(like: torch.Tensor, module: str, name: str, grid: tuple, shared: int, **fields) -> None:
     """Launch the kernel of an operation, for whose fields tensors may stand."""
     values = {key: v.data_ptr() if isinstance(v, torch.Tensor) else v for key, v in fields.items()}
-    _launch(like, module, name, grid, 256, shared, Operation(**values))
+    _launch(like, module, name, grid, 256, shared, [Operation(**values)])
 
 
 # --- Products ---
@@ -370,14 +386,27 @@ def expand(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor
     threads = -(-k // 8)
     block = min(256, -(-threads // 32) * 32)
     grid = (-(-threads // block), min(-(-n // 4) if k % 8 == 0 else n, 65535), 1)
-    _launch(out, "prompt", f"expand_{bits}", grid, block, 0, weight, scale, out, n, k)
+    _launch(out, "prompt", f"expand_{bits}", grid, block, 0, _pack("PPPii", weight, scale, out, n, k))
     return out
 
 
-def _plan(m: int, n: int, k: int, bits: int, device: int) -> tuple | None:
+@functools.cache
+def _most_clusters(module: str, name: str, bf16: bool, device: int, cluster: int, block: int, shared: int) -> int:
+    """How many clusters of a kernel `device`, the current one, can run at the same time: its multiprocessors are in
+    groups, which clusters may leave unfilled."""
+    cuda = load_libraries().cuda
+    function = _function(name, module, bf16, device)
+    _allow_shared(function, device)
+    count, config = ctypes.c_int(), _LaunchConfig((cluster, 1, 1, block, 1, 1, shared), None, None, 0)
+    ask = cuda.cuda._Lib__lib.cuOccupancyMaxActiveClusters
+    cuda.checkCUStatus(ask(ctypes.byref(count), function._prepare_func(), ctypes.byref(config)))
+    return max(1, count.value)
+
+
+def _plan(m: int, n: int, k: int, bits: int, device: int, bf16: bool = False) -> tuple | None:
     """How M rows are multiplied: (module, kernel, grid, threads, shared bytes, floats of partial sums).
 
-    None: expand the weight.
+    None in the place of the last: the kernel has no need of memory for them. None: expand the weight.
     """
     architecture, processors, shared_of_all, shared_of_one = _properties(device)
     if k * bits % 128 or k % 8 or m > (_MOST_ROWS if architecture >= 75 else 8):
@@ -390,14 +419,22 @@ def _plan(m: int, n: int, k: int, bits: int, device: int) -> tuple | None:
         shared = ring * 8192 + padded * 2
         resident = max(1, min(2, shared_of_all // (shared + 4096)))
         grid = (min(-(-n // 16), processors * resident), 1, 1)
-        return ("rows", f"row_{bits}", grid, 256, shared, 0) if shared + 4096 <= shared_of_one else None
+        return ("rows", f"row_{bits}", grid, 256, shared, None) if shared + 4096 <= shared_of_one else None
+    width = next(width for width in (8, 16, 32, 64) if m <= width or width == 64)
+    if width in FEW_WIDTHS and architecture >= 80 and bits < 16:
+        module, cluster = f"few_{bits}_{width}", 1 if k <= 4096 else 4
+        shared, static = FEW_DEPTH[bits] * bits * 8192, 2688 * width
+        if k <= 4096 * cluster and (cluster == 1 or architecture >= 90) and shared + static <= shared_of_one:
+            name, most = f"few_{cluster}", processors
+            if cluster > 1:
+                most = _most_clusters(module, name, bf16, device, cluster, 512, shared)
+            return module, name, (min(-(-n // 16), most) * cluster, 1, 1), 512, shared, None
     shared = m * (padded + 8) * 2
     if m <= 8 and bits < 16 and shared <= shared_of_all // 2 - 12 * 1024:
         grid = (min(-(-n // (16 * height)), processors * 2), 1, 1)
-        return ("rows", f"rows_{bits}", grid, 256, shared, 0)
+        return "rows", f"rows_{bits}", grid, 256, shared, None
     if bits == 16:
         return None
-    width = next(width for width in (8, 16, 32, 64) if m <= width or width == 64)
     height, stages, resident = TILE_SHAPES[bits, width]
     rows, columns = -(-n // (64 * height)), -(-m // width)
     steps = -(-k * bits // 1024)
@@ -457,7 +494,7 @@ def product(
     if m == 0:
         return x.new_empty(0, n)
     aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0 and weight.is_contiguous()
-    plan = _plan(m, n, k, bits, x.device.index) if aligned else None
+    plan = _plan(m, n, k, bits, x.device.index, x.dtype == torch.bfloat16) if aligned else None
     if plan is None:
         wide = weight if bits == 16 else expand(weight.contiguous(), scale, bits)
         if gelu and bias is not None:
@@ -478,10 +515,10 @@ def product(
         _operate(x, module, name, grid, shared, **given)
         return y
     scratch = ()
-    if module != "rows":
+    if sums is not None:
         scratch = (torch.empty(sums, dtype=torch.float32, device=x.device), _get_tickets(x.device))
-    given = (weight, x, scale, bias, residual, float(alpha), int(gelu), y, *scratch, m, n, k)
-    _launch(x, module, name, grid, block, shared, *given)
+    given = (weight, x, scale, bias, residual, alpha, gelu, y, *scratch, m, n, k)
+    _launch(x, module, name, grid, block, shared, _pack("PPPPPfiP" + "P" * len(scratch) + "iii", *given))
     return y
 
 
@@ -513,8 +550,8 @@ def layer_norm(
         _local.norm = (y, x, weight, bias, epsilon)
         return y
     k = x.shape[-1]
-    given = (x, weight, bias, y, float(epsilon), k)
-    _launch(x, "prompt", "layer_norm", (x.numel() // k, 1, 1), 512, k * 2, *given)
+    arguments = _pack("PPPPfi", x, weight, bias, y, epsilon, k)
+    _launch(x, "prompt", "layer_norm", (x.numel() // k, 1, 1), 512, k * 2, arguments)
     return y
 
 
@@ -582,6 +619,7 @@ def split_rotate(qkv, cosines, sines, keys, values, place: int) -> torch.Tensor:
     queries = torch.empty(batch, heads, length, head_dim, dtype=qkv.dtype, device=qkv.device)
     rows = cosines.shape[-2]
     blocks = -(-qkv.numel() // 3 // 8 // 256)
-    given = (qkv, cosines, sines, queries, keys, values, batch, length, heads, head_dim, rows, keys.shape[2], place)
-    _launch(qkv, "prompt", "split_rotate", (blocks, 1, 1), 256, 0, *given)
+    sizes = (batch, length, heads, head_dim, rows, keys.shape[2], place)
+    arguments = _pack("PPPPPPiiiiiii", qkv, cosines, sines, queries, keys, values, *sizes)
+    _launch(qkv, "prompt", "split_rotate", (blocks, 1, 1), 256, 0, arguments)
     return queries

@@ -69,6 +69,8 @@ template <int LEFT> __device__ __forceinline__ void wait_copies() {
 #endif
 }
 
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
+
 // Four weights of a word, in order, as two pairs. A byte b in the low bits of 0x6400 is the half 1024 + b.
 __device__ __forceinline__ void widen8(u32 w, u32* out) {
 #if BF16
@@ -644,6 +646,153 @@ extern "C" __global__ void __launch_bounds__(128, BLOCKS) NAME(const unsigned ch
 }
 """
 
+# 2 to 16 rows: a block of 16 warps owns 16 weight rows at a time, each warp 1/16 of their 4096 columns, for which it
+# has all of x in registers. DEPTH tiles of weights are on the way to shared memory at any time; as every thread reads
+# what it has copied itself, warps meet but once a tile, to add up their sums. Of longer rows each block of a cluster has
+# 4096 columns; it sends the others the sums that they finish, and finishes its own when the next tile is done.
+# Grid: any multiple of CLUSTER; block: 512; alignment as above.
+_FEW_ROWS = r"""
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+__device__ __forceinline__ void store_to(u32 block, float* p, float v) {   // to p of another block of the cluster
+    u32 address;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"((u32)__cvta_generic_to_shared(p)),
+        "r"(block));
+    asm volatile("st.shared::cluster.f32 [%0], %1;" :: "r"(address), "f"(v) : "memory");
+}
+#else
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() {}
+__device__ __forceinline__ void store_to(u32 block, float* p, float v) { *p = v; }
+#endif
+
+template <int BITS, int MT, int DEPTH, int CLUSTER>
+__device__ __forceinline__ void few_rows(const unsigned char* __restrict__ weight, const u16* x, const Epilogue& e,
+                                         int M, int N, int K) {
+    constexpr int CHUNK = 128 / BITS, SLOTS = BITS / 2, NT = MT / 8, WARPS = 16, THREADS = 512;
+    constexpr int RANGE = SLOTS * WARPS * 64;   // bytes of 4096 columns
+    constexpr int HEIGHT = 16, SHARE = HEIGHT / CLUSTER, PITCH = HEIGHT + 4;
+    extern __shared__ uint4 shared[];
+    __shared__ float parts[2][WARPS][MT * PITCH], received[2][CLUSTER][SHARE * MT];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+    const int rank = blockIdx.x % CLUSTER, first = blockIdx.x / CLUSTER, groups = gridDim.x / CLUSTER;
+    const int tiles = (N + HEIGHT - 1) / HEIGHT;
+    const int row_bytes = K * BITS / 8, my_byte = rank * RANGE + warp * 64 + t * 16;
+    uint4* ring = shared + threadIdx.x;         // this thread's bytes; every 512th is its own
+
+    auto fetch = [&](int tile, int slot, int depth) {
+        const int byte = my_byte + slot * WARPS * 64, n = tile * HEIGHT + g;
+        const unsigned char* from = weight + (size_t)n * row_bytes + byte;
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const bool inside = byte < row_bytes && n + h * 8 < N;
+            copy_async(ring + ((depth * SLOTS + slot) * 2 + h) * THREADS,
+                       inside ? from + h * 8 * (size_t)row_bytes : weight, inside);
+        }
+        commit();
+    };
+    // Of a tile, thread m * SHARE + i finishes row i of the block's share, for row m of x.
+    const int my_m = threadIdx.x / SHARE, my_n = rank * SHARE + threadIdx.x % SHARE;
+    const bool finishes = threadIdx.x < SHARE * MT;
+    Finish end;
+    auto finish_tile = [&](int tile, int buffer) {
+        const int n = tile * HEIGHT + my_n;
+        if (!finishes || my_m >= M || n >= N) return;
+        float sum = 0;
+#pragma unroll
+        for (int r = 0; r < CLUSTER; r++) sum += received[buffer][r][threadIdx.x];
+        finish(e, end, sum, my_m, n, N);
+    };
+
+    start_next();
+    if (CLUSTER > 1) cluster_arrive();   // this block is there
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++)
+#pragma unroll
+        for (int r = 0; r < SLOTS; r++) fetch(first + d * groups, r, d);
+    wait();
+    uint4 my_x[SLOTS][NT][CHUNK / 8];
+#pragma unroll
+    for (int r = 0; r < SLOTS; r++)
+#pragma unroll
+        for (int c = 0; c < NT; c++)
+#pragma unroll
+            for (int j = 0; j < CHUNK / 8; j++) {
+                const int m = c * 8 + g, k = (my_byte + r * WARPS * 64) * 8 / BITS + j * 8;
+                my_x[r][c][j] = m < M && k < K ? __ldcg((const uint4*)(x + (size_t)m * K + k)) : make_uint4(0, 0, 0, 0);
+            }
+
+    int buffer = 0, depth = 0;
+    for (int tile = first; tile < tiles; tile += groups, buffer ^= 1) {
+        float sums[NT][4];
+#pragma unroll
+        for (int c = 0; c < NT; c++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) sums[c][i] = 0;
+        if (CLUSTER == 1 && finishes) end = prepare(e, my_m, tile * HEIGHT + my_n, M, N);
+#pragma unroll
+        for (int r = 0; r < SLOTS; r++) {
+            wait_copies<DEPTH * SLOTS - 1>();
+            const uint4* here = ring + (depth * SLOTS + r) * 2 * THREADS;
+            const uint4 upper = here[0], lower = here[THREADS];
+            const u32 w[4] = {upper.x, upper.y, upper.z, upper.w}, v[4] = {lower.x, lower.y, lower.z, lower.w};
+#pragma unroll
+            for (int j = 0; j < CHUNK / 8; j++) {   // 8 weights of either row
+                u32 p[4], q[4];
+                if (BITS == 8) {
+                    widen8(w[2 * j], p); widen8(w[2 * j + 1], p + 2);
+                    widen8(v[2 * j], q); widen8(v[2 * j + 1], q + 2);
+                } else {
+                    widen4(w[j], p); widen4(v[j], q);
+                }
+#pragma unroll
+                for (int c = 0; c < NT; c++) {
+                    const uint4 b = my_x[r][c][j];
+                    multiply(sums[c], p[0], q[0], p[1], q[1], b.x, b.y);
+                    multiply(sums[c], p[2], q[2], p[3], q[3], b.z, b.w);
+                }
+            }
+            fetch(tile + DEPTH * groups, r, depth);
+        }
+        if (DEPTH > 1) depth = depth == DEPTH - 1 ? 0 : depth + 1;
+#pragma unroll
+        for (int c = 0; c < NT; c++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                parts[buffer][warp][(c * 8 + 2 * t + i % 2) * PITCH + i / 2 * 8 + g] = sums[c][i];
+        __syncthreads();
+        float sum = 0;
+        const int m = threadIdx.x / HEIGHT, i = threadIdx.x % HEIGHT;
+        if (threadIdx.x < HEIGHT * MT)
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) sum += parts[buffer][w][m * PITCH + i];
+        if (CLUSTER == 1) {
+            if (finishes && my_m < M && tile * HEIGHT + my_n < N) finish(e, end, sum, my_m, tile * HEIGHT + my_n, N);
+        } else {
+            cluster_wait();   // all blocks are there, or have sent what they had of the last tile
+            if (tile > first) finish_tile(tile - groups, buffer ^ 1);
+            if (finishes) end = prepare(e, my_m, tile * HEIGHT + my_n, M, N);
+            if (threadIdx.x < HEIGHT * MT)
+                store_to(i / SHARE, &received[buffer][rank][m * SHARE + i % SHARE], sum);
+            cluster_arrive();
+        }
+    }
+    wait_copies<0>();
+    if (CLUSTER > 1) {
+        cluster_wait();
+        if (first < tiles) finish_tile(first + (tiles - 1 - first) / groups * groups, buffer ^ 1);
+    }
+}
+#define FEW_ROWS(NAME, ATTRIBUTE, BITS, MT, DEPTH, CLUSTER) \
+extern "C" __global__ void ATTRIBUTE __launch_bounds__(512, 1) NAME(const unsigned char* weight, const u16* x, \
+        const u16* scale, const u16* bias, const u16* residual, float alpha, int use_gelu, u16* y, \
+        int M, int N, int K) { \
+    const Epilogue e = {scale, bias, residual, alpha, use_gelu, y}; \
+    few_rows<BITS, MT, DEPTH, CLUSTER>(weight, x, e, M, N, K); \
+}
+"""
+
 # What remains of a product when the weight is expanded for cuBLAS.
 _EXPAND = r"""
 // The float weight q · scale [N, K]: a thread widens 8 weights of 4 rows; grid.x over the row, grid.y over rows.
@@ -730,13 +879,14 @@ struct Cut {
     int n, per, used;
     __device__ __forceinline__ Cut(const Operation& op) {
         n = *op.slot + 1;
-        per = (n + 64 * op.most - 1) / (64 * op.most) * 64;
+        per = max(64, (n + 16 * op.most - 1) / (16 * op.most) * 16);
         used = (n + per - 1) / per;
     }
 };
 // Keys and values that a thread has loaded; D / 8 threads share a key.
 template <int D> struct Keys {
-    static constexpr int LANES = D / 8, GROUPS = 256 / LANES, AHEAD = 128 / GROUPS;
+    static constexpr int LANES = D / 8, GROUPS = 256 / LANES, AHEAD = GROUPS < 64 ? 64 / GROUPS : 1;
+    static constexpr int COUNT = GROUPS * AHEAD;   // keys of all threads
     uint4 k[AHEAD], v[AHEAD];
     __device__ __forceinline__ void fetch(const Operation& op, const Cut& cut, int head, int base, int end) {
         const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
@@ -760,11 +910,12 @@ template <int D> struct AttendShared {
 
 // One part of the keys for the query of one head of B * H: rotates query and key, stores key and value at `slot`, and
 // attends to the keys up to there but those of the padding (prefix <= j < prefix + padding[b]). The last block of a
-// head adds up its parts. The first keys of the part, older ones, are loaded already.
+// head adds up its parts. The first keys of the part, older ones, are loaded already; the next are, always, while some
+// are worked on.
 template <int D>
-__device__ __forceinline__ void attend(const Operation& op, const Cut& cut, int head, int part_index, Keys<D>& keys,
-                                       AttendShared<D>& s) {
-    constexpr int LANES = Keys<D>::LANES, GROUPS = Keys<D>::GROUPS, AHEAD = Keys<D>::AHEAD;
+__device__ __forceinline__ void attend(const Operation& op, const Cut& cut, int head, int part_index,
+                                       Keys<D>& first_keys, Keys<D>& second_keys, AttendShared<D>& s) {
+    constexpr int LANES = Keys<D>::LANES, GROUPS = Keys<D>::GROUPS, AHEAD = Keys<D>::AHEAD, COUNT = Keys<D>::COUNT;
     const int b = head / op.H, lane = threadIdx.x % LANES, group = threadIdx.x / LANES, n = cut.n;
     const int begin = part_index * cut.per, end = min(begin + cut.per, n), hidden_to = op.prefix + op.padding[b];
     const u16* mine = (const u16*)op.input + (size_t)head * 3 * D;
@@ -786,8 +937,7 @@ __device__ __forceinline__ void attend(const Operation& op, const Cut& cut, int 
     float my_q[8], acc[8], largest = -1e30f, sum = 0;
 #pragma unroll
     for (int i = 0; i < 8; i++) { my_q[i] = s.q[lane * 8 + i]; acc[i] = 0; }
-    for (int base = begin; base < end; base += GROUPS * AHEAD) {
-        if (base > begin) keys.fetch(op, cut, head, base, end);
+    auto take = [&](Keys<D>& keys, int base) {
         float score[AHEAD], top = largest;
 #pragma unroll
         for (int a = 0; a < AHEAD; a++) {
@@ -814,6 +964,13 @@ __device__ __forceinline__ void attend(const Operation& op, const Cut& cut, int 
             acc[0] += p * low(v.x); acc[1] += p * high(v.x); acc[2] += p * low(v.y); acc[3] += p * high(v.y);
             acc[4] += p * low(v.z); acc[5] += p * high(v.z); acc[6] += p * low(v.w); acc[7] += p * high(v.w);
         }
+    };
+    for (int base = begin; base < end; base += 2 * COUNT) {
+        take(first_keys, base);
+        first_keys.fetch(op, cut, head, base + 2 * COUNT, end);
+        if (base + COUNT >= end) break;
+        take(second_keys, base + COUNT);
+        second_keys.fetch(op, cut, head, base + 3 * COUNT, end);
     }
     if (lane == 0) { s.sums[group] = sum; s.maxima[group] = largest; }
 #pragma unroll
@@ -883,11 +1040,12 @@ extern "C" __global__ void __launch_bounds__(256) attend_step(const __grid_const
     start_next();
     const Cut cut(op);
     if (blockIdx.x >= cut.used) return;
-    Keys<HEAD_DIM> keys;
-    const int begin = blockIdx.x * cut.per;
-    keys.fetch(op, cut, blockIdx.y, begin, min(begin + cut.per, cut.n));
+    Keys<HEAD_DIM> first, second;
+    const int begin = blockIdx.x * cut.per, end = min(begin + cut.per, cut.n);
+    first.fetch(op, cut, blockIdx.y, begin, end);
+    second.fetch(op, cut, blockIdx.y, begin + first.COUNT, end);
     wait();
-    attend<HEAD_DIM>(op, cut, blockIdx.y, blockIdx.x, keys, shared);
+    attend<HEAD_DIM>(op, cut, blockIdx.y, blockIdx.x, first, second, shared);
 }
 
 """
@@ -901,6 +1059,7 @@ extern "C" __global__ void __launch_bounds__(512) layer_norm(const u16* x, const
     op.epsilon = epsilon;
     op.K = K;
     start_next();
+    for (int i = threadIdx.x; i < K / 8; i += blockDim.x) { prefetch(weight + i * 8); prefetch(bias + i * 8); }
     wait();
     for (int i = threadIdx.x; i < K / 8; i += blockDim.x) row[i] = ((const uint4*)x)[(size_t)blockIdx.x * (K / 8) + i];
     normalise(row, (const uint4*)weight, (const uint4*)bias, op, sums);
@@ -946,6 +1105,8 @@ TILE_SHAPES = {
     (4, 32): (2, 2, 3),
     (4, 64): (2, 2, 2),
 }
+FEW_WIDTHS = (8, 16)  # of the kernels few_BITS_MT
+FEW_DEPTH = {8: 1, 4: 2}
 HEAD_DIMS = (16, 32, 64, 128)
 SOURCES = {
     "rows": _COMMON + _ONE_ROW + _ROW_KERNELS + _ROWS,
@@ -957,3 +1118,12 @@ for _head_dim in HEAD_DIMS:
 for (_bits, _width), (_height, _stages, _blocks) in TILE_SHAPES.items():  # modules of their own: few are ever needed
     _name = f"tiles_{_bits}_{_width}"
     SOURCES[_name] = _COMMON + _TILES + f"TILES({_name}, {_bits}, {_width}, {_height}, {_stages}, {_blocks})\n"
+for _bits, _depth in FEW_DEPTH.items():
+    for _width in FEW_WIDTHS:
+        _given = f"{_bits}, {_width}, {_depth}"
+        SOURCES[f"few_{_bits}_{_width}"] = f"""{_COMMON}{_FEW_ROWS}
+FEW_ROWS(few_1, , {_given}, 1)
+#if __CUDA_ARCH__ >= 900
+FEW_ROWS(few_4, __cluster_dims__(4, 1, 1), {_given}, 4)
+#endif
+"""
