@@ -15,7 +15,16 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from .kernels_cuda import attend, available, begin_step, end_step, new_tickets, own_tickets, split_rotate
+from .kernels_cuda import (
+    attend,
+    available,
+    begin_step,
+    end_step,
+    new_tickets,
+    own_tickets,
+    parts_of_keys,
+    split_rotate,
+)
 from .kernels_cuda_source import HEAD_DIMS
 
 _GROWTH = 512  # places that are added to a cache at a time
@@ -200,7 +209,7 @@ class StepCache(Cache):
         keys, values = self.layers[layer_idx].buffers
         heads = keys.shape[0] * keys.shape[1]
         graph = self._graph
-        given = (graph.slot, graph.padding, self._prefix, self._rows, max(1, min(8, 1024 // heads)))
+        given = (graph.slot, graph.padding, self._prefix, self._rows, parts_of_keys(heads, keys.get_device()))
         return attend(qkv[:, 0].contiguous(), cosines, sines, keys, values, *given)[:, None]
 
     @torch.no_grad()

@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from .kernel_cache import keep
-from .kernels_cuda_source import FEW_DEPTH, FEW_WIDTHS, SOURCES, TILE_SHAPES
+from .kernels_cuda_source import FEW_ROWS, SOURCES, TILE_SHAPES
 
 _REMEDY = (
     "Install what is missing (pip install cpm_kernels; NVRTC comes with PyTorch's CUDA wheels or the CUDA toolkit), or "
@@ -218,11 +218,11 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
     Where they should run and can't, a warning says why and what to do, once. CHATGLM_CUDA_KERNEL=0 in the environment
     turns them off.
     """
-    if device.type != "cuda" or torch.version.hip or dtype not in (torch.float16, torch.bfloat16):
-        return False
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    known = _availability.get((index, dtype))
+    known = _availability.get((device.index, dtype)) if device.type == "cuda" else False
     if known is None:
+        if torch.version.hip or dtype not in (torch.float16, torch.bfloat16):
+            return False
+        index = device.index if device.index is not None else torch.cuda.current_device()
         with _lock:
             known = _availability.get((index, dtype))
             if known is None:
@@ -392,17 +392,19 @@ def expand(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor
 
 @functools.cache
 def _most_clusters(module: str, name: str, bf16: bool, device: int, cluster: int, block: int, shared: int) -> int:
-    """How many clusters of a kernel `device`, the current one, can run at the same time: its multiprocessors are in
-    groups, which clusters may leave unfilled."""
+    """How many clusters of a kernel can run at the same time: multiprocessors are in groups, which clusters may leave
+    unfilled."""
     cuda = load_libraries().cuda
-    function = _function(name, module, bf16, device)
-    _allow_shared(function, device)
     count, config = ctypes.c_int(), _LaunchConfig((cluster, 1, 1, block, 1, 1, shared), None, None, 0)
-    ask = cuda.cuda._Lib__lib.cuOccupancyMaxActiveClusters
-    cuda.checkCUStatus(ask(ctypes.byref(count), function._prepare_func(), ctypes.byref(config)))
+    with torch.cuda.device(device):
+        function = _function(name, module, bf16, device)
+        _allow_shared(function, device)
+        ask = cuda.cuda._Lib__lib.cuOccupancyMaxActiveClusters
+        cuda.checkCUStatus(ask(ctypes.byref(count), function._prepare_func(), ctypes.byref(config)))
     return max(1, count.value)
 
 
+@functools.lru_cache(maxsize=4096)
 def _plan(m: int, n: int, k: int, bits: int, device: int, bf16: bool = False) -> tuple | None:
     """How M rows are multiplied: (module, kernel, grid, threads, shared bytes, floats of partial sums).
 
@@ -421,14 +423,13 @@ def _plan(m: int, n: int, k: int, bits: int, device: int, bf16: bool = False) ->
         grid = (min(-(-n // 16), processors * resident), 1, 1)
         return ("rows", f"row_{bits}", grid, 256, shared, None) if shared + 4096 <= shared_of_one else None
     width = next(width for width in (8, 16, 32, 64) if m <= width or width == 64)
-    if width in FEW_WIDTHS and architecture >= 80 and bits < 16:
-        module, cluster = f"few_{bits}_{width}", 1 if k <= 4096 else 4
-        shared, static = FEW_DEPTH[bits] * bits * 8192, 2688 * width
-        if k <= 4096 * cluster and (cluster == 1 or architecture >= 90) and shared + static <= shared_of_one:
-            name, most = f"few_{cluster}", processors
-            if cluster > 1:
-                most = _most_clusters(module, name, bf16, device, cluster, 512, shared)
-            return module, name, (min(-(-n // 16), most) * cluster, 1, 1), 512, shared, None
+    cluster = next((cluster for columns, cluster in FEW_ROWS.get(width, {}).items() if k <= columns), None)
+    shared = 65536 + width * 2688
+    if cluster and bits < 16 and architecture >= (90 if cluster > 1 else 80) and shared <= shared_of_one:
+        module, most = f"few_{bits}_{width}_{cluster}", processors
+        if cluster > 1:
+            most = _most_clusters(module, "few_rows", bf16, device, cluster, 512, shared)
+        return module, "few_rows", (min(-(-n // 16), most) * cluster, 1, 1), 512, shared, None
     shared = m * (padded + 8) * 2
     if m <= 8 and bits < 16 and shared <= shared_of_all // 2 - 12 * 1024:
         grid = (min(-(-n // (16 * height)), processors * 2), 1, 1)
@@ -455,11 +456,11 @@ def _plan(m: int, n: int, k: int, bits: int, device: int, bf16: bool = False) ->
 
 def takes_row(weight: torch.Tensor, k: int, bits: int) -> bool:
     """Whether a kernel multiplies one row of K numbers, and can normalise it first; else the weight is expanded."""
-    plan = _plan(1, weight.shape[0], k, bits, weight.device.index)
+    plan = _plan(1, weight.shape[0], k, bits, weight.get_device())
     if plan is None or weight.data_ptr() % 16 or not weight.is_contiguous():
         return False
     *_, shared, _ = plan
-    *_, most = _properties(weight.device.index)
+    *_, most = _properties(weight.get_device())
     return shared + _norm_bytes(k) + 4096 <= most
 
 
@@ -494,7 +495,7 @@ def product(
     if m == 0:
         return x.new_empty(0, n)
     aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0 and weight.is_contiguous()
-    plan = _plan(m, n, k, bits, x.device.index, x.dtype == torch.bfloat16) if aligned else None
+    plan = _plan(m, n, k, bits, x.get_device(), x.dtype == torch.bfloat16) if aligned else None
     if plan is None:
         wide = weight if bits == 16 else expand(weight.contiguous(), scale, bits)
         if gelu and bias is not None:
@@ -578,6 +579,16 @@ def end_step(like: torch.Tensor, positions, advance, slot, head_dim: int) -> Non
 MOST_PARTS = 32
 
 
+@functools.cache
+def parts_of_keys(heads: int, device: int) -> int:
+    """Into how many parts `attend` had best cut the keys of each of B · H heads.
+
+    Two blocks at a time fit a multiprocessor, and each takes as long to begin and to end as for 75 keys.
+    """
+    _, processors, *_ = _properties(device)
+    return min(range(1, 9), key=lambda parts: -(-heads * parts // (2 * processors)) * (512 / parts + 75))
+
+
 def attend(qkv, cosines, sines, keys, values, slot, padding, prefix: int, rows: int, most: int) -> torch.Tensor:
     """Attention of one token for each of B sequences; stores its key and value at place `slot` of the caches.
 
@@ -612,14 +623,14 @@ def split_rotate(qkv, cosines, sines, keys, values, place: int) -> torch.Tensor:
         keys, values: caches [B, H, T, D], filled from `place` on.
 
     Returns:
-        the rotated queries [B, H, S, D].
+        the rotated queries [B, H, S, D], a view of [B, S, H, D]: PyTorch's attention gives its result the same layout.
     """
     batch, length, heads, triple = qkv.shape
     head_dim = triple // 3
-    queries = torch.empty(batch, heads, length, head_dim, dtype=qkv.dtype, device=qkv.device)
+    queries = qkv.new_empty(batch, length, heads, head_dim)
     rows = cosines.shape[-2]
     blocks = -(-qkv.numel() // 3 // 8 // 256)
     sizes = (batch, length, heads, head_dim, rows, keys.shape[2], place)
     arguments = _pack("PPPPPPiiiiiii", qkv, cosines, sines, queries, keys, values, *sizes)
     _launch(qkv, "prompt", "split_rotate", (blocks, 1, 1), 256, 0, arguments)
-    return queries
+    return queries.transpose(1, 2)

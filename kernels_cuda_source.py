@@ -646,11 +646,11 @@ extern "C" __global__ void __launch_bounds__(128, BLOCKS) NAME(const unsigned ch
 }
 """
 
-# 2 to 16 rows: a block of 16 warps owns 16 weight rows at a time, each warp 1/16 of their 4096 columns, for which it
-# has all of x in registers. DEPTH tiles of weights are on the way to shared memory at any time; as every thread reads
-# what it has copied itself, warps meet but once a tile, to add up their sums. Of longer rows each block of a cluster has
-# 4096 columns; it sends the others the sums that they finish, and finishes its own when the next tile is done.
-# Grid: any multiple of CLUSTER; block: 512; alignment as above.
+# 2 to 32 rows: a block of 16 warps owns 16 weight rows at a time, each warp 1/16 of their first 4096 columns (2048 for
+# more than 16 rows), for which it has all of x in registers. Up to 64 KB of weights are on the way to shared memory at
+# any time; as every thread reads what it has copied itself, warps meet but once a tile, to add up their sums. Of longer
+# rows each block of a cluster has as much; it sends the others the sums that they finish, and finishes its own when the
+# next tile is done. Grid: any multiple of CLUSTER; block: 512; alignment as above.
 _FEW_ROWS = r"""
 #if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
@@ -667,14 +667,16 @@ __device__ __forceinline__ void cluster_wait() {}
 __device__ __forceinline__ void store_to(u32 block, float* p, float v) { *p = v; }
 #endif
 
-template <int BITS, int MT, int DEPTH, int CLUSTER>
+template <int BITS, int MT, int CLUSTER>
 __device__ __forceinline__ void few_rows(const unsigned char* __restrict__ weight, const u16* x, const Epilogue& e,
                                          int M, int N, int K) {
-    constexpr int CHUNK = 128 / BITS, SLOTS = BITS / 2, NT = MT / 8, WARPS = 16, THREADS = 512;
-    constexpr int RANGE = SLOTS * WARPS * 64;   // bytes of 4096 columns
+    constexpr int CHUNK = 128 / BITS, NT = MT / 8, WARPS = 16, THREADS = 512;
+    constexpr int SLOTS = (MT > 16 ? BITS / 4 : BITS / 2), DEPTH = 4 / SLOTS;   // of 64 bytes; tiles under way
+    constexpr int RANGE = SLOTS * WARPS * 64;   // bytes of a row that a block takes
     constexpr int HEIGHT = 16, SHARE = HEIGHT / CLUSTER, PITCH = HEIGHT + 4;
     extern __shared__ uint4 shared[];
-    __shared__ float parts[2][WARPS][MT * PITCH], received[2][CLUSTER][SHARE * MT];
+    float* const all_parts = (float*)(shared + 4 * 2 * THREADS);      // [2][WARPS][MT * PITCH]
+    float* const received = all_parts + 2 * WARPS * MT * PITCH;       // [2][CLUSTER][SHARE * MT]
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
     const int rank = blockIdx.x % CLUSTER, first = blockIdx.x / CLUSTER, groups = gridDim.x / CLUSTER;
     const int tiles = (N + HEIGHT - 1) / HEIGHT;
@@ -701,7 +703,7 @@ __device__ __forceinline__ void few_rows(const unsigned char* __restrict__ weigh
         if (!finishes || my_m >= M || n >= N) return;
         float sum = 0;
 #pragma unroll
-        for (int r = 0; r < CLUSTER; r++) sum += received[buffer][r][threadIdx.x];
+        for (int r = 0; r < CLUSTER; r++) sum += received[(buffer * CLUSTER + r) * SHARE * MT + threadIdx.x];
         finish(e, end, sum, my_m, n, N);
     };
 
@@ -756,17 +758,18 @@ __device__ __forceinline__ void few_rows(const unsigned char* __restrict__ weigh
             fetch(tile + DEPTH * groups, r, depth);
         }
         if (DEPTH > 1) depth = depth == DEPTH - 1 ? 0 : depth + 1;
+        float* parts = all_parts + buffer * WARPS * MT * PITCH;
 #pragma unroll
         for (int c = 0; c < NT; c++)
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                parts[buffer][warp][(c * 8 + 2 * t + i % 2) * PITCH + i / 2 * 8 + g] = sums[c][i];
+                parts[(warp * MT + c * 8 + 2 * t + i % 2) * PITCH + i / 2 * 8 + g] = sums[c][i];
         __syncthreads();
         float sum = 0;
         const int m = threadIdx.x / HEIGHT, i = threadIdx.x % HEIGHT;
         if (threadIdx.x < HEIGHT * MT)
 #pragma unroll
-            for (int w = 0; w < WARPS; w++) sum += parts[buffer][w][m * PITCH + i];
+            for (int w = 0; w < WARPS; w++) sum += parts[(w * MT + m) * PITCH + i];
         if (CLUSTER == 1) {
             if (finishes && my_m < M && tile * HEIGHT + my_n < N) finish(e, end, sum, my_m, tile * HEIGHT + my_n, N);
         } else {
@@ -774,7 +777,7 @@ __device__ __forceinline__ void few_rows(const unsigned char* __restrict__ weigh
             if (tile > first) finish_tile(tile - groups, buffer ^ 1);
             if (finishes) end = prepare(e, my_m, tile * HEIGHT + my_n, M, N);
             if (threadIdx.x < HEIGHT * MT)
-                store_to(i / SHARE, &received[buffer][rank][m * SHARE + i % SHARE], sum);
+                store_to(i / SHARE, received + ((buffer * CLUSTER + rank) * MT + m) * SHARE + i % SHARE, sum);
             cluster_arrive();
         }
     }
@@ -784,12 +787,12 @@ __device__ __forceinline__ void few_rows(const unsigned char* __restrict__ weigh
         if (first < tiles) finish_tile(first + (tiles - 1 - first) / groups * groups, buffer ^ 1);
     }
 }
-#define FEW_ROWS(NAME, ATTRIBUTE, BITS, MT, DEPTH, CLUSTER) \
-extern "C" __global__ void ATTRIBUTE __launch_bounds__(512, 1) NAME(const unsigned char* weight, const u16* x, \
+#define FEW_ROWS(ATTRIBUTE, BITS, MT, CLUSTER) \
+extern "C" __global__ void ATTRIBUTE __launch_bounds__(512, 1) few_rows(const unsigned char* weight, const u16* x, \
         const u16* scale, const u16* bias, const u16* residual, float alpha, int use_gelu, u16* y, \
         int M, int N, int K) { \
     const Epilogue e = {scale, bias, residual, alpha, use_gelu, y}; \
-    few_rows<BITS, MT, DEPTH, CLUSTER>(weight, x, e, M, N, K); \
+    few_rows<BITS, MT, CLUSTER>(weight, x, e, M, N, K); \
 }
 """
 
@@ -1067,7 +1070,7 @@ extern "C" __global__ void __launch_bounds__(512) layer_norm(const u16* x, const
 }
 
 // A prompt's queries, keys and values out of qkv [B, S, H, 3·D], rotated by cosines and sines [B, S, D]:
-// queries [B, H, S, D] and, into the places from `place` on, caches [B, H, T, D]. A thread for 8 numbers; D % 16 == 0.
+// queries [B, S, H, D] and, into the places from `place` on, caches [B, H, T, D]. A thread for 8 numbers; D % 16 == 0.
 extern "C" __global__ void split_rotate(const u16* __restrict__ qkv, const u16* __restrict__ cosines,
         const u16* __restrict__ sines, u16* queries, u16* keys, u16* values, int B, int S, int H, int D, int R, int T,
         int place) {
@@ -1088,7 +1091,7 @@ extern "C" __global__ void split_rotate(const u16* __restrict__ qkv, const u16* 
         key[j] = to_u16(to_float(mine[D + k + j]) * c + to_float(mine[D + other]) * n);
     }
     const size_t head = (size_t)b * H + h, to = (head * T + place + s) * D + k;
-    *(uint4*)(queries + (head * S + s) * D + k) = *(uint4*)q;
+    *(uint4*)(queries + (token * H + h) * D + k) = *(uint4*)q;
     *(uint4*)(keys + to) = *(uint4*)key;
     *(uint4*)(values + to) = *(const uint4*)(mine + 2 * D + k);
 }
@@ -1105,8 +1108,8 @@ TILE_SHAPES = {
     (4, 32): (2, 2, 3),
     (4, 64): (2, 2, 2),
 }
-FEW_WIDTHS = (8, 16)  # of the kernels few_BITS_MT
-FEW_DEPTH = {8: 1, 4: 2}
+# Of the modules few_BITS_MT_CLUSTER: MT, and CLUSTER for the columns of x that a cluster then takes.
+FEW_ROWS = {8: {4096: 1, 16384: 4}, 16: {4096: 1, 16384: 4}, 32: {4096: 2, 16384: 8}}
 HEAD_DIMS = (16, 32, 64, 128)
 SOURCES = {
     "rows": _COMMON + _ONE_ROW + _ROW_KERNELS + _ROWS,
@@ -1118,12 +1121,9 @@ for _head_dim in HEAD_DIMS:
 for (_bits, _width), (_height, _stages, _blocks) in TILE_SHAPES.items():  # modules of their own: few are ever needed
     _name = f"tiles_{_bits}_{_width}"
     SOURCES[_name] = _COMMON + _TILES + f"TILES({_name}, {_bits}, {_width}, {_height}, {_stages}, {_blocks})\n"
-for _bits, _depth in FEW_DEPTH.items():
-    for _width in FEW_WIDTHS:
-        _given = f"{_bits}, {_width}, {_depth}"
-        SOURCES[f"few_{_bits}_{_width}"] = f"""{_COMMON}{_FEW_ROWS}
-FEW_ROWS(few_1, , {_given}, 1)
-#if __CUDA_ARCH__ >= 900
-FEW_ROWS(few_4, __cluster_dims__(4, 1, 1), {_given}, 4)
-#endif
-"""
+for _width, _clusters in FEW_ROWS.items():
+    for _cluster in _clusters.values():
+        _attribute = f"__cluster_dims__({_cluster}, 1, 1)" if _cluster > 1 else ""
+        for _bits in (8, 4):
+            _kernel = f"FEW_ROWS({_attribute}, {_bits}, {_width}, {_cluster})\n"
+            SOURCES[f"few_{_bits}_{_width}_{_cluster}"] = _COMMON + _FEW_ROWS + _kernel

@@ -60,9 +60,11 @@ def test_compiles(major, architecture, monkeypatch, fresh_libraries):
     nvrtc = kernels_cuda.load_libraries().nvrtc
     assert nvrtc.version[0] == major
     # The others differ from these in a number.
-    names = kernels_cuda.SOURCES if architecture == 90 else ("rows", "prompt", "step_128", "tiles_8_16", "tiles_4_64")
-    jobs = [(name, 0) for name in names]
-    jobs += [(name, 1) for name in ("rows", "prompt", "step_128", "tiles_8_16", "tiles_4_16") if architecture >= 80]
+    names = ["rows", "prompt", "step_128", "tiles_8_16", "tiles_4_64"]
+    names += ["few_8_16_1"] if architecture >= 80 else []
+    names += ["few_8_16_4", "few_4_32_8"] if architecture >= 90 else []
+    jobs = [(name, 0) for name in (kernels_cuda.SOURCES if architecture == 90 else names)]
+    jobs += [(name, 1) for name in names if architecture >= 80]
 
     def compile_one(job):
         name, bf16 = job
@@ -187,7 +189,7 @@ class TestProducts:
 
     def test_against_float64(self, n, k, bits, dtype):
         weight, scale, bias, exact = problem(bits, dtype, n, k)
-        for m in (1, 2, 3, 5, 8, 9, 17, 33, 64, 65, 128, 130):
+        for m in (1, 2, 3, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 130):
             x = torch.randn(m, k, device="cuda").to(dtype)
             expected = x.double() @ exact.T + bias.double()
             plain = x @ dequantize_weight(weight, scale, bits, dtype).T + bias
@@ -198,9 +200,19 @@ class TestProducts:
             bare = kernels_cuda.linear(x, weight, scale, None, bits)
             assert distance(bare, expected - bias.double()) < 2 * TOLERANCE[dtype]
 
+    def test_ways_of_older_devices(self, n, k, bits, dtype, monkeypatch):
+        weight, scale, bias, exact = problem(bits, dtype, n, k)
+        monkeypatch.setattr(kernels_cuda, "FEW_ROWS", {})
+        monkeypatch.setattr(kernels_cuda, "_plan", kernels_cuda._plan.__wrapped__)
+        for m in (2, 8, 9, 32):
+            x = torch.randn(m, k, device="cuda").to(dtype)
+            poison()
+            got = kernels_cuda.linear(x, weight, scale, bias, bits)
+            assert distance(got, x.double() @ exact.T + bias.double()) < 2 * TOLERANCE[dtype], m
+
     def test_what_follows_the_product(self, n, k, bits, dtype):
         weight, scale, bias, exact = problem(bits, dtype, n, k)
-        for m in (1, 4, 16, 130):
+        for m in (1, 4, 16, 24, 130):
             x, residual = torch.randn(m, k, device="cuda").to(dtype), torch.randn(m, n, device="cuda").to(dtype)
             expected = x.double() @ exact.T + bias.double()
             got = kernels_cuda.product(x, weight, scale, bias, bits, residual=residual, alpha=7.5)
