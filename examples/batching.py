@@ -92,7 +92,7 @@ class Token:
 class Answer:
     """One answer in the making: iterate over it, in the event loop that submitted it, to get its `Token`s.
 
-    `<eop>` is not among them. The iteration raises TimeLimit or Failed; after it, `finish_reason` is "stop" (the model
+    To follow several at once, wait for `arrival` of any and `take` from each. `<eop>` is not among the tokens. The iteration raises TimeLimit or Failed; after it, `finish_reason` is "stop" (the model
     ended), "length" or "cancelled". Call `cancel` when nobody wants the rest: the answer leaves before the next step.
     """
 
@@ -103,7 +103,8 @@ class Answer:
         self._deadline = deadline
         self._cancelled = False
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Token | Exception | str] = asyncio.Queue()
+        self._events: collections.deque[Token | Exception | str] = collections.deque()
+        self._waiter: asyncio.Future | None = None  # of `arrival`
         # The scheduler's own:
         self._last = -1  # token to read next
         self._count = 0  # of tokens so far
@@ -115,15 +116,37 @@ class Answer:
         """Give up the rest; harmless at any time and from any thread."""
         self._cancelled = True
 
-    async def __aiter__(self) -> AsyncIterator[Token]:
-        while True:
-            event = await self._events.get()
+    def take(self) -> list[Token]:
+        """The tokens that have come since the last call; raises what ended the answer, once there are none before it.
+
+        `finish_reason` is set together with the last ones.
+        """
+        tokens = []
+        while self._events and not (tokens and isinstance(self._events[0], Exception)):
+            event = self._events.popleft()
             if isinstance(event, Exception):
                 raise event
             if isinstance(event, str):
                 self.finish_reason = event
-                return
-            yield event
+            else:
+                tokens.append(event)
+        return tokens
+
+    async def __aiter__(self) -> AsyncIterator[Token]:
+        while self.finish_reason is None:
+            await arrival([self])
+            for token in self.take():
+                yield token
+
+
+async def arrival(answers: list[Answer]) -> None:
+    """Wait until `take` has something to give for one of the answers, which nobody else may be waiting for."""
+    if any(answer._events for answer in answers):
+        return
+    waiter = asyncio.get_running_loop().create_future()
+    for answer in answers:
+        answer._waiter = waiter
+    await waiter
 
 
 class RowCache:
@@ -343,7 +366,7 @@ class Scheduler:
         self._flush()
 
     def _send(self, answer: Answer, event: Token | Exception | str) -> None:
-        self._outbox.setdefault(answer._loop, []).append((answer._events, event))
+        self._outbox.setdefault(answer._loop, []).append((answer, event))
 
     def _flush(self) -> None:
         """Hand all events to the event loops, waking each up once."""
@@ -513,9 +536,11 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
-def _deliver(events: list) -> None:
-    for queue, event in events:
-        queue.put_nowait(event)
+def _deliver(events: list[tuple[Answer, Token | Exception | str]]) -> None:
+    for answer, event in events:
+        answer._events.append(event)
+        if answer._waiter is not None and not answer._waiter.done():
+            answer._waiter.set_result(None)
 
 
 def _prefill_group(waiting: collections.deque[Answer], rows: int) -> list[Answer]:
