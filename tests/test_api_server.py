@@ -203,6 +203,29 @@ def test_cancelled_answers_leave_before_the_next_step(golden_model, monkeypatch)
         assert rows[-1]
 
 
+def test_several_answers_are_followed_at_once():
+    """What came before a failure is given first."""
+
+    async def run():
+        first, second = (batching.Answer([1], Sampling(3), deadline=0) for _ in range(2))
+        batching._deliver([(second, batching.Token(1)), (second, batching.Token(2)), (second, Failed("broken"))])
+        await batching.arrival([first, second])
+        assert first.take() == []
+        assert ids_of([second.take()]) == [[1, 2]]
+        await batching.arrival([first, second])
+        with pytest.raises(Failed):
+            second.take()
+        waiting = asyncio.ensure_future(batching.arrival([first, second]))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        batching._deliver([(first, batching.Token(3)), (first, "length")])
+        await waiting
+        assert ids_of([first.take()]) == [[3]]
+        assert first.finish_reason == "length"
+
+    asyncio.run(run())
+
+
 def test_full_queue_takes_all_or_nothing(golden_model):
     model = golden_model("base", attention="sdpa")
     (prompt,) = prompts_for(model, 1)
