@@ -36,6 +36,8 @@ CLEAN_UP = (
     (" ' ", "'"),
     *((f" {ending}", ending) for ending in ("n't", "'m", "'s", "'ve", "'re")),
 )
+# Where a replacement may begin.
+_CLEAN_UP_START = re.compile(f" (?:[{re.escape(''.join(sorted({spaced[1] for spaced, _ in CLEAN_UP})))}]|\\Z)")
 
 # The normaliser of the vocabulary (nmt_nfkc) deletes this character. Put inside the name of a
 # special token, it hides the name from the search for special tokens and changes no other id.
@@ -170,6 +172,8 @@ class DecodeStream:
         return text
 
     def _clean_up(self, text: str, last: bool) -> str:
+        if not any(self._held) and not _CLEAN_UP_START.search(text):
+            return text
         # Each replacement keeps back the end of the text that may begin what it replaces.
         for i, held in enumerate(self._held):
             spaced, joined = CLEAN_UP[i]

@@ -30,7 +30,7 @@ try:
     import cli_demo
     import prometheus_client as prometheus
     import uvicorn
-    from batching import Answer, AnswerText, Busy, Failed, Sampling, Scheduler, TimeLimit, Token
+    from batching import Answer, AnswerText, Busy, Failed, Sampling, Scheduler, TimeLimit, Token, arrival
     from fastapi import FastAPI, Request
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import PlainTextResponse, Response, StreamingResponse
@@ -43,6 +43,7 @@ except ModuleNotFoundError as error:
 
 logger = logging.getLogger("chatglm")
 
+ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 BODY_SECONDS = 30  # for a client to send its body
 NO_JSON = "The body is not JSON in UTF-8, or has numbers or nesting beyond reason."
 
@@ -190,9 +191,9 @@ class ApiError(Exception):
         return json_response(self.body, self.status, self.headers)
 
 
-def to_json(body: dict) -> bytes:
+def to_json(body: dict | str) -> bytes:
     # A client can send half a surrogate pair as an escape; quoted in an error, it has no UTF-8.
-    return json.dumps(body, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
+    return ENCODER.encode(body).encode("utf-8", "replace")
 
 
 def json_response(body: dict, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -340,37 +341,32 @@ class Piece:
 
 
 async def pieces(answers: list[Answer], texts: list[AnswerText]) -> AsyncIterator[Piece]:
-    """The parts of all answers as they come. Leaving the iteration cancels them."""
-    queue: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+    """The parts of all answers as they come. Leaving the iteration cancels them.
 
-    async def follow(index: int) -> None:
-        answer, text = answers[index], texts[index]
-        tokens = []
-        try:
-            async for token in answer:
-                tokens.append(token)
-                if new := text.step(token.id):
-                    queue.put_nowait(Piece(index, new, tokens))
-                    tokens = []
-                if text.stopped:
-                    answer.cancel()
-                    break
-            queue.put_nowait(Piece(index, text.finish(), tokens, "stop" if text.stopped else answer.finish_reason))
-        except Exception as error:
-            queue.put_nowait(error)
-
-    tasks = [asyncio.ensure_future(follow(index)) for index in range(len(answers))]
+    What has come while the last part was being sent is one part: who falls behind catches up.
+    """
+    tokens: list[list[Token]] = [[] for _ in answers]  # those whose text is still kept back
+    unfinished = list(range(len(answers)))
     try:
-        unfinished = len(answers)
         while unfinished:
-            piece = await queue.get()
-            if isinstance(piece, Exception):
-                raise piece
-            unfinished -= piece.finish_reason is not None
-            yield piece
+            await arrival([answers[index] for index in unfinished])
+            for index in list(unfinished):
+                answer, text = answers[index], texts[index]
+                new = ""
+                for token in answer.take():
+                    tokens[index].append(token)
+                    new += text.step(token.id)
+                    if text.stopped:
+                        break
+                if text.stopped or answer.finish_reason is not None:
+                    reason = "stop" if text.stopped else answer.finish_reason
+                    unfinished.remove(index)
+                    answer.cancel()
+                    yield Piece(index, new + text.finish(), tokens[index], reason)
+                elif new:
+                    yield Piece(index, new, tokens[index])
+                    tokens[index] = []
     finally:
-        for task in tasks:
-            task.cancel()
         cancel(answers)
 
 
@@ -535,6 +531,14 @@ class Service:
         with_usage = form.stream_options is not None and form.stream_options.include_usage
         if with_usage:
             frame = {**frame, "usage": None}
+
+        def part(piece: Piece) -> bytes:
+            text = {"content": piece.text} if piece.text else {}
+            content = {"delta": text} if is_chat else {"text": piece.text}
+            return event({**frame, "choices": [self._choice(form, piece, content)]})
+
+        # Most parts of a choice differ in nothing but the text, of which NUL takes the place here.
+        around: dict[int, tuple[bytes, bytes]] = {}
         count = 0
         try:
             async with contextlib.aclosing(watched):
@@ -543,12 +547,16 @@ class Service:
                     yield event({**frame, "choices": [self._choice(form, Piece(index, "", []), delta)]})
                 async for piece in watched:
                     count += len(piece.tokens)
-                    text = {"content": piece.text} if piece.text else {}
-                    content = {"delta": text} if is_chat else {"text": piece.text}
-                    yield event({**frame, "choices": [self._choice(form, piece, content)]})
-            if with_usage:
-                yield event({**frame, "choices": [], "usage": usage(prompts, count)})
-            yield b"data: [DONE]\n\n"
+                    if piece.finish_reason is not None or form.reported is not None:
+                        yield part(piece)
+                        continue
+                    if piece.index not in around:
+                        before, _, after = part(Piece(piece.index, "\0", [])).rpartition(to_json("\0"))
+                        around[piece.index] = before, after
+                    before, after = around[piece.index]
+                    yield before + to_json(piece.text) + after
+            usage_event = event({**frame, "choices": [], "usage": usage(prompts, count)}) if with_usage else b""
+            yield usage_event + b"data: [DONE]\n\n"
         except Exception as error:
             told = as_api_error(error)
             if told.status == 500:

@@ -32,8 +32,10 @@ logger = logging.getLogger("chatglm")
 
 GREEDY_BELOW = 1e-5  # a temperature; dividing scores by much less overflows
 FIRST_COLUMNS = 128  # of a cache that grows
+GPU_COLUMNS = 32  # on a GPU, T and padded prompts are a multiple: some of its kernels are built for each new shape
 PREFILL_TOKENS = 2048  # prompts read together have this many tokens at most, padding counted
 PREFILL_WASTE = 1.5  # and this many times the tokens that they have without padding
+GPU_PREFILL_TOKENS = 512  # or this many on a GPU, where reading fewer takes no less time
 TIES = 64  # room for scores that equal the top_k-th, which are kept too; in half precision there are some
 
 
@@ -92,8 +94,9 @@ class Token:
 class Answer:
     """One answer in the making: iterate over it, in the event loop that submitted it, to get its `Token`s.
 
-    `<eop>` is not among them. The iteration raises TimeLimit or Failed; after it, `finish_reason` is "stop" (the model
-    ended), "length" or "cancelled". Call `cancel` when nobody wants the rest: the answer leaves before the next step.
+    To follow several at once, wait for the `arrival` of any and `take` from each. `<eop>` is not among the tokens. Both
+    ways raise TimeLimit or Failed; in the end, `finish_reason` is "stop" (the model ended), "length" or "cancelled".
+    Call `cancel` when nobody wants the rest: the answer leaves before the next step.
     """
 
     def __init__(self, prompt: list[int], sampling: Sampling, deadline: float):
@@ -103,7 +106,8 @@ class Answer:
         self._deadline = deadline
         self._cancelled = False
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Token | Exception | str] = asyncio.Queue()
+        self._events: collections.deque[Token | Exception | str] = collections.deque()
+        self._waiter: asyncio.Future | None = None  # of `arrival`
         # The scheduler's own:
         self._last = -1  # token to read next
         self._count = 0  # of tokens so far
@@ -115,15 +119,37 @@ class Answer:
         """Give up the rest; harmless at any time and from any thread."""
         self._cancelled = True
 
-    async def __aiter__(self) -> AsyncIterator[Token]:
-        while True:
-            event = await self._events.get()
+    def take(self) -> list[Token]:
+        """The tokens that have come since the last call; raises what ended the answer, once there are none before it.
+
+        `finish_reason` is set together with the last ones.
+        """
+        tokens = []
+        while self._events and not (tokens and isinstance(self._events[0], Exception)):
+            event = self._events.popleft()
             if isinstance(event, Exception):
                 raise event
             if isinstance(event, str):
                 self.finish_reason = event
-                return
-            yield event
+            else:
+                tokens.append(event)
+        return tokens
+
+    async def __aiter__(self) -> AsyncIterator[Token]:
+        while self.finish_reason is None:
+            await arrival([self])
+            for token in self.take():
+                yield token
+
+
+async def arrival(answers: list[Answer]) -> None:
+    """Wait until `take` has something to give for one of the answers, which nobody else may be waiting for."""
+    if any(answer._events for answer in answers):
+        return
+    waiter = asyncio.get_running_loop().create_future()
+    for answer in answers:
+        answer._waiter = waiter
+    await waiter
 
 
 class RowCache:
@@ -147,6 +173,7 @@ class RowCache:
         on_cpu = all(device.type == "cpu" for device in devices)
         # Taken at once, a GPU's memory can't run out later. On a CPU it grows, as few answers are long.
         self.columns = min(self._limit, FIRST_COLUMNS) if on_cpu else self._limit
+        self.unit = 1 if on_cpu else GPU_COLUMNS
         shape = (2, rows, config.num_attention_heads, self.columns, head_dim)
         self._stores = [_zeros(shape, self._dtype, device) for device in devices]
         self._places: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -157,8 +184,11 @@ class RowCache:
         self._reserve(end)
         for store, layer in zip(self._stores, prefilled.layers, strict=True):
             for kind, states in enumerate((layer.keys[index], layer.values[index])):
-                store[kind, row, :, : self.prefix] = states[:, : self.prefix]
-                store[kind, row, :, self.prefix : end] = states[:, states.shape[1] - length :]
+                padding = states.shape[1] - end
+                start = self.prefix if padding else 0
+                if start:
+                    store[kind, row, :, :start] = states[:, :start]
+                store[kind, row, :, start:end] = states[:, padding + start :]
         self.lengths.append(end)
 
     def remove(self, row: int) -> None:
@@ -166,9 +196,8 @@ class RowCache:
         last = len(self.lengths) - 1
         old, new = self.lengths[row], self.lengths[last]
         for store in self._stores:
-            if row != last:
-                store[:, row, :, :new] = store[:, last, :, :new]
-                store[:, row, :, new:old] = 0
+            if row != last:  # whose columns after its own are zero
+                store[:, row, :, : max(old, new)] = store[:, last, :, : max(old, new)]
             store[:, last, :, :new] = 0
         self.lengths[row] = new
         self.lengths.pop()
@@ -197,10 +226,14 @@ class RowCache:
             store[:, :rows, :, : old.shape[3]] = old[:, :rows]
             self._stores[index] = store
 
+    def _used(self) -> int:
+        """T."""
+        return min(self.columns, _rounded_up(max(self.lengths), self.unit))
+
     def mask(self, device: torch.device) -> torch.Tensor:
         """What is added to the scores, [B, 1, 1, T]: 0 for a row's own columns, else the dtype's lowest number."""
         lengths = torch.tensor(self.lengths, device=device)
-        hidden = torch.arange(max(self.lengths), device=device) >= lengths[:, None]
+        hidden = torch.arange(self._used(), device=device) >= lengths[:, None]
         mask = torch.zeros(hidden.shape, dtype=self._dtype, device=device)
         return mask.masked_fill_(hidden, torch.finfo(self._dtype).min)[:, None, None]
 
@@ -215,7 +248,7 @@ class RowCache:
         rows, columns = self._places[store.device]
         store[0][rows, :, columns] = key[:, :, 0]
         store[1][rows, :, columns] = value[:, :, 0]
-        kept = store[:, : len(rows), :, : max(self.lengths)]
+        kept = store[:, : len(rows), :, : self._used()]
         return kept[0], kept[1]
 
 
@@ -256,6 +289,8 @@ class Scheduler:
                 f"Keys and values of {max_batch} answers of {self.max_length} tokens do not fit into memory: "
                 "lower --max-batch or --max-length."
             ) from error
+        on_cpu = model.get_input_embeddings().weight.device.type == "cpu"
+        self._free_tokens = 0 if on_cpu else GPU_PREFILL_TOKENS
         self._finite = FiniteScores()
         self._rows: list[Answer] = []
         self._waiting: collections.deque[Answer] = collections.deque()
@@ -343,7 +378,7 @@ class Scheduler:
         self._flush()
 
     def _send(self, answer: Answer, event: Token | Exception | str) -> None:
-        self._outbox.setdefault(answer._loop, []).append((answer._events, event))
+        self._outbox.setdefault(answer._loop, []).append((answer, event))
 
     def _flush(self) -> None:
         """Hand all events to the event loops, waking each up once."""
@@ -385,7 +420,7 @@ class Scheduler:
     def _admit(self) -> None:
         """Read the prompt that has waited longest, with those that go with it, and choose their first tokens."""
         with self._changed:
-            group = _prefill_group(self._waiting, self.max_batch - len(self._rows))
+            group = _prefill_group(self._waiting, self.max_batch - len(self._rows), self._free_tokens)
             for answer in group:
                 self._waiting.remove(answer)
         if not group:
@@ -401,7 +436,7 @@ class Scheduler:
 
     def _prefill(self, group: list[Answer]) -> None:
         device = self.model.get_input_embeddings().weight.device
-        longest = max(len(answer.prompt) for answer in group)
+        longest = _rounded_up(max(len(answer.prompt) for answer in group), self._cache.unit)
         pad = self.model.config.pad_token_id or 0
         ids = torch.tensor([[pad] * (longest - len(a.prompt)) + a.prompt for a in group], device=device)
         real = torch.tensor([[0] * (longest - len(a.prompt)) + [1] * len(a.prompt) for a in group], device=device)
@@ -458,16 +493,19 @@ class Scheduler:
             scores[row] -= answers[row].sampling.presence_penalty * (answers[row]._seen > 0)
         if short:
             scores[short, eos] = -torch.inf
-        tokens = scores.argmax(dim=-1)
-        groups: dict[tuple, list[int]] = {}
+        groups: dict[tuple | None, list[int]] = {}
         for row, answer in enumerate(answers):
-            if answer.sampling.warpers is not None:
-                groups.setdefault(answer.sampling.warpers, []).append(row)
+            groups.setdefault(answer.sampling.warpers, []).append(row)
+        tokens = torch.empty(len(answers), dtype=torch.int64, device=scores.device)
         for warpers, rows in groups.items():
+            places = rows if len(groups) > 1 else slice(None)  # a list would be copied to the device
+            if warpers is None:
+                tokens[places] = scores[places].argmax(dim=-1)
+                continue
             noise = torch.empty_like(scores[: len(rows)])
-            for place, row in enumerate(rows):
-                noise[place].exponential_(generator=answers[row]._generator)
-            tokens[rows] = _draw(scores[rows], noise, *warpers)
+            for place, row in zip(noise, rows, strict=True):
+                place.exponential_(generator=answers[row]._generator)
+            tokens[places] = _draw(scores[places], noise, *warpers)
 
         reports = self._logprobs(answers, raw, tokens)
         ended = []
@@ -513,13 +551,22 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
-def _deliver(events: list) -> None:
-    for queue, event in events:
-        queue.put_nowait(event)
+def _rounded_up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
 
 
-def _prefill_group(waiting: collections.deque[Answer], rows: int) -> list[Answer]:
-    """The first that waits, and up to `rows` - 1 others that can be padded to the same length at little cost."""
+def _deliver(events: list[tuple[Answer, Token | Exception | str]]) -> None:
+    for answer, event in events:
+        answer._events.append(event)
+        if answer._waiter is not None and not answer._waiter.done():
+            answer._waiter.set_result(None)
+
+
+def _prefill_group(waiting: collections.deque[Answer], rows: int, free: int = 0) -> list[Answer]:
+    """The first that waits, and up to `rows` - 1 others that can be padded to the same length at little cost.
+
+    As long as there are no more than `free` tokens, padding costs nothing.
+    """
     group: list[Answer] = []
     longest = real = 0
     for answer in waiting:
@@ -527,7 +574,7 @@ def _prefill_group(waiting: collections.deque[Answer], rows: int) -> list[Answer
             break
         length = max(longest, len(answer.prompt))
         padded = length * (len(group) + 1)
-        if group and padded > min(PREFILL_TOKENS, PREFILL_WASTE * (real + len(answer.prompt))):
+        if group and padded > min(PREFILL_TOKENS, max(free, PREFILL_WASTE * (real + len(answer.prompt)))):
             continue
         group.append(answer)
         longest, real = length, real + len(answer.prompt)

@@ -32,6 +32,8 @@ ChatGLM. Type a query; clear starts a new conversation, stop ends, Ctrl-C breaks
 INTERRUPTED = "(Broken off; this round is not kept. 已中断，本轮不计入历史。)"
 HOW_TO_LEAVE = "(Type stop or press Ctrl-C again to leave. 输入 stop 或再按一次 Ctrl-C 退出。)"
 TRAINING_DATE = "[[训练时间]]"  # replaced in responses
+# Ends of a response that later text may change, the longest first.
+UNSETTLED = (*(TRAINING_DATE[:length] for length in range(len(TRAINING_DATE) - 1, 0, -1)), *",!:;?")
 
 
 def settled(response: str) -> str:
@@ -40,10 +42,9 @@ def settled(response: str) -> str:
     `process_response` widens a last punctuation mark if a Chinese character follows, and replaces a whole
     `[[训练时间]]`.
     """
-    for length in range(len(TRAINING_DATE) - 1, 0, -1):
-        if response.endswith(TRAINING_DATE[:length]):
-            return response[:-length]
-    return response[:-1] if response.endswith((",", "!", ":", ";", "?")) else response
+    if not response.endswith(UNSETTLED):
+        return response
+    return next(response[: -len(end)] for end in UNSETTLED if response.endswith(end))
 
 
 def answer(model, tokenizer, query: str, history: list[tuple[str, str]], settings: dict) -> list[tuple[str, str]]:

@@ -89,9 +89,14 @@ def ids_of(answers: list[list[batching.Token]]) -> list[list[int]]:
     return [[token.id for token in answer] for answer in answers]
 
 
-@pytest.mark.parametrize("name", ["base", "pos1d", "prefix", "int8", "int4"])
-def test_batched_answers_are_those_of_generate(name, golden_model, monkeypatch):
-    """Greedy and sampled, each with its own seed and settings, in more answers than rows, in a cache that grows."""
+@pytest.mark.parametrize(
+    ("name", "unit"), [("base", 1), ("base", 16), ("pos1d", 1), ("prefix", 1), ("prefix", 16), ("int8", 1), ("int4", 1)]
+)
+def test_batched_answers_are_those_of_generate(name, unit, golden_model, monkeypatch):
+    """Greedy and sampled, each with its own seed and settings, in more answers than rows, in a cache that grows.
+
+    T and padded prompts are a multiple of `unit`, as on a GPU.
+    """
     monkeypatch.setattr(batching, "FIRST_COLUMNS", 8)
     model = golden_model(name, attention="sdpa")
     generator = random.Random(1)
@@ -101,6 +106,7 @@ def test_batched_answers_are_those_of_generate(name, golden_model, monkeypatch):
         warpers = generator.choice([(0, 1.0, 0), (0.95, 0.7, 50), (1.0, 1.0, 0), (1.7, 0.9, 20)])
         jobs.append((prompt, Sampling(limit, min(limit, least), *warpers, seed=index)))
     with scheduling(model, max_batch=5) as scheduler:
+        scheduler._cache.unit = unit
         got = ids_of(answers_of(scheduler, jobs))
         again = ids_of([answers_of(scheduler, [job])[0] for job in jobs])
     expected = [generated(model, *job) for job in jobs]
@@ -195,6 +201,29 @@ def test_cancelled_answers_leave_before_the_next_step(golden_model, monkeypatch)
         # A step may have been on its way when `cancel` was called.
         assert all(first not in step_rows for step_rows in rows[seen + 1 :])
         assert rows[-1]
+
+
+def test_several_answers_are_followed_at_once():
+    """What came before a failure is given first."""
+
+    async def run():
+        first, second = (batching.Answer([1], Sampling(3), deadline=0) for _ in range(2))
+        batching._deliver([(second, batching.Token(1)), (second, batching.Token(2)), (second, Failed("broken"))])
+        await batching.arrival([first, second])
+        assert first.take() == []
+        assert ids_of([second.take()]) == [[1, 2]]
+        await batching.arrival([first, second])
+        with pytest.raises(Failed):
+            second.take()
+        waiting = asyncio.ensure_future(batching.arrival([first, second]))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        batching._deliver([(first, batching.Token(3)), (first, "length")])
+        await waiting
+        assert ids_of([first.take()]) == [[3]]
+        assert first.finish_reason == "length"
+
+    asyncio.run(run())
 
 
 def test_full_queue_takes_all_or_nothing(golden_model):
@@ -307,6 +336,7 @@ def test_prompts_of_like_length_are_read_together():
     assert group(8, 10, 500, 12) == [10, 12]  # the long one is first next time
     assert group(8, 1500, 1400) == [1500]
     assert group(0, 3) == []
+    assert [answer.length for answer in batching._prefill_group(waiting(10, 60, 50, 12), 8, 200)] == [10, 60, 50]
 
 
 class Characters:
