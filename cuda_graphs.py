@@ -89,28 +89,8 @@ class _Layer(DynamicLayer):
         return self.length
 
 
-class _Graph:
-    """A recorded step, the tensors that it reads and writes, and whose they are."""
-
-    def __init__(self, batch: int, rows: int, head_dim: int, device: torch.device):
-        self.ids = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.positions = torch.zeros(batch, rows, dtype=torch.int64, device=device)
-        self.advance = torch.zeros(batch, rows, dtype=torch.int64, device=device)
-        self.slot = torch.zeros(1, dtype=torch.int32, device=device)
-        self.padding = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.tickets = new_tickets(device)
-        exponents = torch.arange(0, head_dim // rows, 2, device=device, dtype=torch.float32) / (head_dim // rows)
-        self.frequencies = (1.0 / 10000.0**exponents).half().float()  # as `rotary_embedding` rounds them
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.buffers: list | None = None  # of the layers, that the graph was recorded over
-        self.weights: tuple | None = None  # whose addresses the graph has
-        self.logits: torch.Tensor | None = None
-        self.place = -1  # what `slot` holds on the device
-        self.stream: torch.cuda.Stream | None = None  # where it was replayed last
-
-
 # Of each model, what the last answer has left: at most one graph with its buffers.
-_idle: "weakref.WeakKeyDictionary[nn.Module, _Graph]" = weakref.WeakKeyDictionary()
+_idle: "weakref.WeakKeyDictionary[nn.Module, StepGraph]" = weakref.WeakKeyDictionary()
 _idle_lock = threading.RLock()  # the garbage collector may drop a cache inside
 # PyTorch's random numbers can't be drawn in one thread while another records.
 _recording_lock = threading.RLock()
@@ -138,6 +118,103 @@ def _addresses(model: nn.Module) -> tuple | None:
     return tuple(found)
 
 
+class StepGraph:
+    """A step of one token for each of B sequences, recorded as a CUDA graph over buffers of keys and values.
+
+    Args:
+        model: a `ChatGLMForConditionalGeneration` for which `can_record` is true.
+        batch: B.
+
+    Attributes:
+        ids: int64 [B], the tokens to read.
+        positions, advance: int64 [B, R]: the tokens' positions, and how they change from token to token.
+        slots: int32 [B]: the tokens' places in the buffers. Places before them are filled.
+        padding: int32 [B]: so many of those places, after the prefix, are seen by nobody.
+        buffers: for each block, keys and values, [B, H, T, D] each; None before the first recording.
+        logits: scores [B, 1, V], until the next step.
+
+    All of them are read when a step is replayed, and the step moves positions and slots on by itself.
+    """
+
+    def __init__(self, model: nn.Module, batch: int):
+        config, device = model.config, model.transformer.word_embeddings.weight.device
+        rows = 2 if config.position_encoding_2d else 1
+        self._head_dim = config.hidden_size // config.num_attention_heads
+        self._prefix = config.pre_seq_len or 0
+        self.ids = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.positions = torch.zeros(batch, rows, dtype=torch.int64, device=device)
+        self.advance = torch.zeros(batch, rows, dtype=torch.int64, device=device)
+        self.slots = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.padding = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.buffers: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+        self.logits: torch.Tensor | None = None
+        self.stream: torch.cuda.Stream | None = None  # where it was replayed last
+        self._tickets = new_tickets(device)
+        exponents = torch.arange(0, self._head_dim // rows, 2, device=device, dtype=torch.float32)
+        exponents = exponents / (self._head_dim // rows)
+        self._frequencies = (1.0 / 10000.0**exponents).half().float()  # as `rotary_embedding` rounds them
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._weights: tuple | None = None  # whose addresses the graph has
+
+    @property
+    def is_reusable(self) -> bool:
+        """Whether there is a recording, of modules that are all known."""
+        return self._graph is not None and self._weights is not None
+
+    def fits(self, model: nn.Module) -> bool:
+        """Whether it is, and was made with the modules and weights that the model has now."""
+        return self.is_reusable and self._weights == _addresses(model)
+
+    def forget(self) -> None:
+        """Drop the recording and its memory; the next `replay` records anew."""
+        self._graph = self.logits = None
+
+    def replay(self, model: nn.Module) -> torch.Tensor:
+        """Make a step, which stores the tokens' keys and values, and return `logits`."""
+        self.stream = torch.cuda.current_stream(self.ids.device)
+        if self._graph is None:
+            self._record(model)
+        self._graph.replay()
+        return self.logits
+
+    def attend(self, layer_idx: int, qkv: torch.Tensor, cosines, sines) -> torch.Tensor:
+        """Attention of the step, for qkv [B, 1, H·3·D]: [B, 1, H·D]."""
+        keys, values = self.buffers[layer_idx]
+        parts = parts_of_keys(keys.shape[0] * keys.shape[1], keys.get_device())
+        given = (self.slots, self.padding, self._prefix, self.positions.shape[1], parts)
+        return attend(qkv[:, 0].contiguous(), cosines, sines, keys, values, *given)[:, None]
+
+    def run(self, model: nn.Module) -> torch.Tensor:
+        """The step's kernels, launched one by one: scores [B, 1, V]."""
+        transformer = model.transformer
+        hidden, cosines, sines = begin_step(
+            self.ids, transformer.word_embeddings.weight, self.positions, self._frequencies, self._head_dim
+        )
+        hidden = transformer.run_blocks(hidden[:, None], (cosines, sines), self)
+        logits = model.score(hidden)
+        end_step(hidden, self.positions, self.advance, self.slots, self._head_dim)
+        return logits
+
+    def _record(self, model: nn.Module) -> None:
+        device = self.ids.device
+        positions, slots = self.positions.clone(), self.slots.clone()
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.device(device), torch.cuda.stream(stream), own_tickets(self._tickets):
+            self.run(model)  # what libraries set up at their first call is not for a graph
+            self.positions.copy_(positions)
+            self.slots.copy_(slots)
+            recorded = torch.cuda.CUDAGraph()
+            with _recording_lock:
+                recorded.capture_begin(capture_error_mode="thread_local")
+                try:
+                    self.logits = self.run(model)
+                finally:
+                    recorded.capture_end()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self._graph, self._weights = recorded, _addresses(model)
+
+
 class StepCache(Cache):
     """The cache of a generation in which steps of one token are replayed from a graph.
 
@@ -153,11 +230,9 @@ class StepCache(Cache):
         config = model.config
         super().__init__(layers=[_Layer() for _ in range(config.num_layers)])
         self._model = weakref.ref(model)
-        self._rows = 2 if config.position_encoding_2d else 1
         self._head_dim = config.hidden_size // config.num_attention_heads
-        self._prefix = config.pre_seq_len or 0
         self._placed = -1  # the length of the cache at which the graph's positions are right
-        self.recording = False
+        self._slot = -1  # what the graph's slots are
         with _idle_lock:
             graph = _idle.pop(model, None)
         if graph is not None:
@@ -168,13 +243,13 @@ class StepCache(Cache):
             torch.cuda.current_stream(padding.device).wait_stream(graph.stream)  # a last step may still be running
             for layer, buffers in zip(self.layers, graph.buffers, strict=True):
                 layer.buffers = buffers
-        self._graph = graph or _Graph(len(padding), self._rows, self._head_dim, padding.device)
+        self._graph = graph or StepGraph(model, len(padding))
         self._graph.padding.copy_(padding)
         self._checked = False
 
     def __del__(self):
         graph, model = getattr(self, "_graph", None), self._model()
-        if graph is None or graph.graph is None or graph.weights is None or model is None:
+        if graph is None or model is None or not graph.is_reusable:
             return
         size = sum(2 * keys.numel() * keys.element_size() for keys, _ in graph.buffers)
         if size <= _KEPT_BYTES and all(a.buffers is b for a, b in zip(self.layers, graph.buffers, strict=True)):
@@ -204,33 +279,20 @@ class StepCache(Cache):
         layer.length += length
         return queries, layer.keys, layer.values
 
-    def attend(self, layer_idx: int, qkv: torch.Tensor, cosines, sines) -> torch.Tensor:
-        """Attention of a step that is being recorded, for qkv [B, 1, H·3·D]: [B, 1, H·D]."""
-        keys, values = self.layers[layer_idx].buffers
-        heads = keys.shape[0] * keys.shape[1]
-        graph = self._graph
-        given = (graph.slot, graph.padding, self._prefix, self._rows, parts_of_keys(heads, keys.get_device()))
-        return attend(qkv[:, 0].contiguous(), cosines, sines, keys, values, *given)[:, None]
-
     @torch.no_grad()
     def step(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Scores [B, 1, V] of the token that follows ids [B, 1], whose keys and values are stored."""
-        model, graph, layers = self._model(), self._graph, self.layers
-        length = layers[0].length
+        model, graph, length = self._model(), self._graph, self.layers[0].length
         self._make_ready(model)
-        if graph.place != length:
-            graph.slot.fill_(length)
-            graph.place = length
+        if self._slot != length:
+            graph.slots.fill_(length)
         graph.ids.copy_(input_ids[:, 0])
-        graph.stream = torch.cuda.current_stream(graph.ids.device)
-        if graph.graph is None:
-            self._record(model)
-        graph.graph.replay()
-        for layer in layers:
+        logits = graph.replay(model)
+        for layer in self.layers:
             layer.length += 1
-        graph.place += 1
+        self._slot = length + 1
         self._placed += 1
-        return graph.logits.clone()
+        return logits.clone()
 
     def _make_ready(self, model: nn.Module) -> None:
         """Drop a graph that was recorded over other buffers or weights, and make room for one more token."""
@@ -240,53 +302,19 @@ class StepCache(Cache):
         if self._checked and not full and graph.buffers is not None and graph.buffers[0] is self.layers[0].buffers:
             return
         if not self._checked:
-            weights = _addresses(model)
-            if weights is None or weights != graph.weights:
-                graph.graph = None
-            graph.weights = weights
+            if not graph.fits(model):
+                graph.forget()
             self._checked = True
         if (
             full
             or graph.buffers is None
             or any(a.buffers is not b for a, b in zip(self.layers, graph.buffers, strict=True))
         ):
-            graph.graph = graph.logits = graph.buffers = None  # its memory is free for the new one
+            graph.forget()
+            graph.buffers = None  # its memory is free for the new one
             for layer in self.layers:
                 layer.reserve(*first.shape[:2], first.shape[3], layer.length + 1, first)
             graph.buffers = [layer.buffers for layer in self.layers]
-
-    def _record(self, model: nn.Module) -> None:
-        graph = self._graph
-        positions = graph.positions.clone()
-        stream = torch.cuda.Stream(graph.ids.device)
-        stream.wait_stream(torch.cuda.current_stream(graph.ids.device))
-        self.recording = True
-        try:
-            with torch.cuda.device(graph.ids.device), torch.cuda.stream(stream), own_tickets(graph.tickets):
-                self._run(model)  # what libraries set up at their first call is not for a graph
-                graph.positions.copy_(positions)
-                graph.slot.fill_(graph.place)
-                recorded = torch.cuda.CUDAGraph()
-                with _recording_lock:
-                    recorded.capture_begin(capture_error_mode="thread_local")
-                    try:
-                        graph.logits = self._run(model)
-                    finally:
-                        recorded.capture_end()
-        finally:
-            self.recording = False
-        torch.cuda.current_stream(graph.ids.device).wait_stream(stream)
-        graph.graph = recorded
-
-    def _run(self, model: nn.Module) -> torch.Tensor:
-        graph, transformer = self._graph, model.transformer
-        hidden, cosines, sines = begin_step(
-            graph.ids, transformer.word_embeddings.weight, graph.positions, graph.frequencies, self._head_dim
-        )
-        hidden = transformer.run_blocks(hidden[:, None], (cosines, sines), self)
-        logits = model.score(hidden)
-        end_step(hidden, graph.positions, graph.advance, graph.slot, self._head_dim)
-        return logits
 
 
 def can_record(model: nn.Module) -> bool:

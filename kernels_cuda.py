@@ -364,7 +364,7 @@ class Operation(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("input", "output", "weight", "scale", "bias", "residual")),
         *((name, ctypes.c_void_p) for name in ("norm_weight", "norm_bias", "normed", "cosines", "sines")),
         *((name, ctypes.c_void_p) for name in ("frequencies", "positions", "advance", "keys", "values")),
-        *((name, ctypes.c_void_p) for name in ("slot", "padding", "parts", "tickets")),
+        *((name, ctypes.c_void_p) for name in ("slots", "padding", "parts", "tickets")),
         *((name, ctypes.c_int) for name in ("bits", "N", "K", "gelu", "H", "T", "R", "prefix", "most")),
         *((name, ctypes.c_float) for name in ("alpha", "epsilon")),
     ]
@@ -570,9 +570,10 @@ def begin_step(ids, embedding, positions, frequencies, head_dim: int) -> tuple:
     return hidden, cosines, sines
 
 
-def end_step(like: torch.Tensor, positions, advance, slot, head_dim: int) -> None:
-    """positions += advance, both int64 [B, R]; slot += 1, an int32."""
-    given = {"positions": positions, "advance": advance, "slot": slot, "N": positions.numel()}
+def end_step(like: torch.Tensor, positions, advance, slots, head_dim: int) -> None:
+    """positions += advance, both int64 [B, R]; slots += 1, int32 [B]."""
+    given = {"positions": positions, "advance": advance, "slots": slots, "N": positions.numel()}
+    given["R"] = positions.shape[1]
     _operate(like, f"step_{head_dim}", "end_step", (1, 1, 1), 0, **given)
 
 
@@ -589,13 +590,14 @@ def parts_of_keys(heads: int, device: int) -> int:
     return min(range(1, 9), key=lambda parts: -(-heads * parts // (2 * processors)) * (512 / parts + 75))
 
 
-def attend(qkv, cosines, sines, keys, values, slot, padding, prefix: int, rows: int, most: int) -> torch.Tensor:
-    """Attention of one token for each of B sequences; stores its key and value at place `slot` of the caches.
+def attend(qkv, cosines, sines, keys, values, slots, padding, prefix: int, rows: int, most: int) -> torch.Tensor:
+    """Attention of one token for each of B sequences, whose keys and values are stored at places `slots` of the caches.
 
     Args:
         qkv: [B, H · 3 · D], per head D queries, D keys, D values, not rotated.
         cosines, sines: of `begin_step`.
-        keys, values: caches [B, H, T, D], of which the first `slot` places are filled.
+        keys, values: caches [B, H, T, D], of which the places before the slots are filled.
+        slots: int32 [B].
         padding: int32 [B]: so many places after the first `prefix` are seen by nobody.
         rows: of positions, R.
         most: into how many parts the keys are cut at most, to be worked on at the same time; up to `MOST_PARTS`.
@@ -607,7 +609,7 @@ def attend(qkv, cosines, sines, keys, values, slot, padding, prefix: int, rows: 
     out = torch.empty(batch, heads * head_dim, dtype=qkv.dtype, device=qkv.device)
     parts = torch.empty(batch * heads * most * (head_dim + 2), dtype=torch.float32, device=qkv.device)
     tensors = {"input": qkv, "output": out, "cosines": cosines, "sines": sines, "keys": keys, "values": values}
-    tensors |= {"slot": slot, "padding": padding, "parts": parts, "tickets": _get_tickets(qkv.device)}
+    tensors |= {"slots": slots, "padding": padding, "parts": parts, "tickets": _get_tickets(qkv.device)}
     grid = (min(most, -(-places // 64)), batch * heads, 1)
     given = {"H": heads, "T": places, "R": rows, "prefix": prefix, "most": most, **tensors}
     _operate(qkv, f"step_{head_dim}", "attend_step", grid, 0, **given)

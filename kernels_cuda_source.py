@@ -203,7 +203,7 @@ struct Operation {
     const long long* advance;
     u16* keys;                  // [B, H, T, D]
     u16* values;
-    int* slot;
+    int* slots;                 // [B]
     const int* padding;         // [B]
     float* parts;
     u32* tickets;
@@ -869,10 +869,10 @@ __device__ __forceinline__ void begin(const Operation& op, int b) {
         op.sines[b * D + i] = to_float(to_u16(sinf(angle)));
     }
 }
-// Ends it: the N positions move on, and so does the slot. One block.
+// Ends it: the N = B * R positions move on, and so do the slots. One block.
 __device__ __forceinline__ void end(const Operation& op) {
     for (int i = threadIdx.x; i < op.N; i += blockDim.x) op.positions[i] += op.advance[i];
-    if (threadIdx.x == 0) *op.slot += 1;
+    for (int i = threadIdx.x; i < op.N / op.R; i += blockDim.x) op.slots[i] += 1;
 }
 
 #define MOST_PARTS 32
@@ -880,8 +880,8 @@ __device__ __forceinline__ void end(const Operation& op) {
 // so that the same question gets the same sums.
 struct Cut {
     int n, per, used;
-    __device__ __forceinline__ Cut(const Operation& op) {
-        n = *op.slot + 1;
+    __device__ __forceinline__ Cut(const Operation& op, int b) {
+        n = op.slots[b] + 1;
         per = max(64, (n + 16 * op.most - 1) / (16 * op.most) * 16);
         used = (n + per - 1) / per;
     }
@@ -911,7 +911,7 @@ template <int D> struct AttendShared {
     bool is_last;
 };
 
-// One part of the keys for the query of one head of B * H: rotates query and key, stores key and value at `slot`, and
+// One part of the keys for the query of one head of B * H: rotates query and key, stores key and value at the slot, and
 // attends to the keys up to there but those of the padding (prefix <= j < prefix + padding[b]). The last block of a
 // head adds up its parts. The first keys of the part, older ones, are loaded already; the next are, always, while some
 // are worked on.
@@ -1037,11 +1037,11 @@ extern "C" __global__ void end_step(const __grid_constant__ Operation op) {
     wait();
     end(op);
 }
-// Grid: parts of the keys, at most; heads. Slot and older keys were there before the step began.
+// Grid: parts of the keys, at most; heads. Slots and older keys were there before the step began.
 extern "C" __global__ void __launch_bounds__(256) attend_step(const __grid_constant__ Operation op) {
     __shared__ AttendShared<HEAD_DIM> shared;
     start_next();
-    const Cut cut(op);
+    const Cut cut(op, blockIdx.y / op.H);
     if (blockIdx.x >= cut.used) return;
     Keys<HEAD_DIM> first, second;
     const int begin = blockIdx.x * cut.per, end = min(begin + cut.per, cut.n);

@@ -40,7 +40,7 @@ from transformers.utils import logging
 
 from .checkpoint import check_checkpoint, read_prefix
 from .configuration_chatglm import ChatGLMConfig
-from .cuda_graphs import StepCache, can_record, draw
+from .cuda_graphs import StepCache, StepGraph, can_record, draw
 
 # Early transformers 5 brings along only what this very file imports, so the kernels of the others stand here.
 from .kernel_cache import keep  # noqa: F401
@@ -237,7 +237,7 @@ class ChatGLMAttention(nn.Module):
         batch, length, _ = hidden_states.shape
         # Per head: D queries, then D keys, then D values.
         qkv = apply_linear(self.query_key_value, hidden_states)
-        if isinstance(past_key_values, StepCache) and past_key_values.recording:
+        if isinstance(past_key_values, StepGraph):
             context = past_key_values.attend(self.layer_idx, qkv, *position_embeddings)
             return apply_linear(self.dense, context, residual=residual, alpha=alpha), None
         qkv = qkv.view(batch, length, -1, 3 * self.head_dim)
@@ -622,10 +622,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         )
         return output if return_dict or return_dict is None else output.to_tuple()
 
-    def run_blocks(self, hidden_states: torch.Tensor, position_embeddings: tuple, cache: StepCache) -> torch.Tensor:
-        """The blocks and the final LayerNorm in a step that `cache` records: [B, 1, hidden] → [B, 1, hidden]."""
+    def run_blocks(self, hidden_states: torch.Tensor, position_embeddings: tuple, graph: StepGraph) -> torch.Tensor:
+        """The blocks and the final LayerNorm in a step that `graph` records: [B, 1, hidden] → [B, 1, hidden]."""
         for block in self.layers:
-            given = {"position_embeddings": position_embeddings, _CACHE: cache}
+            given = {"position_embeddings": position_embeddings, _CACHE: graph}
             hidden_states, _ = block(hidden_states, **given)
         return apply_layer_norm(self.final_layernorm, hidden_states)
 

@@ -26,6 +26,7 @@ import torch
 from cli_demo import settled
 from transformers import DynamicCache, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from chatglm_int8.cuda_graphs import StepGraph, can_record
 from chatglm_int8.modeling_chatglm import FiniteScores
 
 logger = logging.getLogger("chatglm")
@@ -157,7 +158,7 @@ class RowCache:
 
     Keys carry their positions, so it does not matter in which column one stands: rows of all lengths are decoded
     together, a row enters by being copied in and leaves by the last one taking its place, and nothing else moves.
-    `ChatGLMModel.forward` takes it as its cache for steps of one token, with the mask of `mask`.
+    `step` reads one token of each row. `ChatGLMModel.forward` takes this as its cache, with the mask of `mask`.
     """
 
     is_compileable = False
@@ -177,6 +178,7 @@ class RowCache:
         shape = (2, rows, config.num_attention_heads, self.columns, head_dim)
         self._stores = [_zeros(shape, self._dtype, device) for device in devices]
         self._places: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._graphs: dict[int, StepGraph] | None = {} if can_record(model) else None  # by the number of rows
 
     def append(self, prefilled, index: int, length: int) -> None:
         """Copy in sequence `index` of a `DynamicCache`, of which the last `length` columns are no padding."""
@@ -205,6 +207,31 @@ class RowCache:
     def clear(self) -> None:
         while self.lengths:
             self.remove(len(self.lengths) - 1)
+
+    @torch.no_grad()
+    def step(self, model, ids: list[int], positions: list[list[int]]) -> torch.Tensor:
+        """Scores [B, V] of the tokens that follow the rows' next ones, of which ids and positions, B of R, are given.
+
+        On a GPU a step is recorded for each number of rows and replayed; its scores last until the next.
+        """
+        if self._graphs is None:
+            device = model.get_input_embeddings().weight.device
+            self.make_room()
+            places = torch.tensor(positions, device=device)
+            places = places[..., None] if model.config.position_encoding_2d else places
+            mask = self.mask(device)
+            return model(torch.tensor(ids, device=device)[:, None], places, mask, self, use_cache=True).logits[:, -1]
+        rows = len(self.lengths)
+        graph = self._graphs.get(rows)
+        if graph is None:
+            graph = self._graphs[rows] = StepGraph(model, rows)
+            graph.buffers = [(store[0, :rows], store[1, :rows]) for store in self._stores]
+        given = torch.tensor([ids, self.lengths, *zip(*positions, strict=True)]).to(graph.ids.device)
+        graph.ids.copy_(given[0])
+        graph.slots.copy_(given[1])
+        graph.positions.copy_(given[2:].T)
+        self.lengths = [length + 1 for length in self.lengths]
+        return graph.replay(model)[:, -1]
 
     def make_room(self) -> None:
         """One more column for every row: the next `update` fills it."""
@@ -457,23 +484,12 @@ class Scheduler:
                 self._cache.append(prefilled, index, len(answer.prompt))
                 self._rows.append(answer)
 
-    @torch.no_grad()
     def _step(self) -> None:
         """Read the last token of every row and choose the next."""
-        device = self.model.get_input_embeddings().weight.device
         for answer in self._rows:
             answer._positions[-1] += 1
-        positions = torch.tensor([answer._positions for answer in self._rows], device=device)
-        ids = torch.tensor([[answer._last] for answer in self._rows], device=device)
-        self._cache.make_room()
-        output = self.model(
-            ids,
-            positions[..., None] if self.model.config.position_encoding_2d else positions,
-            self._cache.mask(device),
-            self._cache,
-            use_cache=True,
-        )
-        ended = self._choose(self._rows, output.logits[:, -1])
+        ids, positions = [answer._last for answer in self._rows], [answer._positions for answer in self._rows]
+        ended = self._choose(self._rows, self._cache.step(self.model, ids, positions))
         for row in reversed(range(len(self._rows))):
             if ended[row]:
                 self._leave(row)

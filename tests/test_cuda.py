@@ -1,6 +1,8 @@
 """The same numbers and the same answers on an NVIDIA GPU."""
 
+import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from transformers import AutoModel, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from chatglm_int8 import cuda_graphs, modeling_chatglm
-from chatglm_int8.cuda_graphs import StepCache
+from chatglm_int8.cuda_graphs import StepCache, StepGraph
 from chatglm_int8.quantization import QuantizedLinear
 
 pytestmark = [
@@ -94,14 +96,12 @@ def unrecorded_step(self, input_ids):
     """`StepCache.step` without a graph: the same kernels, launched one by one."""
     graph, length = self._graph, self.layers[0].length
     self._make_ready(self._model())
-    graph.slot.fill_(length)
+    graph.slots.fill_(length)
     graph.ids.copy_(input_ids[:, 0])
-    self.recording = True
-    logits = self._run(self._model())
-    self.recording = False
+    logits = graph.run(self._model())
     for layer in self.layers:
         layer.length += 1
-    graph.place = -1
+    self._slot = -1
     self._placed += 1
     return logits
 
@@ -212,6 +212,38 @@ def test_recorded_steps_in_threads(cases, golden_model):
     with ThreadPoolExecutor(6) as pool:
         for got, alone in zip(pool.map(run, jobs), expected, strict=True):
             assert torch.equal(got, alone)
+
+
+@pytest.mark.parametrize("name", ["int8", "pos1d", "prefix"])
+def test_recorded_steps_of_a_server(name, golden_model, monkeypatch):
+    """Rows of several lengths come, are decoded together, and go; each gets what `generate` gives it alone."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "examples"))
+    import batching
+
+    batches, replay = [], StepGraph.replay
+    monkeypatch.setattr(StepGraph, "replay", lambda self, model: batches.append(len(self.ids)) or replay(self, model))
+    model = golden_model(name, torch.float16, "sdpa").cuda()
+    end = [model.config.gmask_token_id, model.config.bos_token_id]
+    torch.manual_seed(0)
+    prompts = [[*torch.randint(10, 400, (length,)).tolist(), *end] for length in (3, 30, 1, 17, 9)]
+    jobs = [(prompt, batching.Sampling(limit, temperature=0)) for prompt, limit in zip(prompts, (12, 5, 9, 12, 7))]
+    scheduler = batching.Scheduler(model, range(model.config.vocab_size), max_batch=3)
+
+    async def answer(prompt, sampling):
+        return [token.id async for token in scheduler.submit(prompt, [sampling])[0]]
+
+    async def answers():
+        return await asyncio.gather(*(answer(*job) for job in jobs))
+
+    try:
+        got = asyncio.run(answers())
+    finally:
+        scheduler.close()
+    assert max(batches) == 3
+    for ids, (prompt, sampling) in zip(got, jobs, strict=True):
+        given = torch.tensor([prompt], device="cuda")
+        alone = model.generate(given, do_sample=False, max_new_tokens=sampling.max_new_tokens)[0, len(prompt) :]
+        assert ids == [token for token in alone.tolist() if token != model.config.eos_token_id]
 
 
 def test_what_users_add_to_generate(cases, golden_model, steps):

@@ -267,29 +267,36 @@ class TestOperations:
         for got, expected in zip((cosines, sines), angles, strict=True):
             assert (got - expected.float().flatten(1)).abs().max() < 2 * TOLERANCE[dtype]
 
+        slots = (length - torch.arange(batch, device="cuda")).clamp(min=0).int()
         caches = torch.randn(2, batch, heads, length + 9, head_dim, device="cuda").to(dtype)
+        for row, slot in enumerate(slots.tolist()):
+            caches[:, row, :, slot:] = torch.nan
         qkv = torch.randn(batch, heads * 3 * head_dim, device="cuda").to(dtype)
         query, key, value = qkv.view(batch, 1, heads, -1).chunk(3, dim=-1)
         query, key = (apply_rotary(x.double(), *(angle.double() for angle in angles)) for x in (query, key))
-        keys, values = caches.double().clone()
-        keys[:, :, length], values[:, :, length] = key[:, 0], value[:, 0].double()
-        slot = torch.tensor([length], dtype=torch.int32, device="cuda")
-        got = kernels_cuda.attend(qkv, cosines, sines, *caches, slot, padding, prefix, 2, most)
-        again = kernels_cuda.attend(qkv, cosines, sines, *caches, slot, padding, prefix, 2, most)
+        before = caches.clone()
+        got = kernels_cuda.attend(qkv, cosines, sines, *caches, slots, padding, prefix, 2, most)
+        again = kernels_cuda.attend(qkv, cosines, sines, *caches, slots, padding, prefix, 2, most)
         assert torch.equal(got, again)
         roomy = torch.cat((caches, torch.full_like(caches, torch.nan).repeat(1, 1, 1, 9, 1)), dim=3)
-        assert torch.equal(got, kernels_cuda.attend(qkv, cosines, sines, *roomy, slot, padding, prefix, 2, most))
-        assert distance(caches[0], keys) < TOLERANCE[dtype]
-        assert torch.equal(caches[1].double(), values)
-        places = torch.arange(length + 1, device="cuda")
-        seen = (places < prefix) | (places >= prefix + padding[:, None])
-        scores = query.transpose(1, 2) @ keys[:, :, : length + 1].transpose(2, 3) / head_dim**0.5
-        probs = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(dim=-1)
-        expected = (probs @ values[:, :, : length + 1]).transpose(1, 2).flatten(1)
-        assert distance(got, expected) < 4 * TOLERANCE[dtype]  # query and key are rounded, too
+        assert torch.equal(got, kernels_cuda.attend(qkv, cosines, sines, *roomy, slots, padding, prefix, 2, most))
+        for row, slot in enumerate(slots.tolist()):
+            assert distance(caches[0, row, :, slot], key[row, 0]) < TOLERANCE[dtype]
+            assert torch.equal(caches[1, row, :, slot], value[row, 0])
+            keys, values = caches[:, row, :, : slot + 1].double()
+            assert torch.equal(keys[:, :slot], before[0, row, :, :slot].double())
+            assert torch.equal(values[:, :slot], before[1, row, :, :slot].double())
+            keys[:, slot] = key[row, 0]
+            places = torch.arange(slot + 1, device="cuda")
+            seen = (places < prefix) | (places >= prefix + padding[row])
+            scores = query[row].transpose(0, 1) @ keys.transpose(1, 2) / head_dim**0.5
+            probs = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
+            expected = (probs @ values).flatten()
+            assert distance(got[row], expected) < 4 * TOLERANCE[dtype]  # query and key are rounded, too
 
-        kernels_cuda.end_step(hidden, positions, torch.ones_like(positions), slot, head_dim)
-        assert slot.item() == length + 1
+        after = slots + 1
+        kernels_cuda.end_step(hidden, positions, torch.ones_like(positions), slots, head_dim)
+        assert torch.equal(slots, after)
 
     @pytest.mark.parametrize(("head_dim", "rows"), [(128, 2), (16, 2), (32, 1)])
     def test_split_rotate(self, head_dim, rows, dtype):
