@@ -225,8 +225,10 @@ def test_recorded_steps_of_a_server(name, golden_model, monkeypatch):
     model = golden_model(name, torch.float16, "sdpa").cuda()
     end = [model.config.gmask_token_id, model.config.bos_token_id]
     torch.manual_seed(0)
-    prompts = [[*torch.randint(10, 400, (length,)).tolist(), *end] for length in (3, 30, 1, 17, 9)]
-    jobs = [(prompt, batching.Sampling(limit, temperature=0)) for prompt, limit in zip(prompts, (12, 5, 9, 12, 7))]
+    jobs = [
+        ([*torch.randint(10, 400, (length,)).tolist(), *end], batching.Sampling(limit, temperature=0))
+        for length, limit in ((3, 12), (30, 5), (1, 9), (17, 12), (9, 7))
+    ]
     scheduler = batching.Scheduler(model, range(model.config.vocab_size), max_batch=3)
 
     async def answer(prompt, sampling):
