@@ -177,7 +177,7 @@ def percentile(values: list[float], share: float) -> float:
 
 async def compare(server: Server, clients: int, seconds: float, limit: int, fixed: bool) -> None:
     questions = read_questions()
-    await load(server, 2, 2, questions, limit, fixed)  # warm up
+    await load(server, clients, 5, questions, limit, fixed)  # a GPU records steps of each number of rows
     print(f"{'clients':>8}{'answers':>9}{'tokens/s':>10}{'first token: median':>21}{'95 %':>9}")
     results = []
     for count in (1, clients):
