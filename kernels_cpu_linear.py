@@ -47,6 +47,7 @@ enum {
     PADDED_M = 16,    /* rows of sums are padded to a multiple of this */
     DIGIT_MAX = sizeof(digit_t) == 1 ? 127 : 32767,
     CHUNK = sizeof(panel_t) == 1 ? 256 : 128, /* output features that a thread takes at once, at most */
+    FEW_CHUNK = 16,   /* the same of few rows: as many as make a vector of results */
 #if defined(BYTE_TILES) && !defined(AMX)
     JOINED = 1,       /* whether two bytes make a digit */
     GROUP = 256,      /* rows whose digits of a block stay in the cache beside weights */
@@ -101,24 +102,18 @@ static inline panel_t *tile_of(const struct job *j, int64_t m, int64_t block) {
     int64_t columns = block_columns(j, block);
     return j->digits + (block * j->block * j->padded_M + m / 16 * 16 * columns) * byte_planes(j);
 }
-
-/* Of stored weights, the next `rows` rows are fetched as they lie in memory, faster than in as many streams: as much of
-   them as there is of the present rows in one block, from this address on. */
-static inline const int8_t *next_rows(const struct job *j, const int8_t *weights, int64_t rows, int64_t block) {
-    return weights + rows * j->K + (rows - 1) * block * j->block;
-}
 #endif
 
 #ifdef BYTE_TILES
 /* total[n, i] += weights · digits for BYTE_N weight rows and PADDED_M sums, each of which takes `deep` columns at a
    time. Digits of 16 bits are two bytes, 256 · high + low. Weight rows lie `stride` bytes apart, and their parts of 64
-   columns `step` bytes. `stored`: as stored, so not unsigned yet. `bytes`: byte_planes. */
+   columns `step` bytes. `stored`: as stored, so not unsigned yet, while others are fetched from `ahead` on. `bytes`:
+   byte_planes. */
 static inline __attribute__((always_inline)) void
 add_bytes(const struct job *j, const int8_t *weights, int64_t stride, int64_t step, const int stored, int64_t block,
-         int64_t m, const int bytes, const int deep, float (*total)[PADDED_M]) {
+          int64_t m, const int8_t *ahead, const int bytes, const int deep, float (*total)[PADDED_M]) {
     const int64_t size = 64 * (64 / deep); /* of a plane's 64 columns */
     const int64_t P = j->padded_M;
-    const int8_t *ahead = next_rows(j, weights, BYTE_N, block);
     for (int i = 0; i < PADDED_M; i += FLOATS) {
         const int8_t *x = tile_of(j, m, block) + 4 * i, *w = weights;
         const int32_t *start = j->start + block * bytes * P + m + i;
@@ -127,9 +122,11 @@ add_bytes(const struct job *j, const int8_t *weights, int64_t stride, int64_t st
 #define START(n) sums a##n = a, b##n = b, c##n = c;
         FOR_BYTE_N(START)
         for (int64_t k = block_columns(j, block); k > 0; k -= 64, w += step, x += bytes * size) {
-            if (stored && i == 0)
-                for (int n = 0; n < BYTE_N; n++, ahead += LINE) __builtin_prefetch(ahead, 0, 2);
             for (int part = 0; part < 64 / deep; part++) {
+                if (stored && i == 0 && part % (64 / deep / BYTE_N) == 0) { /* not all of them at once, which is slow */
+                    __builtin_prefetch(ahead, 0, 2);
+                    ahead += LINE;
+                }
                 const int8_t *from = w + part * deep, *digit = x + part * 64;
                 const digits x_a = load_digits(digit), x_b = load_digits(digit + size);
                 const digits x_c = load_digits(digit + (bytes - 1) * size);
@@ -158,8 +155,9 @@ add_bytes(const struct job *j, const int8_t *weights, int64_t stride, int64_t st
 /* For a compiler, a function each. */
 #define TILE(name, stored, bytes, deep) \
     static __attribute__((noinline)) void name(const struct job *j, const int8_t *weights, int64_t stride, \
-                                               int64_t step, int64_t block, int64_t m, float (*total)[PADDED_M]) { \
-        add_bytes(j, weights, stride, step, stored, block, m, bytes, deep, total); \
+                                               int64_t step, int64_t block, int64_t m, const int8_t *ahead, \
+                                               float (*total)[PADDED_M]) { \
+        add_bytes(j, weights, stride, step, stored, block, m, ahead, bytes, deep, total); \
     }
 TILE(tile_of_half, 0, 2, 4)
 TILE(tile_of_half_stored, 1, 2, 4)
@@ -172,29 +170,30 @@ TILE(tile_of_float_few_stored, 1, 3, 8)
 #undef TILE
 
 static void multiply_bytes(const struct job *j, const panel_t *weights, int64_t stride, int64_t step, int64_t block,
-                           int64_t m, float (*total)[PADDED_M]) {
+                           int64_t m, const int8_t *ahead, float (*total)[PADDED_M]) {
     static void (*const tiles[2][2][2])(const struct job *, const int8_t *, int64_t, int64_t, int64_t, int64_t,
-                                        float (*)[PADDED_M]) = {
+                                        const int8_t *, float (*)[PADDED_M]) = {
         {{tile_of_half, tile_of_half_stored}, {tile_of_half_few, tile_of_half_few_stored}},
         {{tile_of_float, tile_of_float_stored}, {tile_of_float_few, tile_of_float_few_stored}},
     };
-    tiles[byte_planes(j) - 2][j->width < PADDED_M][step == 64](j, weights, stride, step, block, m, total);
+    tiles[byte_planes(j) - 2][j->width < PADDED_M][step == 64](j, weights, stride, step, block, m, ahead, total);
 }
 #endif
 
 #ifdef AMX
 /* sums[n, m] += weights · digits, for 32 weight rows and 16 rows of x. Weight rows lie `stride` bytes apart, and their
-   parts of 64 columns `step` bytes: K and 64 in the weight itself, 64 and 2048 in a panel. */
+   parts of 64 columns `step` bytes: K and 64 in the weight itself, while others are fetched from `ahead` on; 64 and 2048
+   in a panel. */
 static void multiply_tile(const struct job *j, const panel_t *weights, int64_t stride, int64_t step, int64_t block,
-                          int64_t m, float (*sums)[PADDED_M]) {
+                          int64_t m, const int8_t *ahead, float (*sums)[PADDED_M]) {
 #ifdef BYTE_TILES
-    if (j->bytes) { multiply_bytes(j, weights, stride, step, block, m, sums); return; }
+    if (j->bytes) { multiply_bytes(j, weights, stride, step, block, m, ahead, sums); return; }
 #endif
-    int64_t steps = block_columns(j, block) / 64, share = TILE_N * TILE_M / j->padded_M; /* lines that a step fetches */
+    const int64_t steps = block_columns(j, block) / 64, tiles = j->padded_M / TILE_M;
+    const int64_t share = step == 64 ? TILE_N / tiles : 0; /* of stored weights: lines that a step fetches */
     const panel_t *x = tile_of(j, m, block), *lower = weights + 16 * stride;
-    const int8_t *ahead = next_rows(j, weights, TILE_N, block) + m / TILE_M * steps * share * LINE;
-    if (step != 64) share = 0; /* a panel, not stored weights */
     const float *scale = j->digit_scale + block * j->planes * j->padded_M + m;
+    ahead += m / TILE_M * steps * share * LINE;
     _Alignas(64) int32_t product[2][3][16][16];
     if (j->planes == 2) {
         _tile_zero(0);
@@ -251,9 +250,9 @@ static void multiply_tile(const struct job *j, const panel_t *weights, int64_t s
 #else
 /* total[n, m] += weights · digits, for the TILE_N rows of a panel and TILE_M rows of x. */
 static void multiply_tile(const struct job *j, const panel_t *panel, int64_t stride, int64_t step, int64_t block,
-                          int64_t m, float total[TILE_N][PADDED_M]) {
+                          int64_t m, const int8_t *ahead, float (*total)[PADDED_M]) {
     int64_t columns = block_columns(j, block);
-    (void)step;
+    (void)step, (void)ahead;
     for (int plane = 0; plane < j->planes; plane++) {
         const panel_t *x = j->digits + (plane * j->padded_M + m) * j->padded_K + block * j->block;
         const float *scale = j->digit_scale + (block * j->planes + plane) * j->padded_M + m;
@@ -805,6 +804,9 @@ static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64
                     int64_t rows = least(tile_n, n0 + height - n), stride = BLOCK, step = TILE_K;
                     int64_t last = least(group + GROUP, j->M), next_n = n + tile_n, next_block = block, fetched = 0;
                     const panel_t *weights = panel;
+                    /* Stored weights of the next chunk are fetched as they lie in memory, faster than in many streams. */
+                    const int8_t *ahead = j->weight + (n0 + chunk) * j->K + block * j->block * chunk
+                                          + (n - n0) * block_columns(j, block);
                     if (next_n >= n0 + height) next_block++, next_n = n0;
                     if (next_block * j->block >= j->K) next_block = 0, next_n = n0 + chunk;
 #ifdef TILES
@@ -824,7 +826,8 @@ static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64
                         float(*tile)[PADDED_M] = sums[(n - n0) / tile_n * m_tiles + m / PADDED_M];
                         for (; weights == panel && fetched * (last - group) < (m + TILE_M - group) * tile_n; fetched++)
                             prefetch_row(j, next_n + fetched, next_block);
-                        multiply_tile(j, weights, stride, step, block, m, (float(*)[PADDED_M]) & tile[0][m % PADDED_M]);
+                        multiply_tile(j, weights, stride, step, block, m, ahead,
+                                      (float(*)[PADDED_M]) & tile[0][m % PADDED_M]);
                     }
                 }
         read_vectors(j, n0, height, scale, bias);
@@ -885,7 +888,7 @@ int chatglm_linear(const void *x, int x_dtype, const int8_t *weight, int bits, c
 #endif
         int blocks = (int)((j.padded_K + j.block - 1) / j.block);
         size_t digit_size = one ? sizeof(digit_t) : JOINED ? 2 : sizeof(panel_t);
-        int64_t chunk = j.pairs ? PAIR_CHUNK : j.M <= 32 ? j.tile_n : CHUNK;
+                int64_t chunk = j.pairs ? PAIR_CHUNK : j.M <= 32 ? round_up(FEW_CHUNK, j.tile_n) : CHUNK;
         j.planes = digits_of(x_dtype, digit_size);
         j.padded_M = one ? 1 : round_up(j.M, j.pairs ? 2 * PADDED_M : PADDED_M);
         /* For each thread: sums; a panel of weights. For all: digits, their scales, and what sums start with. */
