@@ -182,8 +182,8 @@ static void multiply_bytes(const struct job *j, const panel_t *weights, int64_t 
 
 #ifdef AMX
 /* sums[n, m] += weights · digits, for 32 weight rows and 16 rows of x. Weight rows lie `stride` bytes apart, and their
-   parts of 64 columns `step` bytes: K and 64 in the weight itself, while others are fetched from `ahead` on; 64 and 2048
-   in a panel. */
+   parts of 64 columns `step` bytes: K and 64 in the weight itself, while others are fetched from `ahead` on, and 64 and
+   2048 in a panel. */
 static void multiply_tile(const struct job *j, const panel_t *weights, int64_t stride, int64_t step, int64_t block,
                           int64_t m, const int8_t *ahead, float (*sums)[PADDED_M]) {
 #ifdef BYTE_TILES
@@ -804,7 +804,7 @@ static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64
                     int64_t rows = least(tile_n, n0 + height - n), stride = BLOCK, step = TILE_K;
                     int64_t last = least(group + GROUP, j->M), next_n = n + tile_n, next_block = block, fetched = 0;
                     const panel_t *weights = panel;
-                    /* Stored weights of the next chunk are fetched as they lie in memory, faster than in many streams. */
+                    /* Stored weights of the next chunk are fetched as they lie in memory, not in many streams. */
                     const int8_t *ahead = j->weight + (n0 + chunk) * j->K + block * j->block * chunk
                                           + (n - n0) * block_columns(j, block);
                     if (next_n >= n0 + height) next_block++, next_n = n0;
