@@ -122,12 +122,13 @@ add_bytes(const struct job *j, const int8_t *weights, int64_t stride, int64_t st
 #define START(n) sums a##n = a, b##n = b, c##n = c;
         FOR_BYTE_N(START)
         for (int64_t k = block_columns(j, block); k > 0; k -= 64, w += step, x += bytes * size) {
-            for (int part = 0; part < 64 / deep; part++) {
-                if (stored && i == 0 && part % (64 / deep / BYTE_N) == 0) { /* not all of them at once, which is slow */
+            for (int part = 0; part < 64; part += deep) {
+                if (stored && i == 0 && part % (64 / BYTE_N) == 0) { /* not all at once: the rest would wait */
+                    __builtin_prefetch(w + part / (64 / BYTE_N) * stride + NEAR / 4);
                     __builtin_prefetch(ahead, 0, 2);
                     ahead += LINE;
                 }
-                const int8_t *from = w + part * deep, *digit = x + part * 64;
+                const int8_t *from = w + part, *digit = x + 64 / deep * part;
                 const digits x_a = load_digits(digit), x_b = load_digits(digit + size);
                 const digits x_c = load_digits(digit + (bytes - 1) * size);
 #define ADD(n) { \
