@@ -811,7 +811,7 @@ static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64
                     if (next_n >= n0 + height) next_block++, next_n = n0;
                     if (next_block * j->block >= j->K) next_block = 0, next_n = n0 + chunk;
 #ifdef TILES
-                    const int64_t few = j->bytes ? TILE_M : STORED_M;
+                    const int64_t few = j->bytes ? TILE_M : STORED_M; /* too few to be worth a panel */
                     if (j->M <= few && j->bits == 8 && rows == tile_n && j->K == j->padded_K) {
                         weights = j->weight + n * j->K + block * j->block;
                         stride = j->K;
@@ -889,7 +889,7 @@ int chatglm_linear(const void *x, int x_dtype, const int8_t *weight, int bits, c
 #endif
         int blocks = (int)((j.padded_K + j.block - 1) / j.block);
         size_t digit_size = one ? sizeof(digit_t) : JOINED ? 2 : sizeof(panel_t);
-                int64_t chunk = j.pairs ? PAIR_CHUNK : j.M <= 32 ? round_up(FEW_CHUNK, j.tile_n) : CHUNK;
+        int64_t chunk = j.pairs ? PAIR_CHUNK : j.M <= 32 ? round_up(FEW_CHUNK, j.tile_n) : CHUNK;
         j.planes = digits_of(x_dtype, digit_size);
         j.padded_M = one ? 1 : round_up(j.M, j.pairs ? 2 * PADDED_M : PADDED_M);
         /* For each thread: sums; a panel of weights. For all: digits, their scales, and what sums start with. */
