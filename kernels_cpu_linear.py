@@ -11,7 +11,8 @@ LINEAR = r"""
    One row: weights are streamed from memory once. Several rows: a panel of weight rows meets all rows of x, in tiles
    of sums,
      - of a matrix unit, whose digits are int8;
-     - of bytes, where instructions multiply unsigned weights by signed bytes, two of which make a digit of 16 bits;
+     - of bytes, where instructions multiply unsigned weights by signed bytes: digits of a matrix unit, for few rows, or
+       two that make a digit of 16 bits;
      - of pairs, with half as many products, where that is faster;
      - else of 16-bit numbers, or of int8 with NEON's dot product.
 */
@@ -46,11 +47,16 @@ enum {
     PADDED_M = 16,    /* rows of sums are padded to a multiple of this */
     DIGIT_MAX = sizeof(digit_t) == 1 ? 127 : 32767,
     CHUNK = sizeof(panel_t) == 1 ? 256 : 128, /* output features that a thread takes at once, at most */
-#ifdef BYTE_TILES
+    FEW_CHUNK = 16,   /* the same of few rows: as many as make a vector of results */
+#if defined(BYTE_TILES) && !defined(AMX)
+    JOINED = 1,       /* whether two bytes make a digit */
     GROUP = 256,      /* rows whose digits of a block stay in the cache beside weights */
 #else
+    JOINED = 0,
     GROUP = sizeof(panel_t) == 1 ? 512 : 64,
 #endif
+    BYTE_M = 16,      /* rows, at most, for which bytes are faster than a matrix unit */
+    STORED_M = 32,    /* rows, at most, that a matrix unit multiplies by weights where they are stored */
     M_AT_ONCE = 512,  /* rows of x that are held as digits */
     /* Of tiles of bytes and of pairs, whose sums of a block are exact in 32 bits: */
     TILE_BLOCK = 512,       /* columns of a block */
@@ -66,13 +72,15 @@ struct job {
     int planes;           /* digits that a number has */
     int width;            /* rows of x in a tile of PADDED_M sums: that, or half as many, each in two places */
     int pairs;            /* whether products are taken in pairs: see add_pairs */
+    int bytes;            /* whether they are taken of bytes: see add_bytes */
+    int64_t tile_n;       /* weight rows of a tile */
     int64_t M, N, K, block; /* block: columns of a block, BLOCK at most */
     int64_t padded_M, padded_K; /* padded_M: sums that a weight row has */
     digit_t *row_digits;  /* of one row: [plane][padded_K] */
     panel_t *digits;      /* of several: [plane][padded_M][padded_K], or as tile_of or pairs_of says */
     float *digit_scale;   /* [blocks][planes][padded_M] */
-    int32_t *start;       /* what sums start with, if not 0: [blocks][planes][padded_M], of one row
-                             [parts][halves][planes][FLOATS] */
+    int32_t *start;       /* what sums start with, if not 0: of bytes [blocks][byte_planes][padded_M], of pairs
+                             [blocks][planes][padded_M], of one row [parts][halves][planes][FLOATS] */
 };
 
 /* Columns of a block, with those that pad K. */
@@ -80,11 +88,7 @@ static inline int64_t block_columns(const struct job *j, int64_t block) {
     return least(j->block, j->padded_K - block * j->block);
 }
 
-#ifdef BYTE_TILES
-static inline int byte_planes(const struct job *j) { return j->planes + 1; }
-#else
-static inline int byte_planes(const struct job *j) { return j->planes; }
-#endif
+static inline int byte_planes(const struct job *j) { return j->planes + JOINED; }
 
 /* Digits of one number: those of int16 hold 15 bits, those of int8 about 7.5. */
 static int digits_of(int x_dtype, size_t digit_size) { return (digit_size == 1 ? 2 : 1) + (x_dtype == FLOAT); }
@@ -93,22 +97,104 @@ static int digits_of(int x_dtype, size_t digit_size) { return (digit_size == 1 ?
 #define TILES
 /* Bytes of digits in the order that tiles are multiplied in, where a sum takes four at a time:
    [block][m / 16][k / 64][plane][k / 4 % 16][m % 16][k % 4], and of 8 rows [block][k / 64][plane][k / 8 % 8][m][k % 8].
-   The planes of a matrix unit are digits; else they are the two bytes of the first, and the second digit's. */
+   The planes are digits, of a matrix unit; else the two bytes of the first digit, and the second digit. */
 static inline panel_t *tile_of(const struct job *j, int64_t m, int64_t block) {
     int64_t columns = block_columns(j, block);
     return j->digits + (block * j->block * j->padded_M + m / 16 * 16 * columns) * byte_planes(j);
 }
 #endif
 
-#ifdef AMX
+#ifdef BYTE_TILES
+/* total[n, i] += weights · digits for BYTE_N weight rows and PADDED_M sums, each of which takes `deep` columns at a
+   time. Digits of 16 bits are two bytes, 256 · high + low. Weight rows lie `stride` bytes apart, and their parts of 64
+   columns `step` bytes. `stored`: as stored, so not unsigned yet, while others are fetched from `ahead` on. `bytes`:
+   byte_planes. */
+static inline __attribute__((always_inline)) void
+add_bytes(const struct job *j, const int8_t *weights, int64_t stride, int64_t step, const int stored, int64_t block,
+          int64_t m, const int8_t *ahead, const int bytes, const int deep, float (*total)[PADDED_M]) {
+    const int64_t size = 64 * (64 / deep); /* of a plane's 64 columns */
+    const int64_t P = j->padded_M;
+    for (int i = 0; i < PADDED_M; i += FLOATS) {
+        const int8_t *x = tile_of(j, m, block) + 4 * i, *w = weights;
+        const int32_t *start = j->start + block * bytes * P + m + i;
+        const sums a = load_sums(start), b = load_sums(start + P), c = load_sums(start + (bytes - 1) * P);
+        /* An array would stay in memory, with gcc 12. */
+#define START(n) sums a##n = a, b##n = b, c##n = c;
+        FOR_BYTE_N(START)
+        for (int64_t k = block_columns(j, block); k > 0; k -= 64, w += step, x += bytes * size) {
+            for (int part = 0; part < 64; part += deep) {
+                if (stored && i == 0 && part % (64 / BYTE_N) == 0) { /* not all at once: the rest would wait */
+                    __builtin_prefetch(w + part / (64 / BYTE_N) * stride + NEAR / 4);
+                    __builtin_prefetch(ahead, 0, 2);
+                    ahead += LINE;
+                }
+                const int8_t *from = w + part, *digit = x + 64 / deep * part;
+                const digits x_a = load_digits(digit), x_b = load_digits(digit + size);
+                const digits x_c = load_digits(digit + (bytes - 1) * size);
+#define ADD(n) { \
+                digits of_w = deep == 4 ? repeat4(from + n * stride) : repeat8(from + n * stride); \
+                if (stored) of_w = flip_signs(of_w); \
+                a##n = add_products(a##n, of_w, x_a); \
+                b##n = add_products(b##n, of_w, x_b); \
+                if (bytes == 3) c##n = add_products(c##n, of_w, x_c); }
+                FOR_BYTE_N(ADD)
+            }
+        }
+        const float *scales = j->digit_scale + block * (bytes - JOINED) * P + m + i;
+        const floats scale = load(scales), last_scale = load(scales + (bytes - JOINED - 1) * P);
+#define WHOLE(s) from_sums(deep == 4 ? s : add_neighbours(s))
+#define TOTAL(n) { \
+        floats sum = load(total[n] + i); \
+        sum = multiply_add(WHOLE(JOINED ? join_sums(a##n, b##n) : a##n), scale, sum); \
+        if (!JOINED) sum = multiply_add(WHOLE(b##n), load(scales + P), sum); \
+        if (bytes == 3) sum = multiply_add(WHOLE(c##n), last_scale, sum); \
+        store(total[n] + i, sum); }
+        FOR_BYTE_N(TOTAL)
+    }
+}
 
+/* For a compiler, a function each. */
+#define TILE(name, stored, bytes, deep) \
+    static __attribute__((noinline)) void name(const struct job *j, const int8_t *weights, int64_t stride, \
+                                               int64_t step, int64_t block, int64_t m, const int8_t *ahead, \
+                                               float (*total)[PADDED_M]) { \
+        add_bytes(j, weights, stride, step, stored, block, m, ahead, bytes, deep, total); \
+    }
+TILE(tile_of_half, 0, 2, 4)
+TILE(tile_of_half_stored, 1, 2, 4)
+TILE(tile_of_half_few, 0, 2, 8)
+TILE(tile_of_half_few_stored, 1, 2, 8)
+TILE(tile_of_float, 0, 3, 4)
+TILE(tile_of_float_stored, 1, 3, 4)
+TILE(tile_of_float_few, 0, 3, 8)
+TILE(tile_of_float_few_stored, 1, 3, 8)
+#undef TILE
+
+static void multiply_bytes(const struct job *j, const panel_t *weights, int64_t stride, int64_t step, int64_t block,
+                           int64_t m, const int8_t *ahead, float (*total)[PADDED_M]) {
+    static void (*const tiles[2][2][2])(const struct job *, const int8_t *, int64_t, int64_t, int64_t, int64_t,
+                                        const int8_t *, float (*)[PADDED_M]) = {
+        {{tile_of_half, tile_of_half_stored}, {tile_of_half_few, tile_of_half_few_stored}},
+        {{tile_of_float, tile_of_float_stored}, {tile_of_float_few, tile_of_float_few_stored}},
+    };
+    tiles[byte_planes(j) - 2][j->width < PADDED_M][step == 64](j, weights, stride, step, block, m, ahead, total);
+}
+#endif
+
+#ifdef AMX
 /* sums[n, m] += weights · digits, for 32 weight rows and 16 rows of x. Weight rows lie `stride` bytes apart, and their
-   parts of 64 columns `step` bytes: K and 64 in the weight itself, 64 and 2048 in a panel. */
+   parts of 64 columns `step` bytes: K and 64 in the weight itself, while others are fetched from `ahead` on, and 64 and
+   2048 in a panel. */
 static void multiply_tile(const struct job *j, const panel_t *weights, int64_t stride, int64_t step, int64_t block,
-                          int64_t m, float sums[TILE_N][PADDED_M]) {
-    int64_t steps = block_columns(j, block) / 64;
+                          int64_t m, const int8_t *ahead, float (*sums)[PADDED_M]) {
+#ifdef BYTE_TILES
+    if (j->bytes) { multiply_bytes(j, weights, stride, step, block, m, ahead, sums); return; }
+#endif
+    const int64_t steps = block_columns(j, block) / 64, tiles = j->padded_M / TILE_M;
+    const int64_t share = step == 64 ? TILE_N / tiles : 0; /* of stored weights: lines that a step fetches */
     const panel_t *x = tile_of(j, m, block), *lower = weights + 16 * stride;
     const float *scale = j->digit_scale + block * j->planes * j->padded_M + m;
+    ahead += m / TILE_M * steps * share * LINE;
     _Alignas(64) int32_t product[2][3][16][16];
     if (j->planes == 2) {
         _tile_zero(0);
@@ -124,8 +210,7 @@ static void multiply_tile(const struct job *j, const panel_t *weights, int64_t s
             _tile_dpbssd(1, 4, 7);
             _tile_dpbssd(2, 5, 6);
             _tile_dpbssd(3, 5, 7);
-            if (step == 64) /* straight from memory */
-                for (int n = 0; n < 32; n++) __builtin_prefetch(weights + n * stride + i * 64 + NEAR / 2);
+            for (int64_t n = 0; n < share; n++, ahead += LINE) __builtin_prefetch(ahead, 0, 2);
         }
         _tile_stored(0, product[0][0], 64);
         _tile_stored(1, product[0][1], 64);
@@ -145,8 +230,7 @@ static void multiply_tile(const struct job *j, const panel_t *weights, int64_t s
                 _tile_dpbssd(0, 4, 5);
                 _tile_dpbssd(1, 4, 6);
                 _tile_dpbssd(2, 4, 7);
-                if (step == 64)
-                    for (int n = 0; n < 16; n++) __builtin_prefetch(from + n * stride + i * 64 + NEAR / 2);
+                for (int64_t n = 0; n < share; n += 2, ahead += LINE) __builtin_prefetch(ahead, 0, 2);
             }
             _tile_stored(0, product[half][0], 64);
             _tile_stored(1, product[half][1], 64);
@@ -163,82 +247,13 @@ static void multiply_tile(const struct job *j, const panel_t *weights, int64_t s
         }
 }
 #elif defined(BYTE_TILES)
-/* total[n, i] += weights · digits for TILE_N weight rows and PADDED_M sums, each of which takes `deep` columns at a
-   time. Digits of 16 bits are two bytes, 256 · high + low, and what these leave of floats is a third. Weight rows lie
-   `stride` bytes apart, and their parts of 64 columns `step` bytes. `stored`: as stored, so not unsigned yet. */
-static inline __attribute__((always_inline)) void
-add_tile(const struct job *j, const int8_t *weights, int64_t stride, int64_t step, const int stored, int64_t block,
-         int64_t m, const int planes, const int deep, float total[TILE_N][PADDED_M]) {
-    const int64_t size = 64 * (64 / deep); /* of a plane's 64 columns */
-    const int64_t P = j->padded_M, at = block * planes * P + m;
-    /* Of stored weights, the next TILE_N rows are fetched as they lie in memory, faster than in TILE_N streams. */
-    const int8_t *ahead = weights + TILE_N * j->K + (TILE_N - 1) * block * j->block;
-    for (int i = 0; i < PADDED_M; i += FLOATS) {
-        const int8_t *x = tile_of(j, m, block) + 4 * i, *w = weights;
-        const int32_t *starts = j->start + at + i;
-        const sums start = load_sums(starts), start_rest = load_sums(starts + (planes - 1) * P);
-        /* An array would stay in memory, with gcc 12. */
-#define START(n) sums a##n = no_sums(), b##n = start, c##n = start_rest;
-        FOR_TILE_N(START)
-        for (int64_t k = block_columns(j, block); k > 0; k -= 64, w += step, x += (planes + 1) * size) {
-            if (stored && i == 0)
-                for (int n = 0; n < TILE_N; n++, ahead += LINE) __builtin_prefetch(ahead, 0, 2);
-            for (int part = 0; part < 64 / deep; part++) {
-                const int8_t *from = w + part * deep, *digit = x + part * 64;
-                const digits high = load_digits(digit), low = load_digits(digit + size);
-                const digits rest = load_digits(digit + planes * size);
-#define ADD(n) { \
-                digits of_w = deep == 4 ? repeat4(from + n * stride) : repeat8(from + n * stride); \
-                if (stored) of_w = flip_signs(of_w); \
-                a##n = add_products(a##n, of_w, high); \
-                b##n = add_products(b##n, of_w, low); \
-                if (planes == 2) c##n = add_products(c##n, of_w, rest); }
-                FOR_TILE_N(ADD)
-            }
-        }
-        const float *scales = j->digit_scale + at + i;
-        const floats scale = load(scales), scale_rest = load(scales + (planes - 1) * P);
-#define TOTAL(n) { \
-        const sums joined = join_sums(a##n, b##n); \
-        floats sum = multiply_add(from_sums(deep == 4 ? joined : add_neighbours(joined)), scale, load(total[n] + i)); \
-        if (planes == 2) sum = multiply_add(from_sums(deep == 4 ? c##n : add_neighbours(c##n)), scale_rest, sum); \
-        store(total[n] + i, sum); }
-        FOR_TILE_N(TOTAL)
-    }
-}
-
-/* For a compiler, a function each. */
-#define TILE(name, stored, planes, deep) \
-    static __attribute__((noinline)) void name(const struct job *j, const int8_t *weights, int64_t stride, \
-                                               int64_t step, int64_t block, int64_t m, \
-                                               float total[TILE_N][PADDED_M]) { \
-        add_tile(j, weights, stride, step, stored, block, m, planes, deep, total); \
-    }
-TILE(tile_of_half, 0, 1, 4)
-TILE(tile_of_half_stored, 1, 1, 4)
-TILE(tile_of_half_few, 0, 1, 8)
-TILE(tile_of_half_few_stored, 1, 1, 8)
-TILE(tile_of_float, 0, 2, 4)
-TILE(tile_of_float_stored, 1, 2, 4)
-TILE(tile_of_float_few, 0, 2, 8)
-TILE(tile_of_float_few_stored, 1, 2, 8)
-#undef TILE
-
-static void multiply_tile(const struct job *j, const panel_t *weights, int64_t stride, int64_t step, int64_t block,
-                          int64_t m, float total[TILE_N][PADDED_M]) {
-    static void (*const tiles[2][2][2])(const struct job *, const int8_t *, int64_t, int64_t, int64_t, int64_t,
-                                        float (*)[PADDED_M]) = {
-        {{tile_of_half, tile_of_half_stored}, {tile_of_half_few, tile_of_half_few_stored}},
-        {{tile_of_float, tile_of_float_stored}, {tile_of_float_few, tile_of_float_few_stored}},
-    };
-    tiles[j->planes - 1][j->width < PADDED_M][step == 64](j, weights, stride, step, block, m, total);
-}
+#define multiply_tile multiply_bytes
 #else
 /* total[n, m] += weights · digits, for the TILE_N rows of a panel and TILE_M rows of x. */
 static void multiply_tile(const struct job *j, const panel_t *panel, int64_t stride, int64_t step, int64_t block,
-                          int64_t m, float total[TILE_N][PADDED_M]) {
+                          int64_t m, const int8_t *ahead, float (*total)[PADDED_M]) {
     int64_t columns = block_columns(j, block);
-    (void)step;
+    (void)step, (void)ahead;
     for (int plane = 0; plane < j->planes; plane++) {
         const panel_t *x = j->digits + (plane * j->padded_M + m) * j->padded_K + block * j->block;
         const float *scale = j->digit_scale + (block * j->planes + plane) * j->padded_M + m;
@@ -333,7 +348,7 @@ static __attribute__((noinline)) void add_pairs(const struct job *j, const struc
 #define START_PAIRS(n) \
     const __m512i start##n = _mm512_set1_epi32(panel->start[n]); \
     sums a##n = (sums)_mm512_add_epi32(x_start, start##n), b##n = (sums)_mm512_add_epi32(y_start, start##n);
-    FOR_TILE_N(START_PAIRS)
+    FOR_BYTE_N(START_PAIRS)
     for (int64_t k = 0; k < columns; k += 32, w += 32 * TILE_N)
         for (int four = 0; four < 32; four += 4, x += 64, y += 64) {
             const __m512i x0 = _mm512_loadu_si512(x), x1 = _mm512_loadu_si512(x + 32);
@@ -342,13 +357,13 @@ static __attribute__((noinline)) void add_pairs(const struct job *j, const struc
             const __m512i w0 = repeat4(w + n * 32 + four), w1 = repeat4(w + n * 32 + four + 2); \
             a##n = multiply_pairs(a##n, _mm512_add_epi16(x0, w1), _mm512_add_epi16(x1, w0)); \
             b##n = multiply_pairs(b##n, _mm512_add_epi16(y0, w1), _mm512_add_epi16(y1, w0)); }
-            FOR_TILE_N(ADD_PAIRS)
+            FOR_BYTE_N(ADD_PAIRS)
         }
     const floats x_scale = load(j->digit_scale + at), y_scale = load(j->digit_scale + at + 16);
 #define TOTAL_PAIRS(n) \
     store(total[0][n], multiply_add(from_sums(a##n), x_scale, load(total[0][n]))); \
     store(total[1][n], multiply_add(from_sums(b##n), y_scale, load(total[1][n])));
-    FOR_TILE_N(TOTAL_PAIRS)
+    FOR_BYTE_N(TOTAL_PAIRS)
 }
 
 /* The same for digits of 8 bits. */
@@ -359,7 +374,7 @@ static __attribute__((noinline)) void add_rest(const struct job *j, const struct
     const int8_t *w = panel->bytes, *x = rest_of(j, m, block), *y = rest_of(j, m + 16, block);
     const sums x_start = load_sums(j->start + at), y_start = load_sums(j->start + at + 16);
 #define START_REST(n) sums a##n = x_start, b##n = y_start;
-    FOR_TILE_N(START_REST)
+    FOR_BYTE_N(START_REST)
     for (int64_t k = 0; k < columns; k += 32, w += 32 * TILE_N)
         for (int four = 0; four < 32; four += 4, x += 64, y += 64) {
             const digits of_x = load_digits(x), of_y = load_digits(y);
@@ -367,10 +382,10 @@ static __attribute__((noinline)) void add_rest(const struct job *j, const struct
             const digits of_w = repeat4(w + n * 32 + four); \
             a##n = add_products(a##n, of_w, of_x); \
             b##n = add_products(b##n, of_w, of_y); }
-            FOR_TILE_N(ADD_REST)
+            FOR_BYTE_N(ADD_REST)
         }
     const floats x_scale = load(j->digit_scale + at), y_scale = load(j->digit_scale + at + 16);
-    FOR_TILE_N(TOTAL_PAIRS)
+    FOR_BYTE_N(TOTAL_PAIRS)
 }
 #endif
 
@@ -491,32 +506,29 @@ static void split_rows(const struct job *j, int64_t m, int64_t block) {
     }
 #endif
 #ifdef BYTE_TILES
-    /* Weights have 128 added to them. Of the two bytes of a digit, sums of the second start with all that this adds. */
-    const int64_t size = 64 * j->width, at = block * j->planes * j->padded_M + m;
-    for (int plane = 0; plane < j->planes; plane++)
-        for (int i = PADDED_M - 1; i > 0 && deep == 8; i--) { /* two sums a row */
-            float *scale = j->digit_scale + at + plane * j->padded_M;
-            scale[i] = scale[i / 2];
-        }
-    for (int i = 0; i < PADDED_M; i += FLOATS) {
-        sums start[3] = {no_sums(), no_sums(), no_sums()};
-        const int8_t *x = tile_of(j, m, block) + 4 * i;
-        for (int64_t k = 0; k < columns; k += 64)
-            for (int plane = 0; plane < byte_planes(j); plane++, x += size)
+    if (!j->bytes) return;
+    const int64_t size = 64 * j->width, P = j->padded_M;
+    float *scales = j->digit_scale + block * j->planes * P + m;
+    for (int plane = 0; plane < j->planes && deep == 8; plane++) /* two sums a row */
+        for (int i = PADDED_M - 1; i > 0; i--) scales[plane * P + i] = scales[plane * P + i / 2];
+    for (int plane = 0; plane < byte_planes(j); plane++)
+        for (int i = 0; i < PADDED_M; i += FLOATS) { /* sums start with all that 128 added to weights adds to them */
+            const int8_t *x = tile_of(j, m, block) + plane * size + 4 * i;
+            sums start = no_sums();
+            for (int64_t k = 0; k < columns; k += 64, x += byte_planes(j) * size)
                 for (int64_t from = 0; from < size; from += 64)
-                    start[plane] = take_multiple(start[plane], load_digits(x + from), 128);
-        store_sums(j->start + at + i, join_sums(start[0], start[1]));
-        if (j->planes == 2) store_sums(j->start + at + j->padded_M + i, start[2]);
-    }
+                    start = take_multiple(start, load_digits(x + from), 128);
+            store_sums(j->start + (block * byte_planes(j) + plane) * P + m + i, start);
+        }
 #endif
 }
 
-/* `rows` weight rows from n on, columns of one block, as digits, 0 where there are none: [TILE_N][BLOCK], for tiles
-   [k / 64][TILE_N][64], for pairs [k / 32][TILE_N][32]. */
+/* `rows` weight rows from n on, columns of one block, as digits, 0 where there are none: [tile_n][BLOCK], for tiles
+   [k / 64][tile_n][64], for pairs [k / 32][TILE_N][32]. */
 static void fill_panel(const struct job *j, int64_t n, int64_t rows, int64_t block, panel_t *panel) {
     int64_t first = block * j->block, columns = least(j->block, j->K - first), bytes = j->K * j->bits / 8;
     int64_t padded = block_columns(j, block);
-    for (int64_t i = 0; i < TILE_N; i++) {
+    for (int64_t i = 0; i < j->tile_n; i++) {
 #ifdef TILES
         panel_t to[BLOCK];
 #else
@@ -541,10 +553,11 @@ static void fill_panel(const struct job *j, int64_t n, int64_t rows, int64_t blo
         }
 #endif
 #ifdef BYTE_TILES
-        for (k = 0; k < padded; k++) to[k] ^= -128; /* unsigned: 128 more */
+        if (j->bytes)
+            for (k = 0; k < padded; k++) to[k] ^= -128; /* unsigned: 128 more */
 #endif
 #ifdef TILES
-        for (k = 0; k < padded; k += 64) memcpy(panel + k * TILE_N + i * 64, to + k, 64);
+        for (k = 0; k < padded; k += 64) memcpy(panel + k * j->tile_n + i * 64, to + k, 64);
 #endif
     }
 }
@@ -774,48 +787,48 @@ static void turn(const float *const *rows, floats scale, floats bias, float *to,
 }
 #endif
 
-/* y[:, begin:end] for several rows. `sums` holds [chunk / TILE_N][padded_M / PADDED_M][TILE_N][PADDED_M] floats,
+/* y[:, begin:end] for several rows. `sums` holds [chunk / tile_n][padded_M / PADDED_M][TILE_N][PADDED_M] floats,
    `panel` TILE_N · BLOCK digits. */
 static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64_t chunk,
                           float (*sums)[TILE_N][PADDED_M], panel_t *panel) {
-    int64_t m_tiles = j->padded_M / PADDED_M;
+    const int64_t m_tiles = j->padded_M / PADDED_M, tile_n = j->tile_n;
     float scale[CHUNK], bias[CHUNK], lines[PADDED_M][CHUNK];
     for (int64_t n0 = begin; n0 < end; n0 += chunk) {
         int64_t height = least(chunk, end - n0);
-        memset(sums, 0, (size_t)((height + TILE_N - 1) / TILE_N * m_tiles) * sizeof *sums);
+        memset(sums, 0, (size_t)((height + tile_n - 1) / tile_n * m_tiles) * sizeof *sums);
 #ifdef PAIRS
         if (j->pairs) multiply_chunk_by_pairs(j, n0, height, end, sums, (struct pairs_panel *)panel);
 #endif
         for (int64_t block = 0; block * j->block < j->padded_K && !j->pairs; block++)
             for (int64_t group = 0; group < j->M; group += GROUP)
-                for (int64_t n = n0; n < n0 + height; n += TILE_N) {
-                    int64_t rows = least(TILE_N, n0 + height - n), stride = BLOCK, step = TILE_K;
-                    int64_t last = least(group + GROUP, j->M), next_n = n + TILE_N, next_block = block, fetched = 0;
+                for (int64_t n = n0; n < n0 + height; n += tile_n) {
+                    int64_t rows = least(tile_n, n0 + height - n), stride = BLOCK, step = TILE_K;
+                    int64_t last = least(group + GROUP, j->M), next_n = n + tile_n, next_block = block, fetched = 0;
                     const panel_t *weights = panel;
+                    /* Stored weights of the next chunk are fetched as they lie in memory, not in many streams. */
+                    const int8_t *ahead = j->weight + (n0 + chunk) * j->K + block * j->block * chunk
+                                          + (n - n0) * block_columns(j, block);
                     if (next_n >= n0 + height) next_block++, next_n = n0;
                     if (next_block * j->block >= j->K) next_block = 0, next_n = n0 + chunk;
 #ifdef TILES
-                    if (j->M <= TILE_M && j->bits == 8 && rows == TILE_N && j->K == j->padded_K) { /* each used once */
+                    const int64_t few = j->bytes ? TILE_M : STORED_M; /* too few to be worth a panel */
+                    if (j->M <= few && j->bits == 8 && rows == tile_n && j->K == j->padded_K) {
                         weights = j->weight + n * j->K + block * j->block;
                         stride = j->K;
                     } else {
                         fill_panel(j, n, rows, block, panel);
                         stride = 64;
-                        step = 64 * TILE_N;
+                        step = 64 * tile_n;
                     }
 #else
                     fill_panel(j, n, rows, block, panel);
 #endif
-#ifdef BYTE_TILES
-                    const int fetch = weights == panel; /* of stored weights, add_tile fetches the next */
-#else
-                    const int fetch = 1;
-#endif
                     for (int64_t m = group; m < last; m += TILE_M) {
-                        float(*tile)[PADDED_M] = sums[(n - n0) / TILE_N * m_tiles + m / PADDED_M];
-                        for (; fetch && fetched * (last - group) < (m + TILE_M - group) * TILE_N; fetched++)
+                        float(*tile)[PADDED_M] = sums[(n - n0) / tile_n * m_tiles + m / PADDED_M];
+                        for (; weights == panel && fetched * (last - group) < (m + TILE_M - group) * tile_n; fetched++)
                             prefetch_row(j, next_n + fetched, next_block);
-                        multiply_tile(j, weights, stride, step, block, m, (float(*)[PADDED_M]) & tile[0][m % PADDED_M]);
+                        multiply_tile(j, weights, stride, step, block, m, ahead,
+                                      (float(*)[PADDED_M]) & tile[0][m % PADDED_M]);
                     }
                 }
         read_vectors(j, n0, height, scale, bias);
@@ -825,12 +838,12 @@ static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64
             for (; j->width == PADDED_M && n + FLOATS <= height; n += FLOATS) {
                 const float *rows[FLOATS];
                 for (int i = 0; i < FLOATS; i++)
-                    rows[i] = sums[(n + i) / TILE_N * m_tiles + m0 / PADDED_M][(n + i) % TILE_N];
+                    rows[i] = sums[(n + i) / tile_n * m_tiles + m0 / PADDED_M][(n + i) % tile_n];
                 turn(rows, load(scale + n), load(bias + n), lines[0] + n, CHUNK);
             }
 #endif
             for (; n < height; n++) {
-                const float *row = sums[n / TILE_N * m_tiles + m0 / PADDED_M][n % TILE_N];
+                const float *row = sums[n / tile_n * m_tiles + m0 / PADDED_M][n % tile_n];
                 for (int i = 0; i < j->width; i++) lines[i][n] = row[i * PADDED_M / j->width] * scale[n] + bias[n];
             }
             for (int64_t m = m0; m < least(m0 + PADDED_M, j->M); m++)
@@ -863,33 +876,31 @@ int chatglm_linear(const void *x, int x_dtype, const int8_t *weight, int bits, c
             .x = (const char *)x + m * K * size_of(x_dtype), .x_dtype = x_dtype, .weight = weight, .bits = bits,
             .scale = scale, .scale_dtype = scale_dtype, .bias = bias, .bias_dtype = bias_dtype,
             .y = (char *)y + m * N * size_of(x_dtype), .M = least(M - m, M_AT_ONCE), .N = N, .K = K,
-            .width = PADDED_M, .padded_K = round_up(K, LINE), .block = BLOCK,
+            .width = PADDED_M, .tile_n = TILE_N, .padded_K = round_up(K, LINE), .block = BLOCK,
         };
 #ifdef PAIRS
         j.pairs = j.M > PADDED_M && on_amd();
 #endif
 #ifdef BYTE_TILES
-        if (!one) j.block = TILE_BLOCK;
-        if (j.M <= PADDED_M / 2) j.width = PADDED_M / 2;
+        if (JOINED && !one) j.block = TILE_BLOCK;
+        j.bytes = JOINED ? !j.pairs : j.M <= BYTE_M;
+        if (j.bytes) j.tile_n = BYTE_N;
+        if (j.bytes && j.M <= PADDED_M / 2) j.width = PADDED_M / 2;
 #endif
         int blocks = (int)((j.padded_K + j.block - 1) / j.block);
-#ifdef BYTE_TILES
-        size_t digit_size = one ? sizeof(digit_t) : 2;
-#else
-        size_t digit_size = one ? sizeof(digit_t) : sizeof(panel_t);
-#endif
-        int64_t chunk = j.pairs ? PAIR_CHUNK : j.M <= 32 ? TILE_N : CHUNK;
+        size_t digit_size = one ? sizeof(digit_t) : JOINED ? 2 : sizeof(panel_t);
+        int64_t chunk = j.pairs ? PAIR_CHUNK : j.M <= 32 ? round_up(FEW_CHUNK, j.tile_n) : CHUNK;
         j.planes = digits_of(x_dtype, digit_size);
         j.padded_M = one ? 1 : round_up(j.M, j.pairs ? 2 * PADDED_M : PADDED_M);
         /* For each thread: sums; a panel of weights. For all: digits, their scales, and what sums start with. */
-        size_t sums_size = one ? 0 : (size_t)(round_up(chunk, TILE_N) * j.padded_M) * 4;
+        size_t sums_size = one ? 0 : (size_t)(chunk / j.tile_n * TILE_N * j.padded_M) * 4;
         size_t panel_size = one ? 0 : (size_t)round_up(TILE_N * BLOCK * sizeof(panel_t), 64);
 #ifdef PAIRS
         if (j.pairs) panel_size = PAIR_CHUNK / TILE_N * sizeof(struct pairs_panel);
 #endif
         size_t own_size = sums_size + panel_size, all_own = (size_t)threads * own_size;
         size_t scale_size = (size_t)round_up(blocks * j.planes * j.padded_M * 4, 64);
-        size_t start_size = one ? (size_t)(2 * blocks * j.planes * FLOATS) * 4 : scale_size;
+        size_t start_size = one ? (size_t)(2 * blocks * j.planes * FLOATS) * 4 : 2 * scale_size;
         size_t digits_size = (size_t)(j.planes * j.padded_M * j.padded_K) * digit_size;
         size_t beyond = LINE * sizeof(digit_t); /* read after one row's digits, and multiplied by zeros */
         size_t all = all_own + scale_size + start_size + digits_size + beyond;
@@ -914,8 +925,8 @@ int chatglm_linear(const void *x, int x_dtype, const int8_t *weight, int bits, c
         }
         #pragma omp parallel num_threads(threads)
         {
-            int64_t tiles = (N + TILE_N - 1) / TILE_N;
-            int64_t begin = part_begin(tiles) * TILE_N, end = least(part_end(tiles) * TILE_N, N);
+            int64_t tiles = (N + j.tile_n - 1) / j.tile_n;
+            int64_t begin = part_begin(tiles) * j.tile_n, end = least(part_end(tiles) * j.tile_n, N);
             if (one) multiply_row(&j, begin, end);
             else {
                 char *own = memory + (size_t)thread_number() * own_size;

@@ -147,10 +147,10 @@ static inline sums join_sums(sums high, sums low) { /* 256 · high + low; may wr
 static inline sums add_neighbours(sums s) { /* in both places of a pair */
     return s + (sums)_mm512_shuffle_epi32((__m512i)s, _MM_PERM_CDAB);
 }
+enum { BYTE_N = 8 };
+#define FOR_BYTE_N(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7)
 #ifndef AMX
 #define INSTRUCTIONS "AVX512 with VNNI"
-enum { TILE_N = 8 };
-#define FOR_TILE_N(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7)
 #endif
 #else
 enum { LANES = 32 };
@@ -218,10 +218,10 @@ static inline sums join_sums(sums high, sums low) {
     return (sums)_mm256_add_epi32(_mm256_slli_epi32((__m256i)high, 8), (__m256i)low);
 }
 static inline sums add_neighbours(sums s) { return s + (sums)_mm256_shuffle_epi32((__m256i)s, 0xb1); }
+enum { BYTE_N = 4 };
+#define FOR_BYTE_N(DO) DO(0) DO(1) DO(2) DO(3)
 #ifndef AMX
 #define INSTRUCTIONS "AVX2 with VNNI"
-enum { TILE_N = 4 };
-#define FOR_TILE_N(DO) DO(0) DO(1) DO(2) DO(3)
 #endif
 #else
 enum { LANES = 16 };
@@ -309,11 +309,13 @@ static inline floats from_sums(sums s) { floats v; EACH(LANES) v.of[i] = (float)
 static inline floats load_int32(const int32_t *p) { floats v; EACH(FLOATS) v.of[i] = (float)p[i]; return v; }
 #endif
 static inline float total_sums(sums s) { return total(from_sums(s)); }
-#if defined(UNSIGNED_WEIGHTS) && !defined(AMX)
+#ifdef UNSIGNED_WEIGHTS
 #define BYTE_TILES
-enum { TILE_M = 16, BLOCK = 1024 };
+#ifndef AMX
+enum { TILE_N = BYTE_N, TILE_M = 16, BLOCK = 1024 };
 #ifdef __AVX512F__
 #define PAIRS
+#endif
 #endif
 #endif
 #ifndef AMX

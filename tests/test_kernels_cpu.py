@@ -260,6 +260,16 @@ def test_rows_are_independent(linear_kernels, bits):
         assert torch.equal(linear_kernels.linear(x[4:7], weight, scale, None, bits), y[4:7])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_do_not_depend_on_their_number(linear_kernels, dtype):
+    """Two rows and more, also where their number decides how weights are read and multiplied."""
+    for n, k in ((70, 64), (70, 1088)):
+        weight, scale, x = make_weight(n, k, 8), torch.rand(n, generator=generator(2)), normal(40, k).to(dtype)
+        y, _ = check(linear_kernels, x, weight, scale)
+        for m in (2, 8, 9, 16, 17, 32, 33):
+            assert torch.equal(linear_kernels.linear(x[:m], weight, scale, None, 8, threads=m % 2 + 1), y[:m]), (k, m)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
 def test_numbers_that_are_not_finite_stay_in_their_row(linear_kernels, bits, number):
@@ -764,6 +774,7 @@ int main(void) {
                 linear(Ms[i], Ns[n], Ks[k], (i + k) % 2 ? 8 : 4, (i + n + k) % 3, n % 2, 1 + (i + n) % 3);
     for (int dtype = 0; dtype < 3; dtype++) {
         linear(1, 9, 1, 8, dtype, 1, 2), linear(5, 9, 15, 8, dtype, 1, 2), linear(515, 3, 40, 8, dtype, 0, 2);
+        linear(9, 33, 1088, 8, dtype, 0, 1), linear(20, 65, 1088, 8, dtype, 0, 1);
         for (int weight = 1; weight < 3; weight++)
             half(1, 9, 130, dtype, weight, 1), half(3, 5, 15, dtype, weight, 2), half(8, 2, 1, dtype, weight, 4);
         attend(2, 3, 1, 1, 16, dtype, 1), attend(1, 2, 1, 37, 48, dtype, 2), attend(2, 1, 1, 300, 256, dtype, 3);
