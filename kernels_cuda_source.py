@@ -646,11 +646,11 @@ extern "C" __global__ void __launch_bounds__(128, BLOCKS) NAME(const unsigned ch
 }
 """
 
-# 2 to 32 rows: a block of 16 warps owns 16 weight rows at a time, each warp 1/16 of their first 4096 columns (2048 for
-# more than 16 rows), for which it has all of x in registers. Up to 64 KB of weights are on the way to shared memory at
-# any time; as every thread reads what it has copied itself, warps meet but once a tile, to add up their sums. Of longer
-# rows each block of a cluster has as much; it sends the others the sums that they finish, and finishes its own when the
-# next tile is done. Grid: any multiple of CLUSTER; block: 512; alignment as above.
+# 2 to 32 rows: a block of 16 warps owns 16 weight rows at a time, each warp 1/16 of their first COLUMNS columns, for
+# which it has all of x in registers. Up to 64 KB of weights are on the way to shared memory at any time; as each thread
+# reads what it has copied itself, warps meet but once a tile, to add up their sums. Of longer rows each block of a
+# cluster has as much; it sends the others the sums that they finish, and finishes its own when the next tile is done.
+# Grid: any multiple of CLUSTER; block: 512; alignment as above.
 _FEW_ROWS = r"""
 #if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
@@ -667,12 +667,12 @@ __device__ __forceinline__ void cluster_wait() {}
 __device__ __forceinline__ void store_to(u32 block, float* p, float v) { *p = v; }
 #endif
 
-template <int BITS, int MT, int CLUSTER>
+template <int BITS, int MT, int COLUMNS, int CLUSTER>
 __device__ __forceinline__ void few_rows(const unsigned char* __restrict__ weight, const u16* x, const Epilogue& e,
                                          int M, int N, int K) {
     constexpr int CHUNK = 128 / BITS, NT = MT / 8, WARPS = 16, THREADS = 512;
-    constexpr int SLOTS = (MT > 16 ? BITS / 4 : BITS / 2), DEPTH = 4 / SLOTS;   // of 64 bytes; tiles under way
-    constexpr int RANGE = SLOTS * WARPS * 64;   // bytes of a row that a block takes
+    constexpr int RANGE = COLUMNS * BITS / 8, SLOTS = RANGE / WARPS / 64;   // bytes of a row; 64 of them in a slot
+    constexpr int DEPTH = 4 / SLOTS;   // tiles under way
     constexpr int HEIGHT = 16, SHARE = HEIGHT / CLUSTER, PITCH = HEIGHT + 4;
     extern __shared__ uint4 shared[];
     float* const all_parts = (float*)(shared + 4 * 2 * THREADS);      // [2][WARPS][MT * PITCH]
@@ -787,12 +787,12 @@ __device__ __forceinline__ void few_rows(const unsigned char* __restrict__ weigh
         if (first < tiles) finish_tile(first + (tiles - 1 - first) / groups * groups, buffer ^ 1);
     }
 }
-#define FEW_ROWS(ATTRIBUTE, BITS, MT, CLUSTER) \
+#define FEW_ROWS(ATTRIBUTE, BITS, MT, COLUMNS, CLUSTER) \
 extern "C" __global__ void ATTRIBUTE __launch_bounds__(512, 1) few_rows(const unsigned char* weight, const u16* x, \
         const u16* scale, const u16* bias, const u16* residual, float alpha, int use_gelu, u16* y, \
         int M, int N, int K) { \
     const Epilogue e = {scale, bias, residual, alpha, use_gelu, y}; \
-    few_rows<BITS, MT, CLUSTER>(weight, x, e, M, N, K); \
+    few_rows<BITS, MT, COLUMNS, CLUSTER>(weight, x, e, M, N, K); \
 }
 """
 
@@ -1108,7 +1108,7 @@ TILE_SHAPES = {
     (4, 32): (2, 2, 3),
     (4, 64): (2, 2, 2),
 }
-# Of the modules few_BITS_MT_CLUSTER: MT, and CLUSTER for the columns of x that a cluster then takes.
+# Of the modules few_BITS_MT_CLUSTER: MT, and CLUSTER by the most columns that a cluster takes together.
 FEW_ROWS = {8: {4096: 1, 16384: 4}, 16: {4096: 1, 16384: 4}, 32: {4096: 2, 16384: 8}}
 HEAD_DIMS = (16, 32, 64, 128)
 SOURCES = {
@@ -1122,8 +1122,8 @@ for (_bits, _width), (_height, _stages, _blocks) in TILE_SHAPES.items():  # modu
     _name = f"tiles_{_bits}_{_width}"
     SOURCES[_name] = _COMMON + _TILES + f"TILES({_name}, {_bits}, {_width}, {_height}, {_stages}, {_blocks})\n"
 for _width, _clusters in FEW_ROWS.items():
-    for _cluster in _clusters.values():
+    for _columns, _cluster in _clusters.items():
         _attribute = f"__cluster_dims__({_cluster}, 1, 1)" if _cluster > 1 else ""
         for _bits in (8, 4):
-            _kernel = f"FEW_ROWS({_attribute}, {_bits}, {_width}, {_cluster})\n"
+            _kernel = f"FEW_ROWS({_attribute}, {_bits}, {_width}, {_columns // _cluster}, {_cluster})\n"
             SOURCES[f"few_{_bits}_{_width}_{_cluster}"] = _COMMON + _FEW_ROWS + _kernel
