@@ -139,7 +139,7 @@ def on_cuda(layers: int, compiled: bool) -> dict:
             "sampled, over greedy", decode_speed(model, ids, logits_processor=processors, **sampled), "tokens/s", greedy
         )
         for batch, length in ((16, 512), (128, 128)):
-            speed = decode_speed(model, prompts(model.config, length, batch), 64, 2, do_sample=False)
+            speed = decode_speed(model, prompts(model.config, length, batch), 128, 2, do_sample=False)
             note(f"batch {batch}, {length} tokens of context, over greedy", speed, "tokens/s", greedy)
         ours = {length: prefill(model, prompts(model.config, length), True) for length in (512, 2048)}
         torch.cuda.empty_cache()
