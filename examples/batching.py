@@ -510,7 +510,7 @@ class Scheduler:
     def _step(self) -> None:
         """Choose the next token of every row, whose last one is read first unless that has begun.
 
-        With recorded steps, reading the chosen ones begins before anybody looks at them, lest the GPU wait; what is read
+        With recorded steps, reading the chosen ones begins before anybody looks at them, lest the GPU wait; what comes
         of answers that have ended by then is forgotten.
         """
         answers, scores = self._begun or self._read()
