@@ -436,22 +436,21 @@ def _plan(m: int, n: int, k: int, bits: int, device: int, bf16: bool = False) ->
         return "rows", f"rows_{bits}", grid, 256, shared, None
     if bits == 16:
         return None
-    height, stages, resident = TILE_SHAPES[bits, width]
+    # Where the widest tiles don't fit into shared memory, several narrower ones read the weights as often.
+    for width in (each for each in (64, 32, 16, 8) if each <= width):
+        height, stages, resident = TILE_SHAPES[bits, width]
+        shared = max(stages * (height * 8192 + width * (1024 // bits + 8) * 2), height * width * 256)
+        if shared + 64 <= shared_of_one:
+            break
     rows, columns = -(-n // (64 * height)), -(-m // width)
+    if shared + 64 > shared_of_one or columns > 4:
+        return None
     steps = -(-k * bits // 1024)
     parts = max(1, min(processors * resident // (rows * columns), steps // 4))
     if rows * columns > _TICKETS:
         parts = 1
     sums = rows * columns * parts * height * width * 64 if parts > 1 else 0
-    shared = stages * (height * 8192 + width * (1024 // bits + 8) * 2)
-    return (
-        f"tiles_{bits}_{width}",
-        f"tiles_{bits}_{width}",
-        (rows, parts, columns),
-        128,
-        max(shared, height * width * 256),
-        sums,
-    )
+    return f"tiles_{bits}_{width}", f"tiles_{bits}_{width}", (rows, parts, columns), 128, shared, sums
 
 
 def takes_row(weight: torch.Tensor, k: int, bits: int) -> bool:

@@ -139,6 +139,35 @@ def test_not_available_elsewhere(monkeypatch):
     assert not kernels_cuda.available(torch.device("cuda", 0), torch.float16)
 
 
+# Multiprocessors, bytes of shared memory of each and, at most, of a block.
+DEVICES = {70: (80, 98304, 98304), 75: (40, 65536, 65536), 80: (108, 167936, 166912), 86: (84, 102400, 101376)}
+DEVICES |= {89: (128, 102400, 101376), 90: (132, 233472, 232448), 100: (148, 233472, 232448)}
+DEVICES |= {120: (170, 102400, 101376)}
+
+
+@pytest.mark.parametrize("architecture", DEVICES)
+def test_every_launch_fits_the_device(architecture, monkeypatch):
+    monkeypatch.setattr(kernels_cuda, "_properties", lambda device: (architecture, *DEVICES[architecture]))
+    monkeypatch.setattr(kernels_cuda, "_most_clusters", lambda *given: 16)
+    *_, most = DEVICES[architecture]
+    static = {"rows": 4096, "few_rows": 0}  # bytes beside the dynamic ones, at most
+    planned = set()
+    for bits in (8, 4, 16):
+        for n, k in ((12288, 4096), (4096, 16384), (40, 65536), (17, 64)):
+            for m in range(1, 130):
+                plan = kernels_cuda._plan.__wrapped__(m, n, k, bits, 0)
+                if plan is None:
+                    continue
+                module, name, grid, block, shared, _ = plan
+                assert module in kernels_cuda.SOURCES
+                assert shared + static.get(module, static.get(name, 64)) <= most, plan
+                assert min(grid) > 0
+                assert grid[0] * block >= 32
+                planned.add(m)
+    assert planned >= set(range(1, 9))
+    assert architecture < 75 or planned >= set(range(1, 65))  # beyond, expanding the weight may be as fast
+
+
 def test_compiled_modules_are_kept(tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
