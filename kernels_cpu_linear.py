@@ -55,7 +55,7 @@ enum {
     JOINED = 0,
     GROUP = sizeof(panel_t) == 1 ? 512 : 64,
 #endif
-    BYTE_M = 16,      /* rows, at most, for which bytes are faster than a matrix unit */
+    BYTE_M = 8,       /* rows of half, at most, for which bytes are faster than a matrix unit */
     STORED_M = 32,    /* rows, at most, that a matrix unit multiplies by weights where they are stored */
     M_AT_ONCE = 512,  /* rows of x that are held as digits */
     /* Of tiles of bytes and of pairs, whose sums of a block are exact in 32 bits: */
@@ -183,15 +183,17 @@ static void multiply_bytes(const struct job *j, const panel_t *weights, int64_t 
 
 #ifdef AMX
 /* sums[n, m] += weights · digits, for 32 weight rows and 16 rows of x. Weight rows lie `stride` bytes apart, and their
-   parts of 64 columns `step` bytes: K and 64 in the weight itself, while others are fetched from `ahead` on, and 64 and
-   2048 in a panel. */
+   parts of 64 columns `step` bytes: K and 64 in the weight itself, and 64 and 2048 in a panel. Of the weight itself, up
+   to 16 rows of x meanwhile fetch columns of the same weight rows, more rows, which take longer, other weight rows from
+   `ahead` on. */
 static void multiply_tile(const struct job *j, const panel_t *weights, int64_t stride, int64_t step, int64_t block,
                           int64_t m, const int8_t *ahead, float (*sums)[PADDED_M]) {
 #ifdef BYTE_TILES
     if (j->bytes) { multiply_bytes(j, weights, stride, step, block, m, ahead, sums); return; }
 #endif
     const int64_t steps = block_columns(j, block) / 64, tiles = j->padded_M / TILE_M;
-    const int64_t share = step == 64 ? TILE_N / tiles : 0; /* of stored weights: lines that a step fetches */
+    const int64_t near = step == 64 && tiles == 1 ? 16 : 0; /* weight rows whose columns 16 rows of these fetch */
+    const int64_t share = step == 64 && tiles > 1 ? TILE_N / tiles : 0; /* lines that a step fetches from `ahead` on */
     const panel_t *x = tile_of(j, m, block), *lower = weights + 16 * stride;
     const float *scale = j->digit_scale + block * j->planes * j->padded_M + m;
     ahead += m / TILE_M * steps * share * LINE;
@@ -210,6 +212,7 @@ static void multiply_tile(const struct job *j, const panel_t *weights, int64_t s
             _tile_dpbssd(1, 4, 7);
             _tile_dpbssd(2, 5, 6);
             _tile_dpbssd(3, 5, 7);
+            for (int64_t n = 0; n < 2 * near; n++) __builtin_prefetch(weights + n * stride + i * 64 + NEAR / 2);
             for (int64_t n = 0; n < share; n++, ahead += LINE) __builtin_prefetch(ahead, 0, 2);
         }
         _tile_stored(0, product[0][0], 64);
@@ -230,6 +233,7 @@ static void multiply_tile(const struct job *j, const panel_t *weights, int64_t s
                 _tile_dpbssd(0, 4, 5);
                 _tile_dpbssd(1, 4, 6);
                 _tile_dpbssd(2, 4, 7);
+                for (int64_t n = 0; n < near; n++) __builtin_prefetch(from + n * stride + i * 64 + NEAR / 2);
                 for (int64_t n = 0; n < share; n += 2, ahead += LINE) __builtin_prefetch(ahead, 0, 2);
             }
             _tile_stored(0, product[half][0], 64);
@@ -883,7 +887,7 @@ int chatglm_linear(const void *x, int x_dtype, const int8_t *weight, int bits, c
 #endif
 #ifdef BYTE_TILES
         if (JOINED && !one) j.block = TILE_BLOCK;
-        j.bytes = JOINED ? !j.pairs : j.M <= BYTE_M;
+        j.bytes = JOINED ? !j.pairs : j.M <= BYTE_M && bits == 8 && x_dtype != FLOAT;
         if (j.bytes) j.tile_n = BYTE_N;
         if (j.bytes && j.M <= PADDED_M / 2) j.width = PADDED_M / 2;
 #endif
