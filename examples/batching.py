@@ -153,23 +153,6 @@ async def arrival(answers: list[Answer]) -> None:
     await waiter
 
 
-class Tokens:
-    """Ids [B] on their way from a device to the CPU."""
-
-    def __init__(self, ids: torch.Tensor):
-        self.on_device = self._here = ids
-        self._arrived = None
-        if ids.is_cuda:  # what is launched from now on is not waited for
-            self._here = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
-            self._here.copy_(ids, non_blocking=True)
-            self._arrived = torch.cuda.current_stream(ids.device).record_event()
-
-    def tolist(self) -> list[int]:
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._here.tolist()
-
-
 class RowCache:
     """Keys and values of up to B answers, each in a row filled from column 0 to a length of its own.
 
@@ -225,32 +208,28 @@ class RowCache:
         while self.lengths:
             self.remove(len(self.lengths) - 1)
 
-    @property
-    def is_recorded(self) -> bool:
-        """Whether steps are recorded and replayed, on a GPU, so that `step` returns before they are done."""
-        return self._graphs is not None
-
     @torch.no_grad()
-    def step(self, model, ids: torch.Tensor, positions: list[list[int]]) -> torch.Tensor:
-        """Scores [B, V] of what follows the rows' next tokens, of which ids [B] and positions, B of R, are given.
+    def step(self, model, ids: list[int], positions: list[list[int]]) -> torch.Tensor:
+        """Scores [B, V] of the tokens that follow the rows' next ones, of which ids and positions, B of R, are given.
 
-        Recorded steps are those of a number of rows each; their scores last until the next one of as many.
+        On a GPU a step is recorded for each number of rows and replayed; its scores last until the next.
         """
         if self._graphs is None:
+            device = model.get_input_embeddings().weight.device
             self.make_room()
-            places = torch.tensor(positions, device=ids.device)
+            places = torch.tensor(positions, device=device)
             places = places[..., None] if model.config.position_encoding_2d else places
-            return model(ids[:, None], places, self.mask(ids.device), self, use_cache=True).logits[:, -1]
+            mask = self.mask(device)
+            return model(torch.tensor(ids, device=device)[:, None], places, mask, self, use_cache=True).logits[:, -1]
         rows = len(self.lengths)
         graph = self._graphs.get(rows)
         if graph is None:
             graph = self._graphs[rows] = StepGraph(model, rows)
             graph.buffers = [(store[0, :rows], store[1, :rows]) for store in self._stores]
-        given = torch.tensor([self.lengths, *zip(*positions, strict=True)])
-        given = given.pin_memory().to(ids.device, non_blocking=True)  # else it would wait for the step before
-        graph.ids.copy_(ids)
-        graph.slots.copy_(given[0])
-        graph.positions.copy_(given[1:].T)
+        given = torch.tensor([ids, self.lengths, *zip(*positions, strict=True)]).to(graph.ids.device)
+        graph.ids.copy_(given[0])
+        graph.slots.copy_(given[1])
+        graph.positions.copy_(given[2:].T)
         self.lengths = [length + 1 for length in self.lengths]
         return graph.replay(model)[:, -1]
 
@@ -340,8 +319,6 @@ class Scheduler:
         on_cpu = model.get_input_embeddings().weight.device.type == "cpu"
         self._free_tokens = 0 if on_cpu else GPU_PREFILL_TOKENS
         self._finite = FiniteScores()
-        self._looks_ahead = self._cache.is_recorded
-        self._begun: tuple[list[Answer], torch.Tensor] | None = None  # a step: whose it is, and its scores
         self._rows: list[Answer] = []
         self._waiting: collections.deque[Answer] = collections.deque()
         self._outbox: dict[asyncio.AbstractEventLoop, list] = {}
@@ -420,7 +397,7 @@ class Scheduler:
                 logger.exception("A decoding step failed")
                 self._failures += 1
                 self._fail(self._rows, error)
-                self._rows, self._begun = [], None
+                self._rows = []
                 with contextlib.suppress(Exception):  # a lost GPU; the next steps will tell
                     self._cache.clear()
             self._flush()
@@ -501,52 +478,24 @@ class Scheduler:
             answer._generator.seed() if sampling.seed is None else answer._generator.manual_seed(sampling.seed)
             if sampling.presence_penalty or sampling.frequency_penalty:
                 answer._seen = torch.zeros(output.logits.shape[-1], device=output.logits.device)
-        ended = self._send_tokens(group, *self._choose(group, output.logits[:, -1]))
+        ended = self._choose(group, output.logits[:, -1])
         for index, answer in enumerate(group):
             if not ended[index]:
                 self._cache.append(prefilled, index, len(answer.prompt))
                 self._rows.append(answer)
 
     def _step(self) -> None:
-        """Choose the next token of every row, whose last one is read first unless that has begun.
-
-        With recorded steps, reading the chosen ones begins before anybody looks at them, lest the GPU wait; what comes
-        of answers that have ended by then is forgotten.
-        """
-        answers, scores = self._begun or self._read()
-        self._begun = None
-        stays = [index for index, answer in enumerate(answers) if answer in self._rows]
-        if len(stays) < len(answers):
-            answers, scores = [answers[index] for index in stays], scores[stays]
-        if not answers:
-            return
-        tokens, reports = self._choose(answers, scores)
-        if self._looks_ahead:
-            self._begun = self._read(answers, tokens)
-        ended = self._send_tokens(answers, tokens, reports)
-        for answer, has_ended in zip(answers, ended, strict=True):
-            if has_ended:
-                self._leave(self._rows.index(answer))
-
-    def _read(self, answers: list[Answer] | None = None, tokens: Tokens | None = None) -> tuple:
-        """Read the last token of every row, or the one just chosen for it if it is among `answers`.
-
-        Returns the rows and their scores [B, V].
-        """
-        rows = list(self._rows)
-        for answer in rows:
+        """Read the last token of every row and choose the next."""
+        for answer in self._rows:
             answer._positions[-1] += 1
-        if tokens is not None and answers == rows:
-            ids = tokens.on_device
-        else:
-            device = self.model.get_input_embeddings().weight.device
-            ids = torch.tensor([answer._last for answer in rows], device=device)
-            if tokens is not None:
-                ids[[rows.index(answer) for answer in answers]] = tokens.on_device
-        return rows, self._cache.step(self.model, ids, [answer._positions for answer in rows])
+        ids, positions = [answer._last for answer in self._rows], [answer._positions for answer in self._rows]
+        ended = self._choose(self._rows, self._cache.step(self.model, ids, positions))
+        for row in reversed(range(len(self._rows))):
+            if ended[row]:
+                self._leave(row)
 
-    def _choose(self, answers: list[Answer], logits: torch.Tensor) -> tuple[Tokens, dict[int, Token]]:
-        """Choose a token for each answer from its scores [B, V]; also, those whose log-probability is wanted."""
+    def _choose(self, answers: list[Answer], logits: torch.Tensor) -> list[bool]:
+        """Choose and send a token for each answer from its scores [B, V]; returns which have ended with it."""
         scores = self._finite(None, logits.float())
         scores[:, len(self.tokenizer) :] = -torch.inf  # embeddings have spare rows, which stand for no text
         raw = scores
@@ -573,14 +522,12 @@ class Scheduler:
             for place, row in zip(noise, rows, strict=True):
                 place.exponential_(generator=answers[row]._generator)
             tokens[places] = _draw(scores[places], noise, *warpers)
-        return Tokens(tokens), self._logprobs(answers, raw, tokens)
 
-    def _send_tokens(self, answers: list[Answer], tokens: Tokens, reports: dict[int, Token]) -> list[bool]:
-        """Send each answer its token; returns which have ended with it."""
+        reports = self._logprobs(answers, raw, tokens)
         ended = []
         for row, token in enumerate(tokens.tolist()):
             answer = answers[row]
-            if token == self.model.config.eos_token_id:
+            if token == eos:
                 self._send(answer, "stop")
                 ended.append(True)
                 continue

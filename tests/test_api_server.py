@@ -89,14 +89,13 @@ def ids_of(answers: list[list[batching.Token]]) -> list[list[int]]:
     return [[token.id for token in answer] for answer in answers]
 
 
-@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize(
     ("name", "unit"), [("base", 1), ("base", 16), ("pos1d", 1), ("prefix", 1), ("prefix", 16), ("int8", 1), ("int4", 1)]
 )
-def test_batched_answers_are_those_of_generate(name, unit, ahead, golden_model, monkeypatch):
+def test_batched_answers_are_those_of_generate(name, unit, golden_model, monkeypatch):
     """Greedy and sampled, each with its own seed and settings, in more answers than rows, in a cache that grows.
 
-    As on a GPU, T and padded prompts are a multiple of `unit`, and the next tokens are read `ahead` of being looked at.
+    T and padded prompts are a multiple of `unit`, as on a GPU.
     """
     monkeypatch.setattr(batching, "FIRST_COLUMNS", 8)
     model = golden_model(name, attention="sdpa")
@@ -107,7 +106,7 @@ def test_batched_answers_are_those_of_generate(name, unit, ahead, golden_model, 
         warpers = generator.choice([(0, 1.0, 0), (0.95, 0.7, 50), (1.0, 1.0, 0), (1.7, 0.9, 20)])
         jobs.append((prompt, Sampling(limit, min(limit, least), *warpers, seed=index)))
     with scheduling(model, max_batch=5) as scheduler:
-        scheduler._cache.unit, scheduler._looks_ahead = unit, ahead
+        scheduler._cache.unit = unit
         got = ids_of(answers_of(scheduler, jobs))
         again = ids_of([answers_of(scheduler, [job])[0] for job in jobs])
     expected = [generated(model, *job) for job in jobs]
