@@ -28,7 +28,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from .kernel_cache import keep
-from .kernels_cuda_source import FEW_ROWS, SOURCES, TILE_SHAPES
+from .kernels_cuda_linear import FEW_CLUSTERS, TILE_SHAPES
+from .kernels_cuda_source import SOURCES
 
 _REMEDY = (
     "Install what is missing (pip install cpm_kernels; NVRTC comes with PyTorch's CUDA wheels or the CUDA toolkit), or "
@@ -358,7 +359,7 @@ def _get_tickets(device: torch.device) -> torch.Tensor:
 
 
 class Operation(ctypes.Structure):
-    """An operation on one token, as the kernels take it; see the struct of this name in `kernels_cuda_source`."""
+    """An operation on one token, as the kernels take it; see the struct of this name in `kernels_cuda_linear`."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("input", "output", "weight", "scale", "bias", "residual")),
@@ -423,7 +424,7 @@ def _plan(m: int, n: int, k: int, bits: int, device: int, bf16: bool = False) ->
         grid = (min(-(-n // 16), processors * resident), 1, 1)
         return ("rows", f"row_{bits}", grid, 256, shared, None) if shared + 4096 <= shared_of_one else None
     width = next(width for width in (8, 16, 32, 64) if m <= width or width == 64)
-    cluster = next((cluster for columns, cluster in FEW_ROWS.get(width, {}).items() if k <= columns), None)
+    cluster = next((cluster for columns, cluster in FEW_CLUSTERS.get(width, {}).items() if k <= columns), None)
     shared = 65536 + width * 2688
     if cluster and bits < 16 and architecture >= (90 if cluster > 1 else 80) and shared <= shared_of_one:
         module, most = f"few_{bits}_{width}_{cluster}", processors

@@ -231,7 +231,7 @@ class TestProducts:
 
     def test_ways_of_older_devices(self, n, k, bits, dtype, monkeypatch):
         weight, scale, bias, exact = problem(bits, dtype, n, k)
-        monkeypatch.setattr(kernels_cuda, "FEW_ROWS", {})
+        monkeypatch.setattr(kernels_cuda, "FEW_CLUSTERS", {})
         monkeypatch.setattr(kernels_cuda, "_plan", kernels_cuda._plan.__wrapped__)
         for m in (2, 8, 9, 32):
             x = torch.randn(m, k, device="cuda").to(dtype)
