@@ -37,6 +37,7 @@ GPU_COLUMNS = 32  # on a GPU, T and padded prompts are a multiple: some of its k
 PREFILL_TOKENS = 2048  # prompts read together have this many tokens at most, padding counted
 PREFILL_WASTE = 1.5  # and this many times the tokens that they have without padding
 GPU_PREFILL_TOKENS = 512  # or this many on a GPU, where reading fewer takes no less time
+SMALL_MODEL = 1 << 28  # bytes of weights: on a CPU, threads would wait for each other longer than they compute
 TIES = 64  # room for scores that equal the top_k-th, which are kept too; in half precision there are some
 
 
@@ -381,6 +382,9 @@ class Scheduler:
     # In the thread
 
     def _run(self) -> None:
+        weights = sum(parameter.nbytes for parameter in self.model.parameters())
+        if self.model.device.type == "cpu" and weights < SMALL_MODEL:
+            torch.set_num_threads(1)
         while True:
             with self._changed:
                 while not (self._waiting or self._rows or self._closing):
