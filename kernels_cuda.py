@@ -409,7 +409,7 @@ def _most_clusters(module: str, name: str, bf16: bool, device: int, cluster: int
 def _plan(m: int, n: int, k: int, bits: int, device: int, bf16: bool = False) -> tuple | None:
     """How M rows are multiplied: (module, kernel, grid, threads, shared bytes, floats of partial sums).
 
-    None in the place of the last: the kernel has no need of memory for them. None: expand the weight.
+    The last is None where the kernel needs no memory for them. None instead of all: expand the weight.
     """
     architecture, processors, shared_of_all, shared_of_one = _properties(device)
     if k * bits % 128 or k % 8 or m > (_MOST_ROWS if architecture >= 75 else 8):

@@ -300,7 +300,7 @@ def _is_plain(module: nn.Module, kind: type, x: torch.Tensor) -> bool:
         and not torch.is_grad_enabled()
         # Checkpointing may compute without gradients what it computes again with them; autocast has its own dtypes.
         and not module.training
-        and not torch.is_autocast_enabled("cuda")
+        and autocast_dtype("cuda") is None
         and not _has_hooks(module)
         and cuda_available(x.device, x.dtype)
     )

@@ -317,8 +317,8 @@ class Scheduler:
                 f"Keys and values of {max_batch} answers of {self.max_length} tokens do not fit into memory: "
                 "lower --max-batch or --max-length."
             ) from error
-        on_cpu = model.get_input_embeddings().weight.device.type == "cpu"
-        self._free_tokens = 0 if on_cpu else GPU_PREFILL_TOKENS
+        self._device = model.get_input_embeddings().weight.device
+        self._free_tokens = 0 if self._device.type == "cpu" else GPU_PREFILL_TOKENS
         self._finite = FiniteScores()
         self._rows: list[Answer] = []
         self._waiting: collections.deque[Answer] = collections.deque()
@@ -383,7 +383,7 @@ class Scheduler:
 
     def _run(self) -> None:
         weights = sum(parameter.nbytes for parameter in self.model.parameters())
-        if self.model.device.type == "cpu" and weights < SMALL_MODEL:
+        if self._device.type == "cpu" and weights < SMALL_MODEL:
             torch.set_num_threads(1)
         while True:
             with self._changed:
@@ -466,11 +466,10 @@ class Scheduler:
             self._fail(group, error)
 
     def _prefill(self, group: list[Answer]) -> None:
-        device = self.model.get_input_embeddings().weight.device
         longest = _rounded_up(max(len(answer.prompt) for answer in group), self._cache.unit)
         pad = self.model.config.pad_token_id or 0
-        ids = torch.tensor([[pad] * (longest - len(a.prompt)) + a.prompt for a in group], device=device)
-        real = torch.tensor([[0] * (longest - len(a.prompt)) + [1] * len(a.prompt) for a in group], device=device)
+        ids = torch.tensor([[pad] * (longest - len(a.prompt)) + a.prompt for a in group], device=self._device)
+        real = torch.tensor([[0] * (longest - len(a.prompt)) + [1] * len(a.prompt) for a in group], device=self._device)
         positions = self.model.get_position_ids(ids, attention_mask=real)
         prefilled = DynamicCache(config=self.model.config)
         output = self.model(ids, positions, real, prefilled, use_cache=True, logits_to_keep=1)
