@@ -28,7 +28,9 @@ from .kernels_cuda import (
 from .kernels_cuda_source import HEAD_DIMS
 
 _GROWTH = 512  # places that are added to a cache at a time
-_KEPT_BYTES = 1 << 30  # caches up to this size are kept, with their graphs, for a model's next answer
+# A model's last cache is kept for its next answer, with its graph, if it is not larger than this or than this share of
+# the device's memory.
+_KEPT_BYTES, _KEPT_SHARE = 1 << 30, 1 / 8
 
 
 class _Layer(DynamicLayer):
@@ -94,6 +96,12 @@ _idle: "weakref.WeakKeyDictionary[nn.Module, StepGraph]" = weakref.WeakKeyDictio
 _idle_lock = threading.RLock()  # the garbage collector may drop a cache inside
 # PyTorch's random numbers can't be drawn in one thread while another records.
 _recording_lock = threading.RLock()
+
+
+def forget_steps(model: nn.Module) -> None:
+    """Give back the memory that is kept for a model's next answer."""
+    with _idle_lock:
+        _idle.pop(model, None)
 
 
 def draw(probs: torch.Tensor) -> torch.Tensor:
@@ -252,7 +260,10 @@ class StepCache(Cache):
         if graph is None or model is None or not graph.is_reusable:
             return
         size = sum(2 * keys.numel() * keys.element_size() for keys, _ in graph.buffers)
-        if size <= _KEPT_BYTES and all(a.buffers is b for a, b in zip(self.layers, graph.buffers, strict=True)):
+        memory = torch.cuda.get_device_properties(graph.ids.device).total_memory
+        if size <= max(_KEPT_BYTES, _KEPT_SHARE * memory) and all(
+            a.buffers is b for a, b in zip(self.layers, graph.buffers, strict=True)
+        ):
             with _idle_lock:
                 _idle[model] = graph
 
@@ -274,7 +285,7 @@ class StepCache(Cache):
         """Queries [B, H, S, D], and keys and values so far, from qkv [B, S, H, 3·D]; the new ones are stored."""
         layer = self.layers[layer_idx]
         batch, length, heads, _ = qkv.shape
-        layer.reserve(batch, heads, self._head_dim, layer.length + length, qkv)
+        layer.reserve(batch, heads, self._head_dim, layer.length + length + 1, qkv)  # and a first step
         queries = split_rotate(qkv, cosines, sines, *layer.buffers, layer.length)
         layer.length += length
         return queries, layer.keys, layer.values

@@ -28,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from .kernel_cache import keep
+from .kernels_cuda_hopper import SPLITS, STAGES, hopper_bytes
 from .kernels_cuda_linear import FEW_CLUSTERS, TILE_SHAPES
 from .kernels_cuda_source import SOURCES
 
@@ -38,6 +39,7 @@ _REMEDY = (
 # Activations of up to so many rows are multiplied by the tensor core kernels; beyond, expanding the weight and leaving
 # the product to cuBLAS is faster.
 _MOST_ROWS = 128
+_MOST_FEW_ROWS = 32  # beyond, Hopper has kernels of its own
 _SHARED_LIMIT = 32 * 1024  # of a kernel that has not asked for more; it has up to 16 KB beside
 _lock = threading.RLock()
 _local = threading.local()
@@ -157,9 +159,15 @@ def compile_source(nvrtc, source: str, options: list[str]) -> bytes:
         nvrtc.nvrtcDestroyProgram(program)
 
 
+def compiler_options(name: str, bf16: bool, architecture: int) -> list[str]:
+    """How a module of `SOURCES` is compiled; those for Hopper have instructions of this architecture alone."""
+    special = "a" if name.startswith("hopper") else ""
+    return ["--std=c++17", f"-DBF16={int(bf16)}", f"--gpu-architecture=sm_{architecture}{special}"]
+
+
 def _module_code(nvrtc, name: str, bf16: bool, architecture: int) -> bytes:
     """Compiled code of a module, from the cache on disk if it is there."""
-    options = ["--std=c++17", f"-DBF16={int(bf16)}", f"--gpu-architecture=sm_{architecture}"]
+    options = compiler_options(name, bf16, architecture)
     key = repr((SOURCES[name], options, nvrtc.version))
     file = f"cuda-{name}-sm_{architecture}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.cubin"
     return keep(file, lambda path: path.write_bytes(compile_source(nvrtc, SOURCES[name], options))).read_bytes()
@@ -454,6 +462,62 @@ def _plan(m: int, n: int, k: int, bits: int, device: int, bf16: bool = False) ->
     return f"tiles_{bits}_{width}", f"tiles_{bits}_{width}", (rows, parts, columns), 128, shared, sums
 
 
+# --- Products of many rows on Hopper ---
+
+# Of a block, in µs on an H100: a step of 64 columns, by its rows of x; what comes beside its steps; what comes beside
+# them when two blocks share the columns.
+_STEP_TIME = {64: 0.41, 128: 0.46, 192: 0.51, 256: 0.60}
+_BLOCK_TIME, _EXCHANGE_TIME = 3, 3
+
+
+@functools.lru_cache(maxsize=4096)
+def _hopper_shape(m: int, n: int, k: int, processors: int) -> tuple[int, int]:
+    """Rows of x of a block, and parts of K, with which a product takes the least time."""
+
+    def time(shape: tuple[int, int]) -> float:
+        tokens, split = shape
+        rounds = -(-(-(-n // 128) * -(-m // tokens)) // (processors // split))
+        return rounds * (-(-k // (64 * split)) * _STEP_TIME[tokens] + _BLOCK_TIME + (split > 1) * _EXCHANGE_TIME)
+
+    return min(((tokens, split) for tokens in STAGES for split in SPLITS if split * 64 <= k), key=time)
+
+
+@functools.lru_cache(maxsize=4096)
+def _tensor_map(address: int, rows: int, row_bytes: int, box_rows: int, box_bytes: int):
+    """What the copy engine has to know of a matrix of bytes: a CUtensorMap, with boxes that are swizzled."""
+    cuda = load_libraries().cuda
+    memory = ctypes.create_string_buffer(192)
+    tensor_map = (ctypes.c_char * 128).from_buffer(memory, -ctypes.addressof(memory) % 64)
+    pair, strides = ctypes.c_uint32 * 2, (ctypes.c_uint64 * 1)(row_bytes)
+    sizes, box, steps = (ctypes.c_uint64 * 2)(row_bytes, rows), pair(box_bytes, box_rows), pair(1, 1)
+    # 0: bytes; 2 dimensions; 0: not interleaved; 2: the L2 cache fetches 128 bytes; 0: zeros beyond the edges.
+    given = (0, 2, ctypes.c_void_p(address), sizes, strides, box, steps, 0, {32: 1, 64: 2, 128: 3}[box_bytes], 2, 0)
+    cuda.checkCUStatus(cuda.cuda._Lib__lib.cuTensorMapEncodeTiled(ctypes.byref(tensor_map), *given))
+    return tensor_map
+
+
+def _suits_hopper(x: torch.Tensor, weight: torch.Tensor, n: int, *others: torch.Tensor | None) -> bool:
+    """Whether the kernels for many rows on Hopper multiply x with this weight to a product of n columns."""
+    if x.shape[0] <= _MOST_FEW_ROWS or _properties(x.get_device())[0] != 90:
+        return False
+    if x.shape[1] < 64 or not weight.is_contiguous():
+        return False
+    bits = x.data_ptr() | weight.data_ptr() | weight.shape[1] | x.shape[1] * 2 | n * 2  # of addresses and row lengths
+    return all(other.data_ptr() % 16 == 0 for other in others if other is not None) and bits % 16 == 0
+
+
+def _launch_hopper(x: torch.Tensor, weight, n: int, box: tuple[int, int], module: str, kernel: str, arguments) -> None:
+    """Launch a product of x [M, K] with n columns; `box`, rows and bytes, is what a step takes of the weight."""
+    (m, k), (rows, row_bytes) = x.shape, weight.shape
+    _, processors, *_ = _properties(x.get_device())
+    tokens, split = _hopper_shape(m, n, k, processors)
+    maps = [_tensor_map(weight.data_ptr(), rows, row_bytes, *box), _tensor_map(x.data_ptr(), m, k * 2, tokens, 128)]
+    grid = (-(-n // 128) * -(-m // tokens) * split, 1, 1)
+    kinds, values = arguments
+    arguments = maps + _pack(kinds + "iii", *values, m, n, k)
+    _launch(x, f"{module}_{tokens}_{split}", kernel, grid, 256, hopper_bytes(tokens, box[0] * box[1]), arguments)
+
+
 def takes_row(weight: torch.Tensor, k: int, bits: int) -> bool:
     """Whether a kernel multiplies one row of K numbers, and can normalise it first; else the weight is expanded."""
     plan = _plan(1, weight.shape[0], k, bits, weight.get_device())
@@ -494,6 +558,11 @@ def product(
     bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
     if m == 0:
         return x.new_empty(0, n)
+    if bits < 16 and _suits_hopper(x, weight, n, residual):
+        y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+        arguments = ("PPPfiP", (scale, bias, residual, alpha, gelu, y))
+        _launch_hopper(x, weight, n, (128, 8 * bits), f"hopper_{bits}", "many_rows", arguments)
+        return y
     aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0 and weight.is_contiguous()
     plan = _plan(m, n, k, bits, x.get_device(), x.dtype == torch.bfloat16) if aligned else None
     if plan is None:
@@ -532,7 +601,13 @@ def linear(
 
 def input_gradient(grad_y: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
     """The gradient [M, K] of a `linear`'s input, for that of its output [M, N]; both half or bfloat16."""
-    return grad_y @ expand(weight.contiguous(), scale.to(grad_y.dtype), bits)
+    n, k = weight.shape
+    scale = scale.to(grad_y.dtype)
+    if bits == 8 and n % 64 == 0 and _suits_hopper(grad_y, weight, k, scale):
+        grad_x = torch.empty(grad_y.shape[0], k, dtype=grad_y.dtype, device=grad_y.device)
+        _launch_hopper(grad_y, weight, k, (64, 128), "hopper_gradient", "gradient", ("PP", (scale, grad_x)))
+        return grad_x
+    return grad_y @ expand(weight.contiguous(), scale, bits)
 
 
 # --- A step's small operations ---

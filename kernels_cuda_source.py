@@ -3,6 +3,7 @@
 Letters as there.
 """
 
+from .kernels_cuda_hopper import MANY_ROWS, SPLITS, STAGES
 from .kernels_cuda_linear import EXPAND, FEW_CLUSTERS, FEW_ROWS, ONE_ROW, ROW_KERNELS, ROWS, TILE_SHAPES, TILES
 
 # Types and the two operations that every kernel needs: eight bytes or nibbles to numbers, and a product of 16 × 16
@@ -149,7 +150,7 @@ void multiply(float* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 
 __device__ __forceinline__ float gelu(float v) {   // the tanh form
     float u = 0.7978845608028654f * v * (1.0f + 0.044715f * v * v);
-    return v / (1.0f + __expf(-2.0f * u));
+    return __fdividef(v, 1.0f + __expf(-2.0f * u));
 }
 
 // What becomes of a sum: scale and bias of row n, then GELU, or alpha times a residual. An Operation has these, too.
@@ -171,12 +172,15 @@ template <class E> __device__ __forceinline__ Finish prepare(const E& e, int m, 
     }
     return f;
 }
-template <class E>
-__device__ __forceinline__ void finish(const E& e, const Finish& f, float sum, int m, int n, int N) {
+template <class E> __device__ __forceinline__ float finished(const E& e, const Finish& f, float sum) {
     if (e.scale) sum *= to_float(f.scale);
     sum += to_float(f.bias);
     if (e.gelu) sum = gelu(sum);
-    ((u16*)e.output)[(size_t)m * N + n] = to_u16(sum + e.alpha * to_float(f.residual));
+    return sum + e.alpha * to_float(f.residual);
+}
+template <class E>
+__device__ __forceinline__ void finish(const E& e, const Finish& f, float sum, int m, int n, int N) {
+    ((u16*)e.output)[(size_t)m * N + n] = to_u16(finished(e, f, sum));
 }
 """
 
@@ -446,3 +450,9 @@ for _width, _clusters in FEW_CLUSTERS.items():
         for _bits in (8, 4):
             _kernel = f"FEW_ROWS({_attribute}, {_bits}, {_width}, {_columns // _cluster}, {_cluster})\n"
             SOURCES[f"few_{_bits}_{_width}_{_cluster}"] = _COMMON + FEW_ROWS + _kernel
+for _tokens, _stages in STAGES.items():
+    for _split in SPLITS:
+        _shape = f"{_tokens}, {_split}, {_stages}"
+        for _bits in (8, 4):
+            SOURCES[f"hopper_{_bits}_{_tokens}_{_split}"] = _COMMON + MANY_ROWS + f"MANY_ROWS({_bits}, {_shape})\n"
+        SOURCES[f"hopper_gradient_{_tokens}_{_split}"] = _COMMON + MANY_ROWS + f"GRADIENT({_shape})\n"

@@ -40,7 +40,7 @@ from transformers.utils import logging
 
 from .checkpoint import check_checkpoint, read_prefix
 from .configuration_chatglm import ChatGLMConfig
-from .cuda_graphs import StepCache, StepGraph, can_record, draw
+from .cuda_graphs import StepCache, StepGraph, can_record, draw, forget_steps
 
 # Early transformers 5 brings along only what this very file imports, so the kernels of the others stand here.
 from .kernel_cache import keep  # noqa: F401
@@ -761,6 +761,15 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         self.lm_head.stays_half = bool(config.quantization_bit)
         self.post_init()
         self._freeze()
+
+    def train(self, mode: bool = True) -> "ChatGLMForConditionalGeneration":
+        if mode:
+            forget_steps(self)
+        return super().train(mode)
+
+    def _apply(self, fn, recurse=True):
+        forget_steps(self)  # weights move or change their dtype
+        return super()._apply(fn, recurse)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.transformer.word_embeddings

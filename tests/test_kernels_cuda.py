@@ -63,12 +63,13 @@ def test_compiles(major, architecture, monkeypatch, fresh_libraries):
     names = ["rows", "prompt", "step_128", "tiles_8_16", "tiles_4_64"]
     names += ["few_8_16_1"] if architecture >= 80 else []
     names += ["few_8_16_4", "few_4_32_8"] if architecture >= 90 else []
+    names += ["hopper_8_256_2", "hopper_4_64_1", "hopper_gradient_192_2"] if architecture == 90 else []
     jobs = [(name, 0) for name in (kernels_cuda.SOURCES if architecture == 90 else names)]
     jobs += [(name, 1) for name in names if architecture >= 80]
 
     def compile_one(job):
         name, bf16 = job
-        options = ["--std=c++17", f"-DBF16={bf16}", f"--gpu-architecture=sm_{architecture}"]
+        options = kernels_cuda.compiler_options(name, bf16, architecture)
         return kernels_cuda.compile_source(nvrtc, kernels_cuda.SOURCES[name], options)
 
     with ThreadPoolExecutor() as pool:
@@ -168,6 +169,20 @@ def test_every_launch_fits_the_device(architecture, monkeypatch):
     assert architecture < 75 or planned >= set(range(1, 65))  # beyond, expanding the weight may be as fast
 
 
+def test_every_launch_on_hopper_fits_the_device():
+    _, processors, _, most = 90, *DEVICES[90]
+    for n, k in ((12288, 4096), (4096, 16384), (40, 65536), (24, 64), (8, 128)):
+        for m in range(33, 2100, 7):
+            tokens, split = kernels_cuda._hopper_shape(m, n, k, processors)
+            for module in ("hopper_8", "hopper_4", "hopper_gradient"):
+                assert f"{module}_{tokens}_{split}" in kernels_cuda.SOURCES
+            assert kernels_cuda.hopper_bytes(tokens, 8192) + 128 <= most
+            assert k // 64 >= split
+    # The prompts that benchmarks ask about, by measurement: the widest tiles; of few, K is cut.
+    assert kernels_cuda._hopper_shape(2048, 4096, 16384, processors) == (256, 1)
+    assert kernels_cuda._hopper_shape(512, 4096, 16384, processors) == (256, 2)
+
+
 def test_compiled_modules_are_kept(tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -218,7 +233,7 @@ class TestProducts:
 
     def test_against_float64(self, n, k, bits, dtype):
         weight, scale, bias, exact = problem(bits, dtype, n, k)
-        for m in (1, 2, 3, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 130):
+        for m in (1, 2, 3, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 130, 300):
             x = torch.randn(m, k, device="cuda").to(dtype)
             expected = x.double() @ exact.T + bias.double()
             plain = x @ dequantize_weight(weight, scale, bits, dtype).T + bias
@@ -233,7 +248,8 @@ class TestProducts:
         weight, scale, bias, exact = problem(bits, dtype, n, k)
         monkeypatch.setattr(kernels_cuda, "FEW_CLUSTERS", {})
         monkeypatch.setattr(kernels_cuda, "_plan", kernels_cuda._plan.__wrapped__)
-        for m in (2, 8, 9, 32):
+        monkeypatch.setattr(kernels_cuda, "_suits_hopper", lambda *given: False)
+        for m in (2, 8, 9, 32, 33, 65, 128, 130):
             x = torch.randn(m, k, device="cuda").to(dtype)
             poison()
             got = kernels_cuda.linear(x, weight, scale, bias, bits)
@@ -251,8 +267,39 @@ class TestProducts:
 
     def test_input_gradient(self, n, k, bits, dtype):
         weight, scale, _, exact = problem(bits, dtype, n, k)
-        grad_y = torch.randn(5, n, device="cuda").to(dtype)
-        got = kernels_cuda.input_gradient(grad_y, weight, scale, bits)
+        for m in (5, 130):
+            grad_y = torch.randn(m, n, device="cuda").to(dtype)
+            poison()
+            got = kernels_cuda.input_gradient(grad_y, weight, scale, bits)
+            assert distance(got, grad_y.double() @ exact) < 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("split", kernels_cuda.SPLITS)
+@pytest.mark.parametrize("tokens", kernels_cuda.STAGES)
+@pytest.mark.cuda
+def test_every_shape_of_block_on_hopper(tokens, split, dtype, monkeypatch):
+    monkeypatch.setattr(kernels_cuda, "_hopper_shape", lambda *given: (tokens, split))
+    for m, n, k in ((130, 256, 128), (300, 1024, 4096), (512, 448, 2080), (37, 192, 1056), (1, 64, 160)):
+        monkeypatch.setattr(kernels_cuda, "_MOST_FEW_ROWS", 0)
+        for bits in (8, 4):
+            weight, scale, bias, exact = problem(bits, dtype, n, k)
+            x, residual = torch.randn(m, k, device="cuda").to(dtype), torch.randn(m, n, device="cuda").to(dtype)
+            expected = x.double() @ exact.T + bias.double()
+            poison()
+            got = kernels_cuda.product(x, weight, scale, bias, bits)
+            assert distance(got, expected) < TOLERANCE[dtype]
+            got = kernels_cuda.product(x, weight, scale, bias, bits, residual=residual, alpha=7.5)
+            assert distance(got, expected + 7.5 * residual.double()) < 2 * TOLERANCE[dtype]
+            got = kernels_cuda.product(x, weight, scale, bias, bits, gelu=True)
+            assert distance(got, torch.nn.functional.gelu(expected, approximate="tanh")) < 4 * TOLERANCE[dtype]
+        weight, scale, _, exact = problem(8, dtype, n, k)
+        grad_y = torch.randn(m, n, device="cuda").to(dtype)
+        poison()
+        got = kernels_cuda.input_gradient(grad_y, weight, scale, 8)
         assert distance(got, grad_y.double() @ exact) < 2 * TOLERANCE[dtype]
 
 

@@ -1,0 +1,345 @@
+"""CUDA C++ of products of many rows with quantised weights on Hopper (sm_90a), a part of `kernels_cuda_source`.
+
+Letters as in `kernels_cuda`.
+"""
+
+
+def _multiply(tokens: int) -> str:
+    """The instruction that multiplies 64 weight rows by so many rows of x, 16 columns of each."""
+    count = tokens // 2
+    sums = ", ".join(f"%{i}" for i in range(count))
+    outputs = ", ".join(f'"+f"(sums[{i}])' for i in range(count))
+    a = ", ".join(f"%{count + i}" for i in range(4))
+    return rf"""
+__device__ __forceinline__ void multiply_async(float (&sums)[{count}], const u32* a, unsigned long long b) {{
+    asm volatile("wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32." TYPE "." TYPE
+        " {{{sums}}}, {{{a}}}, %{count + 4}, 1, 1, 1, 0;"
+        : {outputs} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}}"""
+
+
+# Of the modules hopper_…_TOKENS_SPLIT: steps under way at a time, by TOKENS; and SPLIT.
+STAGES = {64: 8, 128: 8, 192: 6, 256: 5}
+SPLITS = (1, 2)
+
+
+def hopper_bytes(tokens: int, weight_bytes: int) -> int:
+    """Dynamic shared memory of a block, with so many bytes of weights in a step."""
+    stage = tokens * 128 + weight_bytes + 128  # the last are scales, where a step needs them
+    return 1024 + max(STAGES[tokens] * stage, tokens * 512)
+
+
+# A block owns 128 columns of y, TOKENS rows and, as one of SPLIT blocks of a cluster, a part of K. The copy engine
+# brings 64 columns of x and as many of the weight at a time, STAGES steps ahead. Of the two warpgroups each takes 64
+# columns of y: a thread reads the weights of its fragments from shared memory and widens them in registers, while the
+# tensor cores multiply those before by x, which they read from shared memory.
+#
+# `many_rows` reads weights 2 bytes (INT4: 1) at a time, as its fragments have them. `gradient` multiplies by the weight
+# itself: its fragments are columns of what is stored, of which pairs of bytes come transposed, and each number is
+# multiplied by the scale of its row.
+#
+# Grid: a multiple of SPLIT; block: 256. Tensor maps of bytes: x with boxes of TOKENS rows of 128 bytes; the weight with
+# 128 rows of 64 bytes (INT4: 32), or for `gradient` 64 rows of 128; all swizzled. N is a multiple of 8, and there is a
+# step for each of SPLIT blocks.
+MANY_ROWS = (
+    r"""
+#if BF16
+#define TYPE "bf16"
+#else
+#define TYPE "f16"
+#endif
+struct __align__(64) TensorMap { char bytes[128]; };
+
+__device__ __forceinline__ u32 address_of(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// Barriers in shared memory, by address. A phase ends after `count` arrivals and the arrival of all announced bytes.
+__device__ __forceinline__ void init_barrier(u32 barrier, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(count) : "memory");
+}
+__device__ __forceinline__ void arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
+}
+__device__ __forceinline__ void announce(u32 barrier, u32 bytes) {   // and arrive
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void wait_for(u32 barrier, u32 parity) {   // the end of a phase of this parity
+    asm volatile("{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;"
+        " @!done bra again; }" :: "r"(barrier), "r"(parity) : "memory");
+}
+__device__ __forceinline__ void copy_bytes(u32 to, const void* from, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+        :: "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+// The box of a tensor map that begins at (byte, row), zeros beyond the tensor's edges.
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int byte, int row, u32 barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%3, %4}], [%2];"
+        :: "r"(to), "l"(&map), "r"(barrier), "r"(byte), "r"(row) : "memory");
+}
+
+// 16 columns of rows of 128 swizzled bytes, for the tensor cores; 1024 bytes lead from 8 rows to the next 8.
+__device__ __forceinline__ unsigned long long describe(u32 address) {
+    return (address & 0x3ffff) >> 4 | 1ull << 16 | (1024ull >> 4) << 32 | 1ull << 62;
+}
+// sums += a · b, later. a, for 64 weight rows, and sums as of `multiply`, a warp having 16 rows; b: `describe`.
+"""
+    + "".join(_multiply(tokens) for tokens in STAGES)
+    + r"""
+__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int LEFT> __device__ __forceinline__ void wait_products() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(LEFT) : "memory");
+}
+
+__device__ __forceinline__ u32 shared_u16(u32 address) {
+    u16 v;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
+    return v;
+}
+__device__ __forceinline__ u32 shared_u8(u32 address) {
+    u32 v;
+    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(address));
+    return v;
+}
+__device__ __forceinline__ u32 shared_u32(u32 address) {
+    u32 v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
+    return v;
+}
+// Four matrices of 8 × 8 pairs of bytes, transposed; each lane gives the address of a row, 16 bytes.
+__device__ __forceinline__ void shared_transposed(u32 address, u32* v) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(address));
+}
+__device__ __forceinline__ u32 times(u32 a, u32 b) {   // two numbers
+    u32 c;
+    asm("mul.rn." TYPE "x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    return c;
+}
+// Two times two matrices of 8 rows × 8 columns, transposed: each lane gives the address of a column.
+__device__ __forceinline__ void store_transposed(u32 address, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+        :: "r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+__device__ __forceinline__ void store_to(u32 address, int block, const float* v) {   // of the cluster; 16 bytes
+    asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;"
+        " st.shared::cluster.v4.f32 [there], {%2, %3, %4, %5}; }"
+        :: "r"(address), "r"(block), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
+}
+__device__ __forceinline__ void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
+}
+
+constexpr int ROWS = 128, WARPS = 8, PITCH = ROWS + 8;   // columns of y; numbers from token to token, in the end
+
+template <int BITS, bool TRANSPOSED, int TOKENS, int SPLIT, int STAGES> struct ManyRows {
+    static constexpr int ROW_BYTES = 8 * BITS;   // of 64 weights
+    static constexpr int X_BYTES = TOKENS * 128, STAGE = X_BYTES + ROWS * ROW_BYTES;
+    static constexpr int SCALE_BYTES = TRANSPOSED ? 128 : 0;
+    static constexpr int COUNT = TOKENS / 2 / SPLIT;   // sums of a thread that this block finishes
+    const int warp, lane, g, t;
+    u32 ring;   // stages; then their scales
+
+    // The fragments of 32 columns of K: four registers for each 16.
+    __device__ __forceinline__ void widen(int stage, int half, u32* a) const {
+        const u32 weights = ring + stage * STAGE + X_BYTES;
+        u32 out[4];
+        if (TRANSPOSED) {   // rows g, g + 8 of the fragment are columns 2g, 2g + 1 of y
+            u32 w[4];
+            shared_transposed(weights + (half * 32 + lane) * ROWS + (warp ^ lane % 8) * 16, w);
+            const u32 scale = ring + STAGES * STAGE + stage * SCALE_BYTES + half * 64 + t * 4;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                widen8(__byte_perm(w[i], 0, 0x3120), out);
+                const u32 pair = shared_u32(scale + i * 16);
+                a[i * 2] = times(out[0], pair);
+                a[i * 2 + 1] = times(out[1], pair);
+            }
+            return;
+        }
+#pragma unroll
+        for (int r = 0; r < 2; r++) {   // rows g, g + 8
+            const u32 row = weights + (warp * 16 + r * 8 + g) * ROW_BYTES;
+            if (BITS == 8) {
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    const u32 p = row + ((half * 2 + j) ^ (g / 2)) * 16 + t * 2;
+                    widen8(shared_u16(p) | shared_u16(p + 8) << 16, out);
+                    a[j * 4 + r] = out[0];
+                    a[j * 4 + r + 2] = out[1];
+                }
+            } else {
+                const u32 p = row + (half ^ (g / 4)) * 16 + t;
+                widen4(shared_u8(p) | shared_u8(p + 4) << 8 | shared_u8(p + 8) << 16 | shared_u8(p + 12) << 24, out);
+#pragma unroll
+                for (int i = 0; i < 4; i++) a[i / 2 * 4 + r + i % 2 * 2] = out[i];
+            }
+        }
+    }
+
+    // Each block of a cluster finishes its share of the tokens; the others send it their sums. `at`: the ring, which
+    // nobody uses any more.
+    __device__ __forceinline__ void add_up(const float (&sums)[TOKENS / 2], float (&total)[COUNT], float4* at) const {
+        const int part = blockIdx.x % SPLIT;
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) total[i] = sums[i];
+        if (SPLIT == 1) return;
+#pragma unroll
+        for (int block = 0; block < SPLIT; block++)
+#pragma unroll
+            for (int i = 0; i < COUNT; i += 4) {
+                const float* v = sums + block * COUNT + i;
+                if (block != part) store_to(ring + ((part * COUNT + i) * 64 + threadIdx.x) * 16, block, v);
+                else total[i] = v[0], total[i + 1] = v[1], total[i + 2] = v[2], total[i + 3] = v[3];
+            }
+        cluster_barrier();
+        for (int block = 0; block < SPLIT; block++)
+            if (block != part)
+#pragma unroll
+                for (int i = 0; i < COUNT; i += 4) {
+                    const float4 v = at[(block * COUNT + i) * 64 + threadIdx.x];
+                    total[i] += v.x; total[i + 1] += v.y; total[i + 2] += v.z; total[i + 3] += v.w;
+                }
+        __syncthreads();
+    }
+
+    // y from column first_n and row first_m on. The numbers are turned round in shared memory, `at`, to be written
+    // along the rows of y; the residual is added there.
+    __device__ __forceinline__ void write(const Epilogue& e, float (&total)[COUNT], int first_m, int first_n, int M,
+                                          int N, char* at) const {
+        const Epilogue first = {e.scale, e.bias, nullptr, 0, 0, nullptr};
+        const int my_n = first_n + warp * 16 + g;
+        const Finish ends[2] = {prepare(first, 0, my_n, M, N), prepare(first, 0, my_n + 8, M, N)};
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) total[i] = finished(first, ends[i / 2 % 2], total[i]);
+        if (e.gelu)
+#pragma unroll
+            for (int i = 0; i < COUNT; i++) total[i] = gelu(total[i]);
+        const u32 mine = ring + ((lane / 16 * 8 + lane % 8) * PITCH + warp * 16 + lane / 8 % 2 * 8) * 2;
+#pragma unroll
+        for (int i = 0; i < COUNT; i += 8)
+            store_transposed(mine + i * 2 * PITCH * 2, pack(total[i], total[i + 1]), pack(total[i + 2], total[i + 3]),
+                             pack(total[i + 4], total[i + 5]), pack(total[i + 6], total[i + 7]));
+        __syncthreads();
+        const int row = threadIdx.x % 16 * 8, n = first_n + row, tokens = min(TOKENS / SPLIT, M - first_m);
+        if (n >= N) return;
+#pragma unroll 4
+        for (int token = threadIdx.x / 16; token < tokens; token += 16) {
+            const size_t place = (size_t)(first_m + token) * N + n;
+            uint4 v = *(const uint4*)(at + (token * PITCH + row) * 2);
+            if (TRANSPOSED) {   // of 16 columns, the even ones lie before the odd ones
+                const uint2* from = (const uint2*)(at + token * PITCH * 2 + row / 16 * 32 + row % 16);
+                const uint2 even = from[0], odd = from[2];
+                v = make_uint4(__byte_perm(even.x, odd.x, 0x5410), __byte_perm(even.x, odd.x, 0x7632),
+                               __byte_perm(even.y, odd.y, 0x5410), __byte_perm(even.y, odd.y, 0x7632));
+            }
+            if (e.residual) {
+                const uint4 r = *(const uint4*)(e.residual + place);
+                auto add = [&](u32 y, u32 r) { return pack(low(y) + e.alpha * low(r), high(y) + e.alpha * high(r)); };
+                v = make_uint4(add(v.x, r.x), add(v.y, r.y), add(v.z, r.z), add(v.w, r.w));
+            }
+            *(uint4*)((u16*)e.output + place) = v;
+        }
+    }
+
+    __device__ __forceinline__ void run(const TensorMap& weight, const TensorMap& x, const u16* scales,
+                                        const Epilogue& e, int M, int N, int K) {
+        extern __shared__ uint4 shared[];
+        __shared__ unsigned long long barriers[2 * STAGES];
+        const int columns = (M + TOKENS - 1) / TOKENS, part = blockIdx.x % SPLIT, tile = blockIdx.x / SPLIT;
+        const int first_n = tile / columns * ROWS, first_m = tile % columns * TOKENS;
+        const int steps = (K + 63) / 64, begin = steps * part / SPLIT, end = steps * (part + 1) / SPLIT;
+        const u32 full = address_of(barriers), free = full + 8 * STAGES;   // of each stage
+        ring = (address_of(shared) + 1023) / 1024 * 1024;
+        if (threadIdx.x == 0) {
+            for (int i = 0; i < STAGES; i++) {
+                init_barrier(full + i * 8, 1);
+                init_barrier(free + i * 8, WARPS);
+            }
+            asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        }
+        __syncthreads();
+        auto fetch_weights = [&](int step, int stage) {   // by one thread
+            const u32 to = ring + stage * STAGE + X_BYTES, barrier = full + stage * 8;
+            announce(barrier, STAGE + SCALE_BYTES);
+            copy_box(to, weight, TRANSPOSED ? first_n : step * ROW_BYTES, TRANSPOSED ? step * 64 : first_n, barrier);
+            if (TRANSPOSED)
+                copy_bytes(ring + STAGES * STAGE + stage * SCALE_BYTES, scales + step * 64, SCALE_BYTES, barrier);
+        };
+        auto fetch_x = [&](int step, int stage) {
+            copy_box(ring + stage * STAGE, x, step * 128, first_m, full + stage * 8);
+        };
+        start_next();
+        if (threadIdx.x == 0)
+            for (int i = 0; i < STAGES && begin + i < end; i++) fetch_weights(begin + i, i);
+        wait();
+        if (threadIdx.x == 0)
+            for (int i = 0; i < STAGES && begin + i < end; i++) fetch_x(begin + i, i);
+
+        float sums[TOKENS / 2];
+#pragma unroll
+        for (int i = 0; i < TOKENS / 2; i++) sums[i] = 0;
+        // While the tensor cores have 32 columns of K, the next are widened. A stage that was left two steps ago is
+        // filled anew.
+        u32 a[2][8];
+        int stage = 0, before = 0, refilled = 0;
+        u32 parity = 0, refilled_parity = 0;
+        wait_for(full, 0);
+        widen(0, 0, a[0]);
+        for (int step = begin;; step++) {
+            const unsigned long long b = describe(ring + stage * STAGE);
+            begin_products();
+            multiply_async(sums, a[0], b);
+            multiply_async(sums, a[0] + 4, b + 2);
+            commit_products();
+            wait_products<1>();
+            if (step > begin && lane == 0) arrive(free + before * 8);
+            before = stage;
+            const int next = step - 2 + STAGES;
+            if (warp == 0 && step > begin + 1 && next < end) {
+                wait_for(free + refilled * 8, refilled_parity);
+                if (lane == 0) {
+                    fetch_weights(next, refilled);
+                    fetch_x(next, refilled);
+                }
+                if (++refilled == STAGES) { refilled = 0; refilled_parity ^= 1; }
+            }
+            widen(stage, 1, a[1]);
+            begin_products();
+            multiply_async(sums, a[1], b + 4);
+            multiply_async(sums, a[1] + 4, b + 6);
+            commit_products();
+            if (step + 1 == end) break;
+            wait_products<1>();
+            if (++stage == STAGES) { stage = 0; parity ^= 1; }
+            wait_for(full + stage * 8, parity);
+            widen(stage, 0, a[0]);
+        }
+        wait_products<0>();
+#pragma unroll
+        for (int i = 0; i < TOKENS / 2; i++) asm volatile("" : "+f"(sums[i]) :: "memory");   // not used before
+        if (SPLIT > 1) cluster_barrier();   // all warps have left the ring
+        else __syncthreads();
+        char* at = (char*)shared + (ring - address_of(shared));
+        float total[COUNT];
+        add_up(sums, total, (float4*)at);
+        write(e, total, first_m + part * (TOKENS / SPLIT), first_n, M, N, at);
+    }
+};
+#define THREAD (int)threadIdx.x / 32, (int)threadIdx.x % 32, (int)threadIdx.x % 32 / 4, (int)threadIdx.x % 4, 0
+#define KERNEL(SPLIT) extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(256, 1)
+#define MANY_ROWS(BITS, TOKENS, SPLIT, STAGES) \
+KERNEL(SPLIT) many_rows(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap x, \
+        const u16* scale, const u16* bias, const u16* residual, float alpha, int use_gelu, u16* y, \
+        int M, int N, int K) { \
+    const Epilogue e = {scale, bias, residual, alpha, use_gelu, y}; \
+    ManyRows<BITS, false, TOKENS, SPLIT, STAGES>{THREAD}.run(weight, x, nullptr, e, M, N, K); \
+}
+#define GRADIENT(TOKENS, SPLIT, STAGES) \
+KERNEL(SPLIT) gradient(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap x, \
+        const u16* scale, u16* y, int M, int N, int K) { \
+    const Epilogue e = {nullptr, nullptr, nullptr, 0, 0, y}; \
+    ManyRows<8, true, TOKENS, SPLIT, STAGES>{THREAD}.run(weight, x, scale, e, M, N, K); \
+}
+"""
+)
