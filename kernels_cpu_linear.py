@@ -11,8 +11,7 @@ LINEAR = r"""
    One row: weights are streamed from memory once. Several rows: a panel of weight rows meets all rows of x, in tiles
    of sums,
      - of a matrix unit, whose digits are int8;
-     - of bytes, where instructions multiply unsigned weights by signed bytes: digits of a matrix unit, for few rows, or
-       two that make a digit of 16 bits;
+     - of bytes, where instructions multiply unsigned weights by signed bytes, two of which make a digit of 16 bits;
      - of pairs, with half as many products, where that is faster;
      - else of 16-bit numbers, or of int8 with NEON's dot product.
 */
@@ -48,15 +47,14 @@ enum {
     DIGIT_MAX = sizeof(digit_t) == 1 ? 127 : 32767,
     CHUNK = sizeof(panel_t) == 1 ? 256 : 128, /* output features that a thread takes at once, at most */
     FEW_CHUNK = 16,   /* the same of few rows: as many as make a vector of results */
-#if defined(BYTE_TILES) && !defined(AMX)
+#ifdef BYTE_TILES
     JOINED = 1,       /* whether two bytes make a digit */
     GROUP = 256,      /* rows whose digits of a block stay in the cache beside weights */
 #else
     JOINED = 0,
     GROUP = sizeof(panel_t) == 1 ? 512 : 64,
 #endif
-    BYTE_M = 8,       /* rows of half, at most, for which bytes are faster than a matrix unit */
-    STORED_M = 32,    /* rows, at most, that a matrix unit multiplies by weights where they are stored */
+    STORED_M = JOINED ? 16 : 32, /* rows, at most, that meet weights where they are stored: too few for a panel */
     M_AT_ONCE = 512,  /* rows of x that are held as digits */
     /* Of tiles of bytes and of pairs, whose sums of a block are exact in 32 bits: */
     TILE_BLOCK = 512,       /* columns of a block */
@@ -72,14 +70,13 @@ struct job {
     int planes;           /* digits that a number has */
     int width;            /* rows of x in a tile of PADDED_M sums: that, or half as many, each in two places */
     int pairs;            /* whether products are taken in pairs: see add_pairs */
-    int bytes;            /* whether they are taken of bytes: see add_bytes */
     int64_t tile_n;       /* weight rows of a tile */
     int64_t M, N, K, block; /* block: columns of a block, BLOCK at most */
     int64_t padded_M, padded_K; /* padded_M: sums that a weight row has */
     digit_t *row_digits;  /* of one row: [plane][padded_K] */
     panel_t *digits;      /* of several: [plane][padded_M][padded_K], or as tile_of or pairs_of says */
     float *digit_scale;   /* [blocks][planes][padded_M] */
-    int32_t *start;       /* what sums start with, if not 0: of bytes [blocks][byte_planes][padded_M], of pairs
+    int32_t *start;       /* what sums start with, if not 0: of bytes [blocks][byte_tiles][padded_M], of pairs
                              [blocks][planes][padded_M], of one row [parts][halves][planes][FLOATS] */
 };
 
@@ -88,19 +85,27 @@ static inline int64_t block_columns(const struct job *j, int64_t block) {
     return least(j->block, j->padded_K - block * j->block);
 }
 
-static inline int byte_planes(const struct job *j) { return j->planes + JOINED; }
-
 /* Digits of one number: those of int16 hold 15 bits, those of int8 about 7.5. */
 static int digits_of(int x_dtype, size_t digit_size) { return (digit_size == 1 ? 2 : 1) + (x_dtype == FLOAT); }
 
 #if defined(AMX) || defined(BYTE_TILES)
 #define TILES
+#ifdef AMX
+/* Places from one digit of a row of x to its next. Fewer rows than a tile has leave no gap: two digits of 8 rows are
+   one tile. */
+static inline int next_digit(const struct job *j) { return (int)least(j->M, TILE_M); }
+static inline int byte_tiles(const struct job *j) { return (j->planes * next_digit(j) + TILE_M - 1) / TILE_M; }
+#else
+static inline int byte_tiles(const struct job *j) { return j->planes + JOINED; }
+#endif
+
 /* Bytes of digits in the order that tiles are multiplied in, where a sum takes four at a time:
-   [block][m / 16][k / 64][plane][k / 4 % 16][m % 16][k % 4], and of 8 rows [block][k / 64][plane][k / 8 % 8][m][k % 8].
-   The planes are digits, of a matrix unit; else the two bytes of the first digit, and the second digit. */
+   [block][m / 16][k / 64][tile][k / 4 % 16][place][k % 4], and of 8 rows [block][k / 64][tile][k / 8 % 8][m][k % 8].
+   Of a matrix unit, tiles have 16 places each, and digit i of row m is in place i · next_digit + m % 16 of all of them.
+   Else the place is m % 16, and the tiles are the two bytes of the first digit, and the second digit. */
 static inline panel_t *tile_of(const struct job *j, int64_t m, int64_t block) {
     int64_t columns = block_columns(j, block);
-    return j->digits + (block * j->block * j->padded_M + m / 16 * 16 * columns) * byte_planes(j);
+    return j->digits + (block * j->block * j->padded_M + m / 16 * 16 * columns) * byte_tiles(j);
 }
 #endif
 
@@ -108,7 +113,7 @@ static inline panel_t *tile_of(const struct job *j, int64_t m, int64_t block) {
 /* total[n, i] += weights · digits for BYTE_N weight rows and PADDED_M sums, each of which takes `deep` columns at a
    time. Digits of 16 bits are two bytes, 256 · high + low. Weight rows lie `stride` bytes apart, and their parts of 64
    columns `step` bytes. `stored`: as stored, so not unsigned yet, while others are fetched from `ahead` on. `bytes`:
-   byte_planes. */
+   byte_tiles. */
 static inline __attribute__((always_inline)) void
 add_bytes(const struct job *j, const int8_t *weights, int64_t stride, int64_t step, const int stored, int64_t block,
           int64_t m, const int8_t *ahead, const int bytes, const int deep, float (*total)[PADDED_M]) {
@@ -140,13 +145,12 @@ add_bytes(const struct job *j, const int8_t *weights, int64_t stride, int64_t st
                 FOR_BYTE_N(ADD)
             }
         }
-        const float *scales = j->digit_scale + block * (bytes - JOINED) * P + m + i;
-        const floats scale = load(scales), last_scale = load(scales + (bytes - JOINED - 1) * P);
+        const float *scales = j->digit_scale + block * (bytes - 1) * P + m + i;
+        const floats scale = load(scales), last_scale = load(scales + (bytes - 2) * P);
 #define WHOLE(s) from_sums(deep == 4 ? s : add_neighbours(s))
 #define TOTAL(n) { \
         floats sum = load(total[n] + i); \
-        sum = multiply_add(WHOLE(JOINED ? join_sums(a##n, b##n) : a##n), scale, sum); \
-        if (!JOINED) sum = multiply_add(WHOLE(b##n), load(scales + P), sum); \
+        sum = multiply_add(WHOLE(join_sums(a##n, b##n)), scale, sum); \
         if (bytes == 3) sum = multiply_add(WHOLE(c##n), last_scale, sum); \
         store(total[n] + i, sum); }
         FOR_BYTE_N(TOTAL)
@@ -177,74 +181,86 @@ static void multiply_bytes(const struct job *j, const panel_t *weights, int64_t 
         {{tile_of_half, tile_of_half_stored}, {tile_of_half_few, tile_of_half_few_stored}},
         {{tile_of_float, tile_of_float_stored}, {tile_of_float_few, tile_of_float_few_stored}},
     };
-    tiles[byte_planes(j) - 2][j->width < PADDED_M][step == 64](j, weights, stride, step, block, m, ahead, total);
+    tiles[byte_tiles(j) - 2][j->width < PADDED_M][step == 64](j, weights, stride, step, block, m, ahead, total);
 }
 #endif
 
 #ifdef AMX
-/* sums[n, m] += weights · digits, for 32 weight rows and 16 rows of x. Weight rows lie `stride` bytes apart, and their
-   parts of 64 columns `step` bytes: K and 64 in the weight itself, and 64 and 2048 in a panel. Of the weight itself, up
-   to 16 rows of x meanwhile fetch columns of the same weight rows, more rows, which take longer, other weight rows from
-   `ahead` on. */
+typedef int32_t products[3 * TILE_M]; /* of a weight row and all digits of 16 rows of x, in their places */
+
+/* product[n] = weights · digits, of 16 weight rows. They lie `stride` bytes apart, and their parts of 64 columns `step`
+   bytes. Each step fetches `share` lines from `ahead` on. */
+static void multiply_digits(const panel_t *weights, int64_t stride, int64_t step, const panel_t *x, int tiles,
+                            int64_t steps, int64_t share, const int8_t *ahead, products *product) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    for (int64_t i = 0; i < steps; i++, weights += step, x += tiles * 1024) {
+        _tile_loadd(4, weights, stride);
+        _tile_loadd(5, x, 64);
+        _tile_dpbssd(0, 4, 5);
+        if (tiles > 1) {
+            _tile_loadd(6, x + 1024, 64);
+            _tile_dpbssd(1, 4, 6);
+        }
+        if (tiles > 2) {
+            _tile_loadd(7, x + 2048, 64);
+            _tile_dpbssd(2, 4, 7);
+        }
+        for (int64_t n = 0; n < share; n++, ahead += LINE) __builtin_prefetch(ahead, 0, 2);
+    }
+    _tile_stored(0, product[0], sizeof *product);
+    _tile_stored(1, product[0] + 16, sizeof *product);
+    _tile_stored(2, product[0] + 32, sizeof *product);
+}
+
+/* The same of two digits for 32 weight rows, which share what is loaded of x. */
+static void multiply_two_digits(const panel_t *weights, int64_t stride, int64_t step, const panel_t *x, int64_t steps,
+                                int64_t share, const int8_t *ahead, products *product) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t i = 0; i < steps; i++, weights += step, x += 2048) {
+        _tile_loadd(4, weights, stride);
+        _tile_loadd(6, x, 64);
+        _tile_loadd(5, weights + 16 * stride, stride);
+        _tile_loadd(7, x + 1024, 64);
+        _tile_dpbssd(0, 4, 6);
+        _tile_dpbssd(1, 4, 7);
+        _tile_dpbssd(2, 5, 6);
+        _tile_dpbssd(3, 5, 7);
+        for (int64_t n = 0; n < share; n++, ahead += LINE) __builtin_prefetch(ahead, 0, 2);
+    }
+    _tile_stored(0, product[0], sizeof *product);
+    _tile_stored(1, product[0] + 16, sizeof *product);
+    _tile_stored(2, product[16], sizeof *product);
+    _tile_stored(3, product[16] + 16, sizeof *product);
+}
+
+/* sums[n, m] += weights · digits, for 16 rows of x, and 16 weight rows if these are all, else 32. `stride` and `step`
+   are K and 64 in the weight itself, and 64 and 64 · tile_n in a panel. Of the weight itself 16 rows side by side are
+   left to the hardware, which on a Xeon was about as fast as the best of many ways to prefetch. More than 16 rows of x
+   take longer, and meanwhile fetch other weight rows from `ahead` on. */
 static void multiply_tile(const struct job *j, const panel_t *weights, int64_t stride, int64_t step, int64_t block,
                           int64_t m, const int8_t *ahead, float (*sums)[PADDED_M]) {
-#ifdef BYTE_TILES
-    if (j->bytes) { multiply_bytes(j, weights, stride, step, block, m, ahead, sums); return; }
-#endif
     const int64_t steps = block_columns(j, block) / 64, tiles = j->padded_M / TILE_M;
-    const int64_t near = step == 64 && tiles == 1 ? 16 : 0; /* weight rows whose columns 16 rows of these fetch */
-    const int64_t share = step == 64 && tiles > 1 ? TILE_N / tiles : 0; /* lines that a step fetches from `ahead` on */
-    const panel_t *x = tile_of(j, m, block), *lower = weights + 16 * stride;
+    const int64_t share = step == 64 && tiles > 1 ? 16 / tiles : 0; /* lines that 16 weight rows fetch in a step */
+    const int apart = next_digit(j);
+    const panel_t *x = tile_of(j, m, block);
     const float *scale = j->digit_scale + block * j->planes * j->padded_M + m;
-    ahead += m / TILE_M * steps * share * LINE;
-    _Alignas(64) int32_t product[2][3][16][16];
-    if (j->planes == 2) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int64_t i = 0; i < steps; i++) {
-            _tile_loadd(4, weights + i * step, stride);
-            _tile_loadd(6, x + i * 2048, 64);
-            _tile_loadd(5, lower + i * step, stride);
-            _tile_loadd(7, x + i * 2048 + 1024, 64);
-            _tile_dpbssd(0, 4, 6);
-            _tile_dpbssd(1, 4, 7);
-            _tile_dpbssd(2, 5, 6);
-            _tile_dpbssd(3, 5, 7);
-            for (int64_t n = 0; n < 2 * near; n++) __builtin_prefetch(weights + n * stride + i * 64 + NEAR / 2);
-            for (int64_t n = 0; n < share; n++, ahead += LINE) __builtin_prefetch(ahead, 0, 2);
-        }
-        _tile_stored(0, product[0][0], 64);
-        _tile_stored(1, product[0][1], 64);
-        _tile_stored(2, product[1][0], 64);
-        _tile_stored(3, product[1][1], 64);
-    } else
-        for (int half = 0; half < 2; half++) {
-            const panel_t *from = half ? lower : weights;
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            for (int64_t i = 0; i < steps; i++) {
-                _tile_loadd(4, from + i * step, stride);
-                _tile_loadd(5, x + i * 3072, 64);
-                _tile_loadd(6, x + i * 3072 + 1024, 64);
-                _tile_loadd(7, x + i * 3072 + 2048, 64);
-                _tile_dpbssd(0, 4, 5);
-                _tile_dpbssd(1, 4, 6);
-                _tile_dpbssd(2, 4, 7);
-                for (int64_t n = 0; n < near; n++) __builtin_prefetch(from + n * stride + i * 64 + NEAR / 2);
-                for (int64_t n = 0; n < share; n += 2, ahead += LINE) __builtin_prefetch(ahead, 0, 2);
-            }
-            _tile_stored(0, product[half][0], 64);
-            _tile_stored(1, product[half][1], 64);
-            _tile_stored(2, product[half][2], 64);
-        }
-    for (int n = 0; n < 32; n++) /* in vectors by hand: a compiler makes a loop over single numbers of it */
-        for (int i = 0; i < 16; i += FLOATS) {
+    ahead += m / TILE_M * steps * 2 * share * LINE;
+    _Alignas(64) products product[TILE_N];
+    if (j->tile_n == TILE_N && j->planes == 2)
+        multiply_two_digits(weights, stride, step, x, steps, 2 * share, ahead, product);
+    else
+        for (int64_t n = 0; n < j->tile_n; n += 16, ahead += steps * share * LINE)
+            multiply_digits(weights + n * stride, stride, step, x, byte_tiles(j), steps, share, ahead, product + n);
+    for (int64_t n = 0; n < j->tile_n; n++) /* in vectors by hand: a compiler makes a loop over single numbers of it */
+        for (int i = 0; i < 16; i += FLOATS) { /* scales are 0 where x has no row */
             floats sum = load(sums[n] + i);
             for (int plane = 0; plane < j->planes; plane++) {
-                floats of_plane = load_int32(product[n / 16][plane][n % 16] + i);
+                floats of_plane = load_int32(product[n] + plane * apart + i);
                 sum = multiply_add(of_plane, load(scale + plane * j->padded_M + i), sum);
             }
             store(sums[n] + i, sum);
@@ -476,7 +492,10 @@ static void split_rows(const struct job *j, int64_t m, int64_t block) {
     for (int64_t i = 0; i < rows; i++) {
         split_block(j, m + i, block, most, digits[0], BLOCK);
 #ifdef AMX
-        for (int plane = 0; plane < j->planes; plane++) write_digits(digits[plane], columns, 1, lines[plane][i]);
+        for (int plane = 0; plane < j->planes; plane++) {
+            int64_t place = plane * next_digit(j) + i;
+            write_digits(digits[plane], columns, 1, lines[place / TILE_M][place % TILE_M]);
+        }
 #else
         if (j->pairs) memcpy(lines[0][i], digits[0], (size_t)columns * 2);
         else
@@ -499,8 +518,8 @@ static void split_rows(const struct job *j, int64_t m, int64_t block) {
 #endif
     int8_t *to = tile_of(j, m, block);
     for (int64_t k = 0; k < columns; k += 64)
-        for (int plane = 0; plane < byte_planes(j); plane++, to += 64 * j->width)
-            interleave(lines[plane][0] + k, STRIDE, deep, to);
+        for (int tile = 0; tile < byte_tiles(j); tile++, to += 64 * j->width)
+            interleave(lines[tile][0] + k, STRIDE, deep, to);
 #else
     for (int64_t i = 0; i < rows; i++) {
         split_block(j, m + i, block, (int[]){PANEL_DIGIT_MAX, PANEL_DIGIT_MAX, PANEL_DIGIT_MAX}, digits[0], BLOCK);
@@ -510,19 +529,18 @@ static void split_rows(const struct job *j, int64_t m, int64_t block) {
     }
 #endif
 #ifdef BYTE_TILES
-    if (!j->bytes) return;
     const int64_t size = 64 * j->width, P = j->padded_M;
     float *scales = j->digit_scale + block * j->planes * P + m;
     for (int plane = 0; plane < j->planes && deep == 8; plane++) /* two sums a row */
         for (int i = PADDED_M - 1; i > 0; i--) scales[plane * P + i] = scales[plane * P + i / 2];
-    for (int plane = 0; plane < byte_planes(j); plane++)
+    for (int tile = 0; tile < byte_tiles(j); tile++)
         for (int i = 0; i < PADDED_M; i += FLOATS) { /* sums start with all that 128 added to weights adds to them */
-            const int8_t *x = tile_of(j, m, block) + plane * size + 4 * i;
+            const int8_t *x = tile_of(j, m, block) + tile * size + 4 * i;
             sums start = no_sums();
-            for (int64_t k = 0; k < columns; k += 64, x += byte_planes(j) * size)
+            for (int64_t k = 0; k < columns; k += 64, x += byte_tiles(j) * size)
                 for (int64_t from = 0; from < size; from += 64)
                     start = take_multiple(start, load_digits(x + from), 128);
-            store_sums(j->start + (block * byte_planes(j) + plane) * P + m + i, start);
+            store_sums(j->start + (block * byte_tiles(j) + tile) * P + m + i, start);
         }
 #endif
 }
@@ -557,8 +575,7 @@ static void fill_panel(const struct job *j, int64_t n, int64_t rows, int64_t blo
         }
 #endif
 #ifdef BYTE_TILES
-        if (j->bytes)
-            for (k = 0; k < padded; k++) to[k] ^= -128; /* unsigned: 128 more */
+        for (k = 0; k < padded; k++) to[k] ^= -128; /* unsigned: 128 more */
 #endif
 #ifdef TILES
         for (k = 0; k < padded; k += 64) memcpy(panel + k * j->tile_n + i * 64, to + k, 64);
@@ -815,8 +832,7 @@ static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64
                     if (next_n >= n0 + height) next_block++, next_n = n0;
                     if (next_block * j->block >= j->K) next_block = 0, next_n = n0 + chunk;
 #ifdef TILES
-                    const int64_t few = j->bytes ? TILE_M : STORED_M; /* too few to be worth a panel */
-                    if (j->M <= few && j->bits == 8 && rows == tile_n && j->K == j->padded_K) {
+                    if (j->M <= STORED_M && j->bits == 8 && rows == tile_n && j->K == j->padded_K) {
                         weights = j->weight + n * j->K + block * j->block;
                         stride = j->K;
                     } else {
@@ -886,10 +902,11 @@ int chatglm_linear(const void *x, int x_dtype, const int8_t *weight, int bits, c
         j.pairs = j.M > PADDED_M && on_amd();
 #endif
 #ifdef BYTE_TILES
-        if (JOINED && !one) j.block = TILE_BLOCK;
-        j.bytes = JOINED ? !j.pairs : j.M <= BYTE_M && bits == 8 && x_dtype != FLOAT;
-        if (j.bytes) j.tile_n = BYTE_N;
-        if (j.bytes && j.M <= PADDED_M / 2) j.width = PADDED_M / 2;
+        if (!one) j.block = TILE_BLOCK;
+        if (j.M <= PADDED_M / 2) j.width = PADDED_M / 2;
+#endif
+#ifdef AMX
+        if (!one && j.M <= TILE_M) j.tile_n = 16; /* instead of 32: see multiply_tile */
 #endif
         int blocks = (int)((j.padded_K + j.block - 1) / j.block);
         size_t digit_size = one ? sizeof(digit_t) : JOINED ? 2 : sizeof(panel_t);

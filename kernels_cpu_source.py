@@ -309,13 +309,11 @@ static inline floats from_sums(sums s) { floats v; EACH(LANES) v.of[i] = (float)
 static inline floats load_int32(const int32_t *p) { floats v; EACH(FLOATS) v.of[i] = (float)p[i]; return v; }
 #endif
 static inline float total_sums(sums s) { return total(from_sums(s)); }
-#ifdef UNSIGNED_WEIGHTS
+#if defined(UNSIGNED_WEIGHTS) && !defined(AMX)
 #define BYTE_TILES
-#ifndef AMX
 enum { TILE_N = BYTE_N, TILE_M = 16, BLOCK = 1024 };
 #ifdef __AVX512F__
 #define PAIRS
-#endif
 #endif
 #endif
 #ifndef AMX

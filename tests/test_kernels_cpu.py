@@ -266,7 +266,7 @@ def test_rows_do_not_depend_on_their_number(linear_kernels, dtype):
     for n, k in ((70, 64), (70, 1088)):
         weight, scale, x = make_weight(n, k, 8), torch.rand(n, generator=generator(2)), normal(40, k).to(dtype)
         y, _ = check(linear_kernels, x, weight, scale)
-        for m in (2, 8, 9, 16, 17, 32, 33):
+        for m in (2, 5, 6, 8, 9, 10, 11, 16, 17, 32, 33):
             assert torch.equal(linear_kernels.linear(x[:m], weight, scale, None, 8, threads=m % 2 + 1), y[:m]), (k, m)
 
 
