@@ -518,14 +518,14 @@ def _launch_hopper(x: torch.Tensor, weight, n: int, box: tuple[int, int], module
     _launch(x, f"{module}_{tokens}_{split}", kernel, grid, 256, hopper_bytes(tokens, box[0] * box[1]), arguments)
 
 
-def takes_row(weight: torch.Tensor, k: int, bits: int) -> bool:
-    """Whether a kernel multiplies one row of K numbers, and can normalise it first; else the weight is expanded."""
-    plan = _plan(1, weight.shape[0], k, bits, weight.get_device())
+def takes_norm(weight: torch.Tensor, m: int, k: int, bits: int) -> bool:
+    """Whether the kernel that multiplies M rows of K numbers by this weight can normalise them first."""
+    plan = _plan(m, weight.shape[0], k, bits, weight.get_device()) if m <= _MOST_FEW_ROWS else None
     if plan is None or weight.data_ptr() % 16 or not weight.is_contiguous():
         return False
-    *_, shared, _ = plan
+    module, _, _, _, shared, _ = plan
     *_, most = _properties(weight.get_device())
-    return shared + _norm_bytes(k) + 4096 <= most
+    return shared + _norm_bytes(k) + 4096 <= most if m == 1 else module.startswith("few") and module.endswith("_1")
 
 
 def _norm_bytes(k: int) -> int:
@@ -556,6 +556,9 @@ def product(
     (m, k), n = x.shape, weight.shape[0]
     scale = scale if scale is None or scale.dtype == x.dtype else scale.to(x.dtype)
     bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
+    norm, _local.norm = getattr(_local, "norm", None), None
+    if norm is not None and norm[0].data_ptr() != x.data_ptr():
+        norm = None  # an error came between the two
     if m == 0:
         return x.new_empty(0, n)
     if bits < 16 and _suits_hopper(x, weight, n, residual):
@@ -578,11 +581,15 @@ def product(
     if m == 1:
         given = {"input": x, "output": y, "weight": weight, "scale": scale, "bias": bias, "residual": residual}
         given |= {"bits": bits, "N": n, "K": k, "gelu": int(gelu), "alpha": float(alpha)}
-        norm, _local.norm = getattr(_local, "norm", None), None
-        if norm is not None and norm[0].data_ptr() == x.data_ptr():  # else an error came between the two
+        if norm is not None:
             given |= dict(zip(("normed", "input", "norm_weight", "norm_bias", "epsilon"), norm, strict=True))
             shared += _norm_bytes(k)
         _operate(x, module, name, grid, shared, **given)
+        return y
+    if name == "few_rows":
+        normed, x, norm_weight, norm_bias, epsilon = norm or (None, x, None, None, 0.0)
+        given = (weight, x, scale, bias, residual, alpha, gelu, y, norm_weight, norm_bias, normed, epsilon, m, n, k)
+        _launch(x, module, name, grid, block, shared, _pack("PPPPPfiPPPPfiii", *given))
         return y
     scratch = ()
     if sums is not None:
@@ -618,7 +625,7 @@ def layer_norm(
 ) -> torch.Tensor:
     """LayerNorm over the last of x's dimensions, K; K ≤ 16384 and a multiple of 8.
 
-    deferred: x is one row, and the next to read the result is a `product`, which computes it.
+    deferred: the next to read the result is a `product`, for which `takes_norm` is true; that computes it.
     """
     x = x.contiguous()
     y = torch.empty_like(x)

@@ -492,9 +492,16 @@ __device__ __forceinline__ void cluster_wait() {}
 __device__ __forceinline__ void store_to(u32 block, float* p, float v) { *p = v; }
 #endif
 
+struct Norm {
+    const u16* weight;   // [K] or null: x is normalised first,
+    const u16* bias;
+    u16* normed;         // [M, K], and stored here
+    float epsilon;
+};
+
 template <int BITS, int MT, int COLUMNS, int CLUSTER>
-__device__ __forceinline__ void few_rows(const unsigned char* __restrict__ weight, const u16* x, const Epilogue& e,
-                                         int M, int N, int K) {
+__device__ __forceinline__ void few_rows(const unsigned char* __restrict__ weight, const u16* x, const Norm& norm,
+                                         const Epilogue& e, int M, int N, int K) {
     constexpr int CHUNK = 128 / BITS, NT = MT / 8, WARPS = 16, THREADS = 512;
     constexpr int RANGE = COLUMNS * BITS / 8, SLOTS = RANGE / WARPS / 64;   // bytes of a row; 64 of them in a slot
     constexpr int DEPTH = 4 / SLOTS;   // tiles under way
@@ -549,6 +556,72 @@ __device__ __forceinline__ void few_rows(const unsigned char* __restrict__ weigh
                 const int m = c * 8 + g, k = (my_byte + r * WARPS * 64) * 8 / BITS + j * 8;
                 my_x[r][c][j] = m < M && k < K ? __ldcg((const uint4*)(x + (size_t)m * K + k)) : make_uint4(0, 0, 0, 0);
             }
+
+    if (CLUSTER == 1 && norm.weight) {   // as `normalise` does it
+        float mean[NT], scale[NT];
+#pragma unroll
+        for (int c = 0; c < NT; c++) mean[c] = 0;
+        // Sums of every row of x: of its numbers, then of the squares of their distances from the mean.
+        auto sum_rows = [&](float* parts, float (&totals)[NT], bool squares) {
+#pragma unroll
+            for (int c = 0; c < NT; c++) {
+                float sum = 0;
+#pragma unroll
+                for (int r = 0; r < SLOTS; r++) {
+#pragma unroll
+                    for (int j = 0; j < CHUNK / 8; j++) {
+                        const uint4 v = my_x[r][c][j];
+                        const u32 words[4] = {v.x, v.y, v.z, v.w};
+                        const bool inside = (my_byte + r * WARPS * 64) * 8 / BITS + j * 8 < K;
+#pragma unroll
+                        for (int i = 0; i < 4; i++) {
+                            const float p = low(words[i]) - mean[c], q = high(words[i]) - mean[c];
+                            if (inside) sum += squares ? p * p + q * q : p + q;
+                        }
+                    }
+                }
+                sum += __shfl_xor_sync(~0u, sum, 1);
+                sum += __shfl_xor_sync(~0u, sum, 2);
+                if (t == 0) parts[warp * MT + c * 8 + g] = sum;
+            }
+            __syncthreads();
+#pragma unroll
+            for (int c = 0; c < NT; c++) {
+                float total = 0;
+#pragma unroll
+                for (int w = 0; w < WARPS; w++) total += parts[w * MT + c * 8 + g];
+                totals[c] = total / K;
+            }
+        };
+        float* const parts = all_parts + WARPS * MT * PITCH;   // the first tile has the other buffer
+        sum_rows(parts, mean, false);
+        sum_rows(parts + WARPS * MT, scale, true);
+#pragma unroll
+        for (int c = 0; c < NT; c++) scale[c] = rsqrtf(scale[c] + norm.epsilon);
+#pragma unroll
+        for (int r = 0; r < SLOTS; r++) {
+#pragma unroll
+            for (int j = 0; j < CHUNK / 8; j++) {
+                const int k = (my_byte + r * WARPS * 64) * 8 / BITS + j * 8;
+                if (k >= K) continue;
+                const uint4 w = *(const uint4*)(norm.weight + k), b = *(const uint4*)(norm.bias + k);
+                const u32 ws[4] = {w.x, w.y, w.z, w.w}, bs[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+                for (int c = 0; c < NT; c++) {
+                    const uint4 v = my_x[r][c][j];
+                    const u32 words[4] = {v.x, v.y, v.z, v.w};
+                    u32 out[4];
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        out[i] = pack((low(words[i]) - mean[c]) * scale[c] * low(ws[i]) + low(bs[i]),
+                                      (high(words[i]) - mean[c]) * scale[c] * high(ws[i]) + high(bs[i]));
+                    my_x[r][c][j] = make_uint4(out[0], out[1], out[2], out[3]);
+                    const int m = c * 8 + g;
+                    if (blockIdx.x == 0 && m < M) *(uint4*)(norm.normed + (size_t)m * K + k) = my_x[r][c][j];
+                }
+            }
+        }
+    }
 
     int buffer = 0, depth = 0;
     for (int tile = first; tile < tiles; tile += groups, buffer ^= 1) {
@@ -615,9 +688,10 @@ __device__ __forceinline__ void few_rows(const unsigned char* __restrict__ weigh
 #define FEW_ROWS(ATTRIBUTE, BITS, MT, COLUMNS, CLUSTER) \
 extern "C" __global__ void ATTRIBUTE __launch_bounds__(512, 1) few_rows(const unsigned char* weight, const u16* x, \
         const u16* scale, const u16* bias, const u16* residual, float alpha, int use_gelu, u16* y, \
-        int M, int N, int K) { \
+        const u16* norm_weight, const u16* norm_bias, u16* normed, float epsilon, int M, int N, int K) { \
     const Epilogue e = {scale, bias, residual, alpha, use_gelu, y}; \
-    few_rows<BITS, MT, COLUMNS, CLUSTER>(weight, x, e, M, N, K); \
+    const Norm norm = {norm_weight, norm_bias, normed, epsilon}; \
+    few_rows<BITS, MT, COLUMNS, CLUSTER>(weight, x, norm, e, M, N, K); \
 }
 """
 

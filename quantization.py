@@ -21,7 +21,7 @@ from .kernels_cuda import input_gradient as cuda_input_gradient
 from .kernels_cuda import layer_norm as cuda_layer_norm
 from .kernels_cuda import linear as cuda_linear
 from .kernels_cuda import product as cuda_product
-from .kernels_cuda import takes_row as cuda_takes_row
+from .kernels_cuda import takes_norm as cuda_takes_norm
 
 # On a CPU the float copy of a weight is made in slices of at most this many numbers: 8 MB of fp32 stay in the cache,
 # and are memory that the allocator has at hand. Elsewhere slices are 32 times as large, to keep launches few.
@@ -339,9 +339,9 @@ def apply_layer_norm(
     width = x.shape[-1]
     if width % 8 or width > 16384 or not _is_plain(norm, nn.LayerNorm, x) or norm.weight.dtype != x.dtype:
         return norm(x)
-    # For one row, the linear's kernel does it.
-    deferred = x.numel() == width and before is not None and _is_plain(before, QuantizedLinear, x)
-    deferred = deferred and not _has_hooks(within) and cuda_takes_row(before.weight, width, before.bits)
+    # For few rows, the linear's kernel does it.
+    deferred = before is not None and _is_plain(before, QuantizedLinear, x) and not _has_hooks(within)
+    deferred = deferred and cuda_takes_norm(before.weight, x.numel() // width, width, before.bits)
     return cuda_layer_norm(x, norm.weight, norm.bias, norm.eps, deferred)
 
 

@@ -283,7 +283,7 @@ class TestProducts:
 @pytest.mark.cuda
 def test_every_shape_of_block_on_hopper(tokens, split, dtype, monkeypatch):
     monkeypatch.setattr(kernels_cuda, "_hopper_shape", lambda *given: (tokens, split))
-    for m, n, k in ((130, 256, 128), (300, 1024, 4096), (512, 448, 2080), (37, 192, 1056), (1, 64, 160)):
+    for m, n, k in ((130, 256, 128), (300, 1024, 4096), (512, 448, 2080), (37, 192, 1056), (1, 128, 160)):
         monkeypatch.setattr(kernels_cuda, "_MOST_FEW_ROWS", 0)
         for bits in (8, 4):
             weight, scale, bias, exact = problem(bits, dtype, n, k)
@@ -319,6 +319,25 @@ class TestOperations:
         weight, bias = torch.randn(2, k, device="cuda").to(dtype)
         expected = torch.nn.functional.layer_norm(x.double(), (k,), weight.double(), bias.double(), 1e-5)
         assert distance(kernels_cuda.layer_norm(x, weight, bias, 1e-5), expected) < TOLERANCE[dtype]
+
+    @pytest.mark.parametrize(("n", "k"), [(256, 4096), (40, 1024), (100, 192)])
+    def test_a_norm_that_is_left_to_the_product(self, n, k, dtype):
+        weight, scale, bias, exact = problem(8, dtype, n, k)
+        norm_weight, norm_bias = torch.randn(2, k, device="cuda").to(dtype)
+        taken = [m for m in range(1, 33) if kernels_cuda.takes_norm(weight, m, k, 8)]
+        assert 1 in taken
+        for m in taken:
+            x = (torch.randn(m, k, device="cuda") * 3 + 1).to(dtype)
+            exact_norm = torch.nn.functional.layer_norm(
+                x.double(), (k,), norm_weight.double(), norm_bias.double(), 1e-5
+            )
+            poison()
+            normed = kernels_cuda.layer_norm(x, norm_weight, norm_bias, 1e-5, deferred=True)
+            got = kernels_cuda.product(normed, weight, scale, bias)
+            assert distance(normed, exact_norm) < TOLERANCE[dtype], m
+            assert distance(got, normed.double() @ exact.T + bias.double()) < TOLERANCE[dtype], m
+        other = kernels_cuda.product(x, weight, scale, bias)  # nothing is left over
+        assert distance(other, x.double() @ exact.T + bias.double()) < TOLERANCE[dtype]
 
     @pytest.mark.parametrize(
         ("head_dim", "heads", "batch", "length", "prefix", "most"),

@@ -297,11 +297,11 @@ def test_a_step_with_tensors_that_the_kernels_do_not_take(golden_model):
 
 
 def test_a_norm_is_left_to_its_product_only_where_nobody_looks(golden_model, monkeypatch):
-    """On a GPU, a product of one row normalises it first; who has a hook in between must see the row normalised."""
+    """On a GPU, a product of few rows normalises them first; who has a hook in between must see them normalised."""
     block = golden_model("int8").transformer.layers[0]
     deferred = []
     monkeypatch.setattr(quantization, "_is_plain", lambda module, kind, x: type(module) is kind)
-    monkeypatch.setattr(quantization, "cuda_takes_row", lambda *given: True)
+    monkeypatch.setattr(quantization, "cuda_takes_norm", lambda weight, m, *given: m <= 2)
     monkeypatch.setattr(quantization, "cuda_layer_norm", lambda x, *given: deferred.append(given[-1]) or x)
     row = torch.zeros(1, 1, block.input_layernorm.normalized_shape[0])
 
@@ -312,6 +312,8 @@ def test_a_norm_is_left_to_its_product_only_where_nobody_looks(golden_model, mon
         normalise(row, module)
         assert deferred.pop()
         normalise(row.expand(1, 2, -1), module)
+        assert deferred.pop()
+        normalise(row.expand(1, 3, -1), module)
         assert not deferred.pop()
         hook = module.register_forward_pre_hook(lambda *given: None)
         normalise(row, module)
