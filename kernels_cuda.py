@@ -400,13 +400,15 @@ def expand(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor
 
 
 @functools.cache
-def _most_clusters(module: str, name: str, bf16: bool, device: int, cluster: int, block: int, shared: int) -> int:
-    """How many clusters of a kernel can run at the same time: multiprocessors are in groups, which clusters may leave
-    unfilled."""
+def _most_clusters(module: str, bf16: bool, device: int, cluster: int, shared: int) -> int:
+    """How many clusters of a module's `few_rows` can run at the same time.
+
+    Multiprocessors are in groups, which clusters may leave unfilled.
+    """
     cuda = load_libraries().cuda
-    count, config = ctypes.c_int(), _LaunchConfig((cluster, 1, 1, block, 1, 1, shared), None, None, 0)
+    count, config = ctypes.c_int(), _LaunchConfig((cluster, 1, 1, 512, 1, 1, shared), None, None, 0)
     with torch.cuda.device(device):
-        function = _function(name, module, bf16, device)
+        function = _function("few_rows", module, bf16, device)
         _allow_shared(function, device)
         ask = cuda.cuda._Lib__lib.cuOccupancyMaxActiveClusters
         cuda.checkCUStatus(ask(ctypes.byref(count), function._prepare_func(), ctypes.byref(config)))
@@ -437,7 +439,7 @@ def _plan(m: int, n: int, k: int, bits: int, device: int, bf16: bool = False) ->
     if cluster and bits < 16 and architecture >= (90 if cluster > 1 else 80) and shared <= shared_of_one:
         module, most = f"few_{bits}_{width}_{cluster}", processors
         if cluster > 1:
-            most = _most_clusters(module, "few_rows", bf16, device, cluster, 512, shared)
+            most = _most_clusters(module, bf16, device, cluster, shared)
         return module, "few_rows", (min(-(-n // 16), most) * cluster, 1, 1), 512, shared, None
     shared = m * (padded + 8) * 2
     if m <= 8 and bits < 16 and shared <= shared_of_all // 2 - 12 * 1024:
@@ -490,7 +492,7 @@ def _tensor_map(address: int, rows: int, row_bytes: int, box_rows: int, box_byte
     tensor_map = (ctypes.c_char * 128).from_buffer(memory, -ctypes.addressof(memory) % 64)
     pair, strides = ctypes.c_uint32 * 2, (ctypes.c_uint64 * 1)(row_bytes)
     sizes, box, steps = (ctypes.c_uint64 * 2)(row_bytes, rows), pair(box_bytes, box_rows), pair(1, 1)
-    # 0: bytes; 2 dimensions; 0: not interleaved; 2: the L2 cache fetches 128 bytes; 0: zeros beyond the edges.
+    # Bytes (0), 2 dimensions, not interleaved (0), the L2 cache fetches 128 bytes (2), zeros beyond the edges (0).
     given = (0, 2, ctypes.c_void_p(address), sizes, strides, box, steps, 0, {32: 1, 64: 2, 128: 3}[box_bytes], 2, 0)
     cuda.checkCUStatus(cuda.cuda._Lib__lib.cuTensorMapEncodeTiled(ctypes.byref(tensor_map), *given))
     return tensor_map

@@ -49,6 +49,7 @@ from .kernels_cpu_layers import LAYERS  # noqa: F401
 from .kernels_cpu_linear import LINEAR  # noqa: F401
 from .kernels_cpu_source import SOURCE  # noqa: F401
 from .kernels_cuda import available  # noqa: F401
+from .kernels_cuda_hopper import STAGES  # noqa: F401
 from .kernels_cuda_linear import TILE_SHAPES  # noqa: F401
 from .kernels_cuda_source import SOURCES  # noqa: F401
 from .quantization import (
