@@ -1042,14 +1042,15 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
                 model_kwargs["attention_mask"] = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
             side.wait_stream(torch.cuda.current_stream(input_ids.device))
             with torch.cuda.stream(side):
-                unfinished = unfinished & ~stopping_criteria(input_ids, None)
-                flag.copy_(unfinished.any(), non_blocking=True)
+                still_unfinished = unfinished & ~stopping_criteria(input_ids, None)
+                flag.copy_(still_unfinished.any(), non_blocking=True)
                 ended.record()
             limit = stopping_criteria.max_length
             if limit is None or input_ids.shape[1] < limit:
                 inputs = self.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
                 logits = self(**inputs).logits
             ended.synchronize()
+            unfinished = still_unfinished  # not before: the step might be given the memory that the other stream reads
             if streamer is not None:
                 streamer.put(tokens.cpu())
             if not flag:
