@@ -281,6 +281,7 @@ _DEPENDENT = _LaunchAttribute(6, 0, 1)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREA
 
 
 _MOST_ARGUMENTS = 16
+_CALL = struct.Struct("<128s128sQQQQfiiii12x")  # `Call` in `kernels_cuda_hopper`; its size is a multiple of 64
 
 
 class _Arguments(threading.local):
@@ -289,6 +290,7 @@ class _Arguments(threading.local):
     def __init__(self):
         self.memory = ctypes.create_string_buffer(8 * _MOST_ARGUMENTS)
         self.places = [ctypes.c_uint64.from_buffer(self.memory, 8 * i) for i in range(_MOST_ARGUMENTS)]
+        self.call = ctypes.create_string_buffer(_CALL.size)
 
 
 _arguments = _Arguments()
@@ -485,7 +487,7 @@ def _hopper_shape(m: int, n: int, k: int, processors: int) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _tensor_map(address: int, rows: int, row_bytes: int, box_rows: int, box_bytes: int):
+def _tensor_map(address: int, rows: int, row_bytes: int, box_rows: int, box_bytes: int) -> bytes:
     """What the copy engine has to know of a matrix of bytes: a CUtensorMap, with boxes that are swizzled."""
     cuda = load_libraries().cuda
     memory = ctypes.create_string_buffer(192)
@@ -495,7 +497,7 @@ def _tensor_map(address: int, rows: int, row_bytes: int, box_rows: int, box_byte
     # Bytes (0), 2 dimensions, not interleaved (0), the L2 cache fetches 128 bytes (2), zeros beyond the edges (0).
     given = (0, 2, ctypes.c_void_p(address), sizes, strides, box, steps, 0, {32: 1, 64: 2, 128: 3}[box_bytes], 2, 0)
     cuda.checkCUStatus(cuda.cuda._Lib__lib.cuTensorMapEncodeTiled(ctypes.byref(tensor_map), *given))
-    return tensor_map
+    return tensor_map.raw
 
 
 def _suits_hopper(x: torch.Tensor, weight: torch.Tensor, n: int, *others: torch.Tensor | None) -> bool:
@@ -508,16 +510,20 @@ def _suits_hopper(x: torch.Tensor, weight: torch.Tensor, n: int, *others: torch.
     return all(other.data_ptr() % 16 == 0 for other in others if other is not None) and bits % 16 == 0
 
 
-def _launch_hopper(x: torch.Tensor, weight, n: int, box: tuple[int, int], module: str, kernel: str, arguments) -> None:
-    """Launch a product of x [M, K] with n columns; `box`, rows and bytes, is what a step takes of the weight."""
-    (m, k), (rows, row_bytes) = x.shape, weight.shape
+def _launch_hopper(
+    x, weight, y, module: str, kernel: str, box: tuple[int, int], scale, bias=None, residual=None, alpha=0.0, gelu=False
+) -> None:
+    """Launch a product y of x [M, K]; `box`, rows and bytes, is what a step takes of the weight."""
+    (m, k), (rows, row_bytes), n = x.shape, weight.shape, y.shape[1]
     _, processors, *_ = _properties(x.get_device())
     tokens, split = _hopper_shape(m, n, k, processors)
-    maps = [_tensor_map(weight.data_ptr(), rows, row_bytes, *box), _tensor_map(x.data_ptr(), m, k * 2, tokens, 128)]
+    weight_map = _tensor_map(weight.data_ptr(), rows, row_bytes, *box)
+    x_map = _tensor_map(x.data_ptr(), m, k * 2, tokens, 128)
+    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in (scale, bias, residual, y)]
+    _CALL.pack_into(_arguments.call, 0, weight_map, x_map, *pointers, alpha, gelu, m, n, k)
     grid = (-(-n // 128) * -(-m // tokens) * split, 1, 1)
-    kinds, values = arguments
-    arguments = maps + _pack(kinds + "iii", *values, m, n, k)
-    _launch(x, f"{module}_{tokens}_{split}", kernel, grid, 256, hopper_bytes(tokens, box[0] * box[1]), arguments)
+    shared = hopper_bytes(tokens, box[0] * box[1])
+    _launch(x, f"{module}_{tokens}_{split}", kernel, grid, 256, shared, [_arguments.call])
 
 
 def takes_norm(weight: torch.Tensor, m: int, k: int, bits: int) -> bool:
@@ -565,8 +571,8 @@ def product(
         return x.new_empty(0, n)
     if bits < 16 and _suits_hopper(x, weight, n, residual):
         y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-        arguments = ("PPPfiP", (scale, bias, residual, alpha, gelu, y))
-        _launch_hopper(x, weight, n, (128, 8 * bits), f"hopper_{bits}", "many_rows", arguments)
+        box = (128, 8 * bits)
+        _launch_hopper(x, weight, y, f"hopper_{bits}", "many_rows", box, scale, bias, residual, alpha, gelu)
         return y
     aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0 and weight.is_contiguous()
     plan = _plan(m, n, k, bits, x.get_device(), x.dtype == torch.bfloat16) if aligned else None
@@ -614,7 +620,7 @@ def input_gradient(grad_y: torch.Tensor, weight: torch.Tensor, scale: torch.Tens
     scale = scale.to(grad_y.dtype)
     if bits == 8 and n % 64 == 0 and _suits_hopper(grad_y, weight, k, scale):
         grad_x = torch.empty(grad_y.shape[0], k, dtype=grad_y.dtype, device=grad_y.device)
-        _launch_hopper(grad_y, weight, k, (64, 128), "hopper_gradient", "gradient", ("PP", (scale, grad_x)))
+        _launch_hopper(grad_y, weight, grad_x, "hopper_gradient", "gradient", (64, 128), scale)
         return grad_x
     return grad_y @ expand(weight.contiguous(), scale, bits)
 

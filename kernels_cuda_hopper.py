@@ -49,6 +49,14 @@ MANY_ROWS = (
 #define TYPE "f16"
 #endif
 struct __align__(64) TensorMap { char bytes[128]; };
+// What a kernel is given; see `kernels_cuda._CALL`.
+struct Call {
+    TensorMap weight, x;
+    const u16 *scale, *bias, *residual;
+    u16* y;
+    float alpha;
+    int gelu, M, N, K;
+};
 
 __device__ __forceinline__ u32 address_of(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -242,13 +250,12 @@ template <int BITS, bool TRANSPOSED, int TOKENS, int SPLIT, int STAGES> struct M
         }
     }
 
-    __device__ __forceinline__ void run(const TensorMap& weight, const TensorMap& x, const u16* scales,
-                                        const Epilogue& e, int M, int N, int K) {
+    __device__ __forceinline__ void run(const Call& c) {
         extern __shared__ uint4 shared[];
         __shared__ unsigned long long barriers[2 * STAGES];
-        const int columns = (M + TOKENS - 1) / TOKENS, part = blockIdx.x % SPLIT, tile = blockIdx.x / SPLIT;
+        const int columns = (c.M + TOKENS - 1) / TOKENS, part = blockIdx.x % SPLIT, tile = blockIdx.x / SPLIT;
         const int first_n = tile / columns * ROWS, first_m = tile % columns * TOKENS;
-        const int steps = (K + 63) / 64, begin = steps * part / SPLIT, end = steps * (part + 1) / SPLIT;
+        const int steps = (c.K + 63) / 64, begin = steps * part / SPLIT, end = steps * (part + 1) / SPLIT;
         const u32 full = address_of(barriers), free = full + 8 * STAGES;   // of each stage
         ring = (address_of(shared) + 1023) / 1024 * 1024;
         if (threadIdx.x == 0) {
@@ -262,12 +269,12 @@ template <int BITS, bool TRANSPOSED, int TOKENS, int SPLIT, int STAGES> struct M
         auto fetch_weights = [&](int step, int stage) {   // by one thread
             const u32 to = ring + stage * STAGE + X_BYTES, barrier = full + stage * 8;
             announce(barrier, STAGE + SCALE_BYTES);
-            copy_box(to, weight, TRANSPOSED ? first_n : step * ROW_BYTES, TRANSPOSED ? step * 64 : first_n, barrier);
+            copy_box(to, c.weight, TRANSPOSED ? first_n : step * ROW_BYTES, TRANSPOSED ? step * 64 : first_n, barrier);
             if (TRANSPOSED)
-                copy_bytes(ring + STAGES * STAGE + stage * SCALE_BYTES, scales + step * 64, SCALE_BYTES, barrier);
+                copy_bytes(ring + STAGES * STAGE + stage * SCALE_BYTES, c.scale + step * 64, SCALE_BYTES, barrier);
         };
         auto fetch_x = [&](int step, int stage) {
-            copy_box(ring + stage * STAGE, x, step * 128, first_m, full + stage * 8);
+            copy_box(ring + stage * STAGE, c.x, step * 128, first_m, full + stage * 8);
         };
         start_next();
         if (threadIdx.x == 0)
@@ -323,23 +330,17 @@ template <int BITS, bool TRANSPOSED, int TOKENS, int SPLIT, int STAGES> struct M
         char* at = (char*)shared + (ring - address_of(shared));
         float total[COUNT];
         add_up(sums, total, (float4*)at);
-        write(e, total, first_m + part * (TOKENS / SPLIT), first_n, M, N, at);
+        const Epilogue e = {c.scale, c.bias, c.residual, c.alpha, c.gelu, c.y}, bare = {0, 0, 0, 0, 0, c.y};
+        write(TRANSPOSED ? bare : e, total, first_m + part * (TOKENS / SPLIT), first_n, c.M, c.N, at);
     }
 };
 #define THREAD (int)threadIdx.x / 32, (int)threadIdx.x % 32, (int)threadIdx.x % 32 / 4, (int)threadIdx.x % 4, 0
-#define KERNEL(SPLIT) extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(256, 1)
-#define MANY_ROWS(BITS, TOKENS, SPLIT, STAGES) \
-KERNEL(SPLIT) many_rows(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap x, \
-        const u16* scale, const u16* bias, const u16* residual, float alpha, int use_gelu, u16* y, \
-        int M, int N, int K) { \
-    const Epilogue e = {scale, bias, residual, alpha, use_gelu, y}; \
-    ManyRows<BITS, false, TOKENS, SPLIT, STAGES>{THREAD}.run(weight, x, nullptr, e, M, N, K); \
+#define KERNEL(NAME, BITS, TRANSPOSED, TOKENS, SPLIT, STAGES) \
+extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(256, 1) NAME( \
+        const __grid_constant__ Call c) { \
+    ManyRows<BITS, TRANSPOSED, TOKENS, SPLIT, STAGES>{THREAD}.run(c); \
 }
-#define GRADIENT(TOKENS, SPLIT, STAGES) \
-KERNEL(SPLIT) gradient(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap x, \
-        const u16* scale, u16* y, int M, int N, int K) { \
-    const Epilogue e = {nullptr, nullptr, nullptr, 0, 0, y}; \
-    ManyRows<8, true, TOKENS, SPLIT, STAGES>{THREAD}.run(weight, x, scale, e, M, N, K); \
-}
+#define MANY_ROWS(BITS, TOKENS, SPLIT, STAGES) KERNEL(many_rows, BITS, false, TOKENS, SPLIT, STAGES)
+#define GRADIENT(TOKENS, SPLIT, STAGES) KERNEL(gradient, 8, true, TOKENS, SPLIT, STAGES)
 """
 )

@@ -1,5 +1,6 @@
 """The CUDA kernels: that they compile, how their libraries are found, and on a GPU what they compute."""
 
+import ctypes
 import importlib.util
 import os
 import sys
@@ -64,7 +65,8 @@ def test_compiles(major, architecture, monkeypatch, fresh_libraries):
     names += ["few_8_16_1"] if architecture >= 80 else []
     names += ["few_8_16_4", "few_4_32_8"] if architecture >= 90 else []
     names += ["hopper_8_256_2", "hopper_4_64_1", "hopper_gradient_192_2"] if architecture == 90 else []
-    jobs = [(name, 0) for name in (kernels_cuda.SOURCES if architecture == 90 else names)]
+    everything = [name for name in kernels_cuda.SOURCES if not name.startswith("hopper")]  # those have a test below
+    jobs = [(name, 0) for name in (everything if architecture == 90 else names)]
     jobs += [(name, 1) for name in names if architecture >= 80]
 
     def compile_one(job):
@@ -75,6 +77,35 @@ def test_compiles(major, architecture, monkeypatch, fresh_libraries):
     with ThreadPoolExecutor() as pool:
         for job, code in zip(jobs, pool.map(compile_one, jobs), strict=True):
             assert code[:4] == b"\x7fELF", job
+
+
+@pytest.mark.parametrize("major", [12, 13])
+def test_products_on_hopper_are_not_serialised(major, monkeypatch, fresh_libraries):
+    """The compiler waits for every product where it can't follow their registers, and says so."""
+    path = str(nvrtc_of(major))
+    monkeypatch.setattr(kernels_cuda, "find_library", lambda name: path if name == "nvrtc" else None)
+    nvrtc = kernels_cuda.load_libraries().nvrtc
+    logs, destroy = [], nvrtc.nvrtcDestroyProgram
+
+    def keep_log(program):
+        log = ctypes.create_string_buffer(nvrtc.nvrtcGetProgramLogSize(program))
+        nvrtc.nvrtcGetProgramLog(program, log)
+        logs.append(log.value.decode())
+        destroy(program)
+
+    monkeypatch.setattr(nvrtc, "nvrtcDestroyProgram", keep_log)
+
+    def compile_one(name, change=lambda source: source):
+        options = kernels_cuda.compiler_options(name, False, 90)
+        return kernels_cuda.compile_source(nvrtc, change(kernels_cuda.SOURCES[name]), options)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(compile_one, [name for name in kernels_cuda.SOURCES if name.startswith("hopper")]))
+    assert logs
+    assert not any("serialized" in log for log in logs)
+    touched = "sums[0] += 1; widen(stage, 1, a[1]);"
+    compile_one("hopper_8_64_1", lambda source: source.replace("widen(stage, 1, a[1]);", touched))
+    assert "serialized" in logs[-1]  # so the test could fail
 
 
 def test_what_the_compiler_says_is_passed_on(monkeypatch, fresh_libraries):
