@@ -251,6 +251,8 @@ class StepCache(Cache):
             torch.cuda.current_stream(padding.device).wait_stream(graph.stream)  # a last step may still be running
             for layer, buffers in zip(self.layers, graph.buffers, strict=True):
                 layer.buffers = buffers
+        memory = torch.cuda.get_device_properties(padding.device).total_memory if padding.is_cuda else 0
+        self._most_kept = max(_KEPT_BYTES, _KEPT_SHARE * memory)
         self._graph = graph or StepGraph(model, len(padding))
         self._graph.padding.copy_(padding)
         self._checked = False
@@ -260,10 +262,7 @@ class StepCache(Cache):
         if graph is None or model is None or not graph.is_reusable:
             return
         size = sum(2 * keys.numel() * keys.element_size() for keys, _ in graph.buffers)
-        memory = torch.cuda.get_device_properties(graph.ids.device).total_memory
-        if size <= max(_KEPT_BYTES, _KEPT_SHARE * memory) and all(
-            a.buffers is b for a, b in zip(self.layers, graph.buffers, strict=True)
-        ):
+        if size <= self._most_kept and all(a.buffers is b for a, b in zip(self.layers, graph.buffers, strict=True)):
             with _idle_lock:
                 _idle[model] = graph
 

@@ -14,7 +14,7 @@ from chatglm_int8 import kernels_cuda
 from chatglm_int8.quantization import dequantize_weight
 
 SHAPES = [(12288, 4096), (4096, 4096), (16384, 4096), (4096, 16384)]  # N, K
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048)
 
 
 def milliseconds(call: Callable, repeats: int) -> list[float]:
