@@ -248,9 +248,13 @@ class StepCache(Cache):
             if (keys.shape[0], keys.device, keys.dtype) != (len(padding), padding.device, model.dtype):
                 graph = None
         if graph is not None:
-            torch.cuda.current_stream(padding.device).wait_stream(graph.stream)  # a last step may still be running
+            stream = torch.cuda.current_stream(padding.device)
+            stream.wait_stream(graph.stream)  # a last step may still be running
             for layer, buffers in zip(self.layers, graph.buffers, strict=True):
                 layer.buffers = buffers
+                if stream != graph.stream:
+                    for buffer in buffers:
+                        buffer.record_stream(stream)
         memory = torch.cuda.get_device_properties(padding.device).total_memory if padding.is_cuda else 0
         self._most_kept = max(_KEPT_BYTES, _KEPT_SHARE * memory)
         self._graph = graph or StepGraph(model, len(padding))
@@ -259,7 +263,7 @@ class StepCache(Cache):
 
     def __del__(self):
         graph, model = getattr(self, "_graph", None), self._model()
-        if graph is None or model is None or not graph.is_reusable:
+        if graph is None or model is None or model.training or not graph.is_reusable:
             return
         size = sum(2 * keys.numel() * keys.element_size() for keys, _ in graph.buffers)
         if size <= self._most_kept and all(a.buffers is b for a, b in zip(self.layers, graph.buffers, strict=True)):

@@ -526,9 +526,11 @@ def _launch_hopper(
     _launch(x, f"{module}_{tokens}_{split}", kernel, grid, 256, shared, [_arguments.call])
 
 
-def takes_norm(weight: torch.Tensor, m: int, k: int, bits: int) -> bool:
-    """Whether the kernel that multiplies M rows of K numbers by this weight can normalise them first."""
-    plan = _plan(m, weight.shape[0], k, bits, weight.get_device()) if m <= _MOST_FEW_ROWS else None
+def takes_norm(x: torch.Tensor, weight: torch.Tensor, bits: int) -> bool:
+    """Whether the kernel that multiplies the rows of x [..., K] by this weight can normalise them first."""
+    k, bf16 = x.shape[-1], x.dtype == torch.bfloat16
+    m = x.numel() // k
+    plan = _plan(m, weight.shape[0], k, bits, weight.get_device(), bf16) if m <= _MOST_FEW_ROWS else None
     if plan is None or weight.data_ptr() % 16 or not weight.is_contiguous():
         return False
     module, _, _, _, shared, _ = plan

@@ -270,11 +270,12 @@ template <int BITS, bool TRANSPOSED, int TOKENS, int SPLIT, int STAGES> struct M
             const u32 to = ring + stage * STAGE + X_BYTES, barrier = full + stage * 8;
             announce(barrier, STAGE + SCALE_BYTES);
             copy_box(to, c.weight, TRANSPOSED ? first_n : step * ROW_BYTES, TRANSPOSED ? step * 64 : first_n, barrier);
+        };
+        auto fetch_x = [&](int step, int stage) {   // and scales, which may have been cast just before
+            const u32 barrier = full + stage * 8;
+            copy_box(ring + stage * STAGE, c.x, step * 128, first_m, barrier);
             if (TRANSPOSED)
                 copy_bytes(ring + STAGES * STAGE + stage * SCALE_BYTES, c.scale + step * 64, SCALE_BYTES, barrier);
-        };
-        auto fetch_x = [&](int step, int stage) {
-            copy_box(ring + stage * STAGE, c.x, step * 128, first_m, full + stage * 8);
         };
         start_next();
         if (threadIdx.x == 0)

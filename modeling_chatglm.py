@@ -1018,7 +1018,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         ended = torch.cuda.Event()
         # The end is looked for beside the next step; criteria of the user's own may expect the stream that they know.
         own = any(not type(criterion).__module__.startswith("transformers.") for criterion in stopping_criteria)
-        side = torch.cuda.current_stream(input_ids.device) if own else torch.cuda.Stream(input_ids.device)
+        # The streams that PyTorch hands out are shared; nobody records on those of this priority.
+        side = torch.cuda.current_stream(input_ids.device) if own else torch.cuda.Stream(input_ids.device, priority=-1)
         before_top, top = logits_processor, None
         if generation_config.do_sample and [type(processor) for processor in logits_processor[-2:]] == [
             TopKLogitsWarper,

@@ -336,13 +336,15 @@ def apply_layer_norm(
 
     The module `within` takes the result next, and does nothing with it before it applies the linear `before` to it.
     """
-    width = x.shape[-1]
-    if width % 8 or width > 16384 or not _is_plain(norm, nn.LayerNorm, x) or norm.weight.dtype != x.dtype:
+    width, weight, bias = x.shape[-1], norm.weight, norm.bias
+    if width % 8 or width > 16384 or not _is_plain(norm, nn.LayerNorm, x) or weight.dtype != x.dtype or bias is None:
+        return norm(x)
+    if (x.data_ptr() | weight.data_ptr() | bias.data_ptr()) % 16:
         return norm(x)
     # For few rows, the linear's kernel does it.
     deferred = before is not None and _is_plain(before, QuantizedLinear, x) and not _has_hooks(within)
-    deferred = deferred and cuda_takes_norm(before.weight, x.numel() // width, width, before.bits)
-    return cuda_layer_norm(x, norm.weight, norm.bias, norm.eps, deferred)
+    deferred = deferred and cuda_takes_norm(x, before.weight, before.bits)
+    return cuda_layer_norm(x, weight, bias, norm.eps, deferred)
 
 
 def quantize_linears(module: nn.Module, bits: int) -> None:

@@ -355,7 +355,8 @@ class TestOperations:
     def test_a_norm_that_is_left_to_the_product(self, n, k, dtype):
         weight, scale, bias, exact = problem(8, dtype, n, k)
         norm_weight, norm_bias = torch.randn(2, k, device="cuda").to(dtype)
-        taken = [m for m in range(1, 33) if kernels_cuda.takes_norm(weight, m, k, 8)]
+        rows = torch.empty(32, k, device="cuda", dtype=dtype)
+        taken = [m for m in range(1, 33) if kernels_cuda.takes_norm(rows[:m], weight, 8)]
         assert 1 in taken
         for m in taken:
             x = (torch.randn(m, k, device="cuda") * 3 + 1).to(dtype)
