@@ -262,12 +262,22 @@ def build_model(settings: Settings, training: TrainingArguments) -> torch.nn.Mod
 
 
 class FineTuner(Trainer):
-    """Trainer whose checkpoints of a P-Tuning v2 run hold the prefix alone, and whose configurations are for use."""
+    """Trainer whose checkpoints of a P-Tuning v2 run hold the prefix alone, and whose configurations are for use.
+
+    Sharded or not, a run writes the same files.
+    """
 
     def _save(self, output_dir=None, state_dict=None):
         config = self.accelerator.unwrap_model(self.model).config
         if config.pre_seq_len is not None and not hasattr(self.model, "peft_config"):
             state_dict = {name: t for name, t in self.model.state_dict().items() if "prefix_encoder." in name}
+        if self.is_fsdp_enabled and isinstance(self.model, ChatGLMForConditionalGeneration):
+            # FSDP makes a class of its own of the model's. The folder is to name the latter, and to get its code.
+            sharded = type(self.model)
+            sharded.__module__ = ChatGLMForConditionalGeneration.__module__
+            sharded.__name__ = ChatGLMForConditionalGeneration.__name__
+        if state_dict is not None and config.tie_word_embeddings:
+            state_dict.pop("lm_head.weight", None)  # gathered weights are copies, no longer seen to be one
         config.use_cache = True  # Trainer switches it off for the training
         super()._save(output_dir, state_dict)
         config.use_cache = self.args.use_cache
@@ -278,6 +288,13 @@ class FineTuner(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             encoder.load_state_dict(checkpoint.read_prefix(resume_from_checkpoint))
+
+    def get_batch_samples(self, *args, **kwargs):
+        """No batches for a run that had all its steps when it was stopped: Trainer would make one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
 
 
 # Checkpoints
@@ -422,9 +439,10 @@ def main() -> None:
         model = build_model(settings, training)
     except (OSError, ValueError) as error:
         sys.exit(f"finetune.py: {' '.join(str(error).split())}")
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    # Weights that ZeRO-3 has spread are empty, but know their size.
+    sizes = (getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     if not quiet:
-        print(f"{settings.method}: {trainable:,} numbers are trained")
+        print(f"{settings.method}: {sum(sizes):,} numbers are trained")
 
     trainer = FineTuner(
         model,

@@ -338,6 +338,22 @@ def test_incomplete_checkpoints_are_passed_over(tiny, tmp_path, monkeypatch):
 
 
 @needs_peft
+def test_a_run_that_is_done_stays_as_it_is(tiny, tmp_path, monkeypatch):
+    """It ended between two epochs' ends; stopped before the adapter was written, it writes the same again."""
+    out = tmp_path / "out"
+    arguments = ["--method", "lora", "--model", tiny, "--train-file", DIALOGUES, *RUN, "--output-dir", out]
+    tune(monkeypatch, *arguments)
+    before = losses(out)
+    adapter = out / "adapter_model.safetensors"
+    weights = adapter.read_bytes()
+    adapter.unlink()
+    tune(monkeypatch, *arguments)
+    assert losses(out) == before
+    assert adapter.read_bytes() == weights
+    assert finetune.last_complete(out) == out / "checkpoint-12"
+
+
+@needs_peft
 def test_another_run_is_not_continued(tiny, tmp_path, monkeypatch):
     out = tmp_path / "out"
     arguments = ["--method", "lora", "--model", tiny, "--train-file", DIALOGUES, *RUN, "--output-dir", out]
@@ -364,13 +380,15 @@ def test_the_plot_and_life_without_it(tiny, tmp_path, monkeypatch, capfd):
 # Several processes
 
 
-def launch(config: str, arguments: list) -> None:
-    """Run finetune.py by `accelerate launch` in two processes on CPUs."""
+def launch(config: str, arguments: list, script: list = (SCRIPT,), more: list = ("--use-cpu", "true")) -> str:
+    """Run finetune.py by `accelerate launch` in two processes on CPUs; returns what it printed."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
-    command += ["--config_file", str(ROOT / "examples" / "accelerate" / config)]
-    command += [SCRIPT, *map(str, arguments), "--use-cpu", "true", "--ddp-backend", "gloo"]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=500)
+    command += ["--config_file", str(ROOT / "examples" / "accelerate" / config), "--mixed_precision", "no"]
+    command += [*map(str, [*script, *arguments]), "--ddp-backend", "gloo", *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=500)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
+    return done.stdout.decode()
 
 
 @needs_peft
@@ -395,6 +413,66 @@ def test_two_processes_have_the_losses_of_one(method, tiny, tiny_float, tmp_path
         *(*arguments, *two, "--max-steps", 8, "--per-device-train-batch-size", 4, "--resume-from-checkpoint", last),
     )
     assert [loss for _, loss in losses(tmp_path / "two")] == pytest.approx([loss for _, loss in expected], rel=1e-4)
+
+
+AS_IF_ON_GPUS = """
+import runpy
+import sys
+
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+
+begin = PartialState.__init__
+
+
+def begin_as_if_on_gpus(self, *args, **kwargs):
+    begin(self, *args, **kwargs)
+    if self.distributed_type == DistributedType.MULTI_CPU:
+        self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+PartialState.__init__ = begin_as_if_on_gpus
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "config", ["fsdp", pytest.param("zero2", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.slow)]
+)
+def test_sharded_runs_are_those_of_one_process(config, tiny_float, tmp_path, monkeypatch):
+    """In their losses, after a stop too, and in the files that they leave. On CPUs, with float32 for DeepSpeed.
+
+    accelerate has FSDP for processes on GPUs alone: it is told that these are some. It has DeepSpeed where it is not
+    told to use CPUs, and finds nothing else.
+    """
+    arguments = ["--method", "full", "--model", tiny_float, "--train-file", DIALOGUES, "--learning-rate", 1e-2]
+    arguments += ["--logging-steps", 1, "--save-steps", 3, "--lr-scheduler-type", "constant"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    tune(monkeypatch, *arguments, "--max-steps", 6, "--per-device-train-batch-size", 4, "--output-dir", one)
+    arguments += ["--per-device-train-batch-size", 2, "--output-dir", two]
+    how = {"more": []}
+    if config == "fsdp":
+        how = {"script": [tmp_path / "as_if_on_gpus.py", SCRIPT]}
+        how["script"][0].write_text(AS_IF_ON_GPUS)
+    elif importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("needs deepspeed")
+    printed = launch(f"{config}.yaml", [*arguments, "--max-steps", 3], **how)
+    weights = load_file(one / "model.safetensors")
+    assert f"full: {sum(weight.numel() for weight in weights.values()):,} numbers are trained" in printed
+    printed = launch(f"{config}.yaml", [*arguments, "--max-steps", 6], **how)
+    assert f"going on from {two / 'checkpoint-3'}" in printed
+    sharded = "pytorch_model_fsdp*" if config == "fsdp" else "global_step6/zero_*"
+    assert list((two / "checkpoint-6").glob(sharded)), "it was not sharded"
+    assert [step for step, _ in losses(two)] == [1, 2, 3, 4, 5, 6]
+    assert [loss for _, loss in losses(two)] == pytest.approx([loss for _, loss in losses(one)], rel=1e-4)
+
+    assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+    assert json.loads((one / "config.json").read_text()) == json.loads((two / "config.json").read_text())
+    got = load_file(two / "model.safetensors")
+    assert got.keys() == weights.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(got[name], weight, rtol=1e-3, atol=1e-3, msg=name)
 
 
 SHARDED = """if True:
@@ -442,7 +520,7 @@ SHARDED = """if True:
 
 
 def test_sharded_weights_have_the_losses_of_whole_ones(tiny_float, tmp_path):
-    """FSDP's `fully_shard` over blocks, embedding and head, in two processes. (accelerate has no FSDP on CPUs.)"""
+    """FSDP's `fully_shard` over blocks, embedding and head, in two processes. Without Trainer."""
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
