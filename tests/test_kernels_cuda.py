@@ -108,6 +108,16 @@ def test_products_on_hopper_are_not_serialised(major, monkeypatch, fresh_librari
     assert "serialized" in logs[-1]  # so the test could fail
 
 
+def test_what_hopper_kernels_are_given_has_the_size_of_their_parameter(monkeypatch, fresh_libraries):
+    path = str(nvrtc_of(13))
+    monkeypatch.setattr(kernels_cuda, "find_library", lambda name: path if name == "nvrtc" else None)
+    options = ["--std=c++17", "-DBF16=0", "--gpu-architecture=compute_90a"]
+    nvrtc = kernels_cuda.load_libraries().nvrtc
+    for name, kernel in (("hopper_8_64_1", "many_rows"), ("hopper_gradient_64_1", "gradient")):
+        ptx = kernels_cuda.compile_source(nvrtc, kernels_cuda.SOURCES[name], options).decode()
+        assert f".param .align 64 .b8 {kernel}_param_0[{kernels_cuda._CALL.size}]" in ptx
+
+
 def test_what_the_compiler_says_is_passed_on(monkeypatch, fresh_libraries):
     path = str(nvrtc_of(13))
     monkeypatch.setattr(kernels_cuda, "find_library", lambda name: path if name == "nvrtc" else None)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from chatglm_int8 import ChatGLMConfig, ChatGLMForConditionalGeneration, modeling_chatglm, quantization
+from chatglm_int8 import ChatGLMConfig, ChatGLMForConditionalGeneration, cuda_graphs, modeling_chatglm, quantization
 from chatglm_int8.modeling_chatglm import apply_rotary, rotary_embedding
 
 # Largest difference over the largest number of the reference.
@@ -294,6 +294,14 @@ def test_a_step_with_tensors_that_the_kernels_do_not_take(golden_model):
         mixed = golden_model("int8", dtype)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert mixed.generate(ids[:1], do_sample=False, max_new_tokens=4).shape == (1, 9)
+
+
+def test_what_is_kept_for_the_next_answer_goes_when_the_model_moves_or_learns(golden_model):
+    model = golden_model("int8")
+    for change, stays in ((model.eval, True), (model.train, False), (model.half, False), (model.cpu, False)):
+        cuda_graphs._idle[model] = "a graph and its memory"
+        change()
+        assert (model in cuda_graphs._idle) == stays
 
 
 def test_a_norm_is_left_to_its_product_only_where_nobody_looks(golden_model, monkeypatch):
