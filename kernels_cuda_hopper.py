@@ -134,9 +134,6 @@ __device__ __forceinline__ void store_to(u32 address, int block, const float* v)
         " st.shared::cluster.v4.f32 [there], {%2, %3, %4, %5}; }"
         :: "r"(address), "r"(block), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
 }
-__device__ __forceinline__ void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
-}
 
 constexpr int ROWS = 128, WARPS = 8, PITCH = ROWS + 8;   // columns of y; numbers from token to token, in the end
 
@@ -145,7 +142,7 @@ template <int BITS, bool TRANSPOSED, int TOKENS, int SPLIT, int STAGES> struct M
     static constexpr int X_BYTES = TOKENS * 128, STAGE = X_BYTES + ROWS * ROW_BYTES;
     static constexpr int SCALE_BYTES = TRANSPOSED ? 128 : 0;
     static constexpr int COUNT = TOKENS / 2 / SPLIT;   // sums of a thread that this block finishes
-    const int warp, lane, g, t;
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
     u32 ring;   // stages; then their scales
 
     // The fragments of 32 columns of K: four registers for each 16.
@@ -200,7 +197,8 @@ template <int BITS, bool TRANSPOSED, int TOKENS, int SPLIT, int STAGES> struct M
                 if (block != part) store_to(ring + ((part * COUNT + i) * 64 + threadIdx.x) * 16, block, v);
                 else total[i] = v[0], total[i + 1] = v[1], total[i + 2] = v[2], total[i + 3] = v[3];
             }
-        cluster_barrier();
+        cluster_arrive();
+        cluster_wait();
         for (int block = 0; block < SPLIT; block++)
             if (block != part)
 #pragma unroll
@@ -326,7 +324,7 @@ template <int BITS, bool TRANSPOSED, int TOKENS, int SPLIT, int STAGES> struct M
         wait_products<0>();
 #pragma unroll
         for (int i = 0; i < TOKENS / 2; i++) asm volatile("" : "+f"(sums[i]) :: "memory");   // not used before
-        if (SPLIT > 1) cluster_barrier();   // all warps have left the ring
+        if (SPLIT > 1) { cluster_arrive(); cluster_wait(); }   // all warps have left the ring
         else __syncthreads();
         char* at = (char*)shared + (ring - address_of(shared));
         float total[COUNT];
@@ -335,11 +333,10 @@ template <int BITS, bool TRANSPOSED, int TOKENS, int SPLIT, int STAGES> struct M
         write(TRANSPOSED ? bare : e, total, first_m + part * (TOKENS / SPLIT), first_n, c.M, c.N, at);
     }
 };
-#define THREAD (int)threadIdx.x / 32, (int)threadIdx.x % 32, (int)threadIdx.x % 32 / 4, (int)threadIdx.x % 4, 0
 #define KERNEL(NAME, BITS, TRANSPOSED, TOKENS, SPLIT, STAGES) \
 extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(256, 1) NAME( \
         const __grid_constant__ Call c) { \
-    ManyRows<BITS, TRANSPOSED, TOKENS, SPLIT, STAGES>{THREAD}.run(c); \
+    ManyRows<BITS, TRANSPOSED, TOKENS, SPLIT, STAGES>().run(c); \
 }
 #define MANY_ROWS(BITS, TOKENS, SPLIT, STAGES) KERNEL(many_rows, BITS, false, TOKENS, SPLIT, STAGES)
 #define GRADIENT(TOKENS, SPLIT, STAGES) KERNEL(gradient, 8, true, TOKENS, SPLIT, STAGES)

@@ -99,14 +99,7 @@ __device__ __forceinline__ void normalise(uint4* x, const uint4* weight, const u
     }
     const float scale = rsqrtf(block_sum(sum, shared + 16) / op.K + op.epsilon);
     for (int i = threadIdx.x; i < op.K / 8; i += blockDim.x) {
-        const uint4 v = x[i], w = weight[i], b = bias[i];
-        const u32 words[4] = {v.x, v.y, v.z, v.w}, ws[4] = {w.x, w.y, w.z, w.w}, bs[4] = {b.x, b.y, b.z, b.w};
-        u32 out[4];
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            out[j] = pack((low(words[j]) - mean) * scale * low(ws[j]) + low(bs[j]),
-                          (high(words[j]) - mean) * scale * high(ws[j]) + high(bs[j]));
-        x[i] = make_uint4(out[0], out[1], out[2], out[3]);
+        x[i] = normalised(x[i], mean, scale, weight[i], bias[i]);
         if (op.normed && blockIdx.x == 0) ((uint4*)op.normed)[i] = x[i];
     }
 }
@@ -477,20 +470,16 @@ extern "C" __global__ void __launch_bounds__(128, BLOCKS) NAME(const unsigned ch
 # cluster has as much; it sends the others the sums that they finish, and finishes its own when the next tile is done.
 # Grid: any multiple of CLUSTER; block: 512; alignment as above.
 FEW_ROWS = r"""
-#if __CUDA_ARCH__ >= 900
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 __device__ __forceinline__ void store_to(u32 block, float* p, float v) {   // to p of another block of the cluster
+#if __CUDA_ARCH__ >= 900
     u32 address;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"((u32)__cvta_generic_to_shared(p)),
         "r"(block));
     asm volatile("st.shared::cluster.f32 [%0], %1;" :: "r"(address), "f"(v) : "memory");
-}
 #else
-__device__ __forceinline__ void cluster_arrive() {}
-__device__ __forceinline__ void cluster_wait() {}
-__device__ __forceinline__ void store_to(u32 block, float* p, float v) { *p = v; }
+    *p = v;
 #endif
+}
 
 struct Norm {
     const u16* weight;   // [K] or null: x is normalised first,
@@ -605,17 +594,9 @@ __device__ __forceinline__ void few_rows(const unsigned char* __restrict__ weigh
                 const int k = (my_byte + r * WARPS * 64) * 8 / BITS + j * 8;
                 if (k >= K) continue;
                 const uint4 w = *(const uint4*)(norm.weight + k), b = *(const uint4*)(norm.bias + k);
-                const u32 ws[4] = {w.x, w.y, w.z, w.w}, bs[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
                 for (int c = 0; c < NT; c++) {
-                    const uint4 v = my_x[r][c][j];
-                    const u32 words[4] = {v.x, v.y, v.z, v.w};
-                    u32 out[4];
-#pragma unroll
-                    for (int i = 0; i < 4; i++)
-                        out[i] = pack((low(words[i]) - mean[c]) * scale[c] * low(ws[i]) + low(bs[i]),
-                                      (high(words[i]) - mean[c]) * scale[c] * high(ws[i]) + high(bs[i]));
-                    my_x[r][c][j] = make_uint4(out[0], out[1], out[2], out[3]);
+                    my_x[r][c][j] = normalised(my_x[r][c][j], mean[c], scale[c], w, b);
                     const int m = c * 8 + g;
                     if (blockIdx.x == 0 && m < M) *(uint4*)(norm.normed + (size_t)m * K + k) = my_x[r][c][j];
                 }

@@ -36,6 +36,18 @@ __device__ __forceinline__ void wait() {
 #endif
 }
 
+// Between the blocks of a cluster: what they stored before they arrived is there after the wait.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+
 #if __CUDA_ARCH__ >= 750
 #define LINE ".L2::128B"   // have the L2 cache fetch whole lines
 #else
@@ -151,6 +163,16 @@ void multiply(float* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 __device__ __forceinline__ float gelu(float v) {   // the tanh form
     float u = 0.7978845608028654f * v * (1.0f + 0.044715f * v * v);
     return __fdividef(v, 1.0f + __expf(-2.0f * u));
+}
+
+// Eight numbers of a row after LayerNorm.
+__device__ __forceinline__ uint4 normalised(uint4 x, float mean, float scale, uint4 weight, uint4 bias) {
+    auto two = [&](u32 x, u32 weight, u32 bias) {
+        return pack((low(x) - mean) * scale * low(weight) + low(bias),
+                    (high(x) - mean) * scale * high(weight) + high(bias));
+    };
+    return make_uint4(two(x.x, weight.x, bias.x), two(x.y, weight.y, bias.y), two(x.z, weight.z, bias.z),
+                      two(x.w, weight.w, bias.w));
 }
 
 // What becomes of a sum: scale and bias of row n, then GELU, or alpha times a residual. An Operation has these, too.

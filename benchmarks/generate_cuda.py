@@ -146,8 +146,9 @@ def on_cuda(layers: int, compiled: int) -> dict:
         model.generate(prompts(model.config, 1024), max_length=2048, **sampled, **NO_END)
         note("reserved until 2048 tokens", torch.cuda.max_memory_reserved() / 2**30, "GiB")
 
-    small = build(compiled) if compiled else None
-    ours_small = decode_speed(small, ids, do_sample=False) if compiled else None
+    if compiled:
+        small = build(compiled)
+        ours_small = decode_speed(small, ids, do_sample=False)
     without_kernels(model)
     note("public method", decode_speed(model, ids, 16, 1, do_sample=False), "tokens/s")
     note("public method, prefill 512", prefill(model, ids, False), "ms")

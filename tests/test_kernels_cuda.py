@@ -43,11 +43,13 @@ def fresh_libraries(monkeypatch):
     forget()
 
 
-def nvrtc_of(major: int) -> Path:
+def load_nvrtc(major: int, monkeypatch) -> types.ModuleType:
+    """The binding of NVRTC of this version, which is all that is found then."""
     nvidia = importlib.util.find_spec("nvidia")
     for folder in nvidia.submodule_search_locations if nvidia else ():
         for path in Path(folder).glob(f"*/lib/libnvrtc.so.{major}"):
-            return path
+            monkeypatch.setattr(kernels_cuda, "find_library", {"nvrtc": str(path)}.get)
+            return kernels_cuda.load_libraries().nvrtc
     wheel = "nvidia-cuda-nvrtc" + ("-cu12" if major == 12 else "")
     pytest.skip(f"needs NVRTC {major}: pip install {wheel}")
 
@@ -56,17 +58,15 @@ def nvrtc_of(major: int) -> Path:
     ("major", "architecture"), [(major, number) for major, numbers in ARCHITECTURES.items() for number in numbers]
 )
 def test_compiles(major, architecture, monkeypatch, fresh_libraries):
-    path = str(nvrtc_of(major))
-    monkeypatch.setattr(kernels_cuda, "find_library", lambda name: path if name == "nvrtc" else None)
-    nvrtc = kernels_cuda.load_libraries().nvrtc
+    nvrtc = load_nvrtc(major, monkeypatch)
     assert nvrtc.version[0] == major
     # The others differ from these in a number.
     names = ["rows", "prompt", "step_128", "tiles_8_16", "tiles_4_64"]
     names += ["few_8_16_1"] if architecture >= 80 else []
     names += ["few_8_16_4", "few_4_32_8"] if architecture >= 90 else []
     names += ["hopper_8_256_2", "hopper_4_64_1", "hopper_gradient_192_2"] if architecture == 90 else []
-    everything = [name for name in kernels_cuda.SOURCES if not name.startswith("hopper")]  # those have a test below
-    jobs = [(name, 0) for name in (everything if architecture == 90 else names)]
+    others = [name for name in kernels_cuda.SOURCES if not name.startswith("hopper")]  # those have a test below
+    jobs = [(name, 0) for name in (others if architecture == 90 else names)]
     jobs += [(name, 1) for name in names if architecture >= 80]
 
     def compile_one(job):
@@ -82,9 +82,7 @@ def test_compiles(major, architecture, monkeypatch, fresh_libraries):
 @pytest.mark.parametrize("major", [12, 13])
 def test_products_on_hopper_are_not_serialised(major, monkeypatch, fresh_libraries):
     """The compiler waits for every product where it can't follow their registers, and says so."""
-    path = str(nvrtc_of(major))
-    monkeypatch.setattr(kernels_cuda, "find_library", lambda name: path if name == "nvrtc" else None)
-    nvrtc = kernels_cuda.load_libraries().nvrtc
+    nvrtc = load_nvrtc(major, monkeypatch)
     logs, destroy = [], nvrtc.nvrtcDestroyProgram
 
     def keep_log(program):
@@ -109,21 +107,17 @@ def test_products_on_hopper_are_not_serialised(major, monkeypatch, fresh_librari
 
 
 def test_what_hopper_kernels_are_given_has_the_size_of_their_parameter(monkeypatch, fresh_libraries):
-    path = str(nvrtc_of(13))
-    monkeypatch.setattr(kernels_cuda, "find_library", lambda name: path if name == "nvrtc" else None)
+    nvrtc = load_nvrtc(13, monkeypatch)
     options = ["--std=c++17", "-DBF16=0", "--gpu-architecture=compute_90a"]
-    nvrtc = kernels_cuda.load_libraries().nvrtc
     for name, kernel in (("hopper_8_64_1", "many_rows"), ("hopper_gradient_64_1", "gradient")):
         ptx = kernels_cuda.compile_source(nvrtc, kernels_cuda.SOURCES[name], options).decode()
         assert f".param .align 64 .b8 {kernel}_param_0[{kernels_cuda._CALL.size}]" in ptx
 
 
 def test_what_the_compiler_says_is_passed_on(monkeypatch, fresh_libraries):
-    path = str(nvrtc_of(13))
-    monkeypatch.setattr(kernels_cuda, "find_library", lambda name: path if name == "nvrtc" else None)
+    nvrtc = load_nvrtc(13, monkeypatch)
     with pytest.raises(RuntimeError, match="no_such_thing"):
-        options = ["--gpu-architecture=sm_90"]
-        kernels_cuda.compile_source(kernels_cuda.load_libraries().nvrtc, "int i = no_such_thing;", options)
+        kernels_cuda.compile_source(nvrtc, "int i = no_such_thing;", ["--gpu-architecture=sm_90"])
 
 
 def test_library_search_in_wheels(tmp_path, monkeypatch):
@@ -324,8 +318,8 @@ class TestProducts:
 @pytest.mark.cuda
 def test_every_shape_of_block_on_hopper(tokens, split, dtype, monkeypatch):
     monkeypatch.setattr(kernels_cuda, "_hopper_shape", lambda *given: (tokens, split))
+    monkeypatch.setattr(kernels_cuda, "_MOST_FEW_ROWS", 0)
     for m, n, k in ((130, 256, 128), (300, 1024, 4096), (512, 448, 2080), (37, 192, 1056), (1, 128, 160)):
-        monkeypatch.setattr(kernels_cuda, "_MOST_FEW_ROWS", 0)
         for bits in (8, 4):
             weight, scale, bias, exact = problem(bits, dtype, n, k)
             x, residual = torch.randn(m, k, device="cuda").to(dtype), torch.randn(m, n, device="cuda").to(dtype)
