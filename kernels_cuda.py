@@ -28,8 +28,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from .kernel_cache import keep
-from .kernels_cuda_hopper import SPLITS, STAGES, hopper_bytes
-from .kernels_cuda_linear import FEW_CLUSTERS, TILE_SHAPES
+from .kernels_cuda_hopper import FEW_SPLITS, FEW_TOKENS, MOST_STAGES, SPLITS, STAGES, few_bytes, hopper_bytes
+from .kernels_cuda_linear import FEW_WIDTHS, TILE_SHAPES
 from .kernels_cuda_source import SOURCES
 
 _REMEDY = (
@@ -281,7 +281,7 @@ _DEPENDENT = _LaunchAttribute(6, 0, 1)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREA
 
 
 _MOST_ARGUMENTS = 16
-_CALL = struct.Struct("<128s128sQQQQfiiii12x")  # `Call` in `kernels_cuda_hopper`; its size is a multiple of 64
+_CALL = struct.Struct("<128s128sQQQQfiiiii8x")  # `Call` in `kernels_cuda_hopper`; its size is a multiple of 64
 
 
 class _Arguments(threading.local):
@@ -401,24 +401,8 @@ def expand(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor
     return out
 
 
-@functools.cache
-def _most_clusters(module: str, bf16: bool, device: int, cluster: int, shared: int) -> int:
-    """How many clusters of a module's `few_rows` can run at the same time.
-
-    Multiprocessors are in groups, which clusters may leave unfilled.
-    """
-    cuda = load_libraries().cuda
-    count, config = ctypes.c_int(), _LaunchConfig((cluster, 1, 1, 512, 1, 1, shared), None, None, 0)
-    with torch.cuda.device(device):
-        function = _function("few_rows", module, bf16, device)
-        _allow_shared(function, device)
-        ask = cuda.cuda._Lib__lib.cuOccupancyMaxActiveClusters
-        cuda.checkCUStatus(ask(ctypes.byref(count), function._prepare_func(), ctypes.byref(config)))
-    return max(1, count.value)
-
-
 @functools.lru_cache(maxsize=4096)
-def _plan(m: int, n: int, k: int, bits: int, device: int, bf16: bool = False) -> tuple | None:
+def _plan(m: int, n: int, k: int, bits: int, device: int) -> tuple | None:
     """How M rows are multiplied: (module, kernel, grid, threads, shared bytes, floats of partial sums).
 
     The last is None where the kernel needs no memory for them. None instead of all: expand the weight.
@@ -436,13 +420,9 @@ def _plan(m: int, n: int, k: int, bits: int, device: int, bf16: bool = False) ->
         grid = (min(-(-n // 16), processors * resident), 1, 1)
         return ("rows", f"row_{bits}", grid, 256, shared, None) if shared + 4096 <= shared_of_one else None
     width = next(width for width in (8, 16, 32, 64) if m <= width or width == 64)
-    cluster = next((cluster for columns, cluster in FEW_CLUSTERS.get(width, {}).items() if k <= columns), None)
-    shared = 65536 + width * 2688
-    if cluster and bits < 16 and architecture >= (90 if cluster > 1 else 80) and shared <= shared_of_one:
-        module, most = f"few_{bits}_{width}_{cluster}", processors
-        if cluster > 1:
-            most = _most_clusters(module, bf16, device, cluster, shared)
-        return module, "few_rows", (min(-(-n // 16), most) * cluster, 1, 1), 512, shared, None
+    shared = 65536 + width * 2560
+    if width in FEW_WIDTHS and k <= 4096 and bits < 16 and architecture >= 80 and shared <= shared_of_one:
+        return f"few_{bits}_{width}", "few_rows", (min(-(-n // 16), processors), 1, 1), 512, shared, None
     shared = m * (padded + 8) * 2
     if m <= 8 and bits < 16 and shared <= shared_of_all // 2 - 12 * 1024:
         grid = (min(-(-n // (16 * height)), processors * 2), 1, 1)
@@ -487,6 +467,23 @@ def _hopper_shape(m: int, n: int, k: int, processors: int) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=4096)
+def _few_shape(m: int, n: int, k: int, bits: int, device: int) -> tuple[int, int, int, int]:
+    """Of a product of few rows: rows of x of a block, parts of K, steps under way, bytes of shared memory.
+
+    If a multiprocessor can have a block of its own, a block takes just over half of its shared memory, as two that
+    shared one would come to their end last; so there is room for blocks of the kernels before and after.
+    """
+    _, processors, shared_of_all, _ = _properties(device)
+    tokens = next(tokens for tokens in FEW_TOKENS if m <= tokens)
+    blocks = -(-n // 128)
+    split = max((split for split in FEW_SPLITS if split * 64 <= k and blocks * split <= processors), default=1)
+    beside = few_bytes(tokens, split, 0, 0)
+    stages = min((shared_of_all // 2 - 2048 - beside) // (tokens * 128 + 1024 * bits), MOST_STAGES)
+    shared = few_bytes(tokens, split, stages, 1024 * bits)
+    return tokens, split, stages, shared_of_all // 2 if blocks * split <= processors else shared
+
+
+@functools.lru_cache(maxsize=4096)
 def _tensor_map(address: int, rows: int, row_bytes: int, box_rows: int, box_bytes: int) -> bytes:
     """What the copy engine has to know of a matrix of bytes: a CUtensorMap, with boxes that are swizzled."""
     cuda = load_libraries().cuda
@@ -501,8 +498,8 @@ def _tensor_map(address: int, rows: int, row_bytes: int, box_rows: int, box_byte
 
 
 def _suits_hopper(x: torch.Tensor, weight: torch.Tensor, n: int, *others: torch.Tensor | None) -> bool:
-    """Whether the kernels for many rows on Hopper multiply x with this weight to a product of n columns."""
-    if x.shape[0] <= _MOST_FEW_ROWS or _properties(x.get_device())[0] != 90:
+    """Whether the kernels for Hopper multiply x, of several rows, with this weight to a product of n columns."""
+    if x.shape[0] == 1 or _properties(x.get_device())[0] != 90:
         return False
     if x.shape[1] < 64 or not weight.is_contiguous():
         return False
@@ -514,28 +511,33 @@ def _launch_hopper(
     x, weight, y, module: str, kernel: str, box: tuple[int, int], scale, bias=None, residual=None, alpha=0.0, gelu=False
 ) -> None:
     """Launch a product y of x [M, K]; `box`, rows and bytes, is what a step takes of the weight."""
-    (m, k), (rows, row_bytes), n = x.shape, weight.shape, y.shape[1]
-    _, processors, *_ = _properties(x.get_device())
-    tokens, split = _hopper_shape(m, n, k, processors)
+    (m, k), (rows, row_bytes), n, device = x.shape, weight.shape, y.shape[1], x.get_device()
+    if kernel == "few_rows":
+        tokens, split, stages, shared = _few_shape(m, n, k, row_bytes * 8 // k, device)
+        block = 320
+    else:
+        tokens, split = _hopper_shape(m, n, k, _properties(device)[1])
+        stages, shared, block = 0, hopper_bytes(tokens, box[0] * box[1]), 256
     weight_map = _tensor_map(weight.data_ptr(), rows, row_bytes, *box)
     x_map = _tensor_map(x.data_ptr(), m, k * 2, tokens, 128)
     pointers = [0 if tensor is None else tensor.data_ptr() for tensor in (scale, bias, residual, y)]
-    _CALL.pack_into(_arguments.call, 0, weight_map, x_map, *pointers, alpha, gelu, m, n, k)
+    _CALL.pack_into(_arguments.call, 0, weight_map, x_map, *pointers, alpha, gelu, m, n, k, stages)
     grid = (-(-n // 128) * -(-m // tokens) * split, 1, 1)
-    shared = hopper_bytes(tokens, box[0] * box[1])
-    _launch(x, f"{module}_{tokens}_{split}", kernel, grid, 256, shared, [_arguments.call])
+    _launch(x, f"{module}_{tokens}_{split}", kernel, grid, block, shared, [_arguments.call])
 
 
 def takes_norm(x: torch.Tensor, weight: torch.Tensor, bits: int) -> bool:
     """Whether the kernel that multiplies the rows of x [..., K] by this weight can normalise them first."""
-    k, bf16 = x.shape[-1], x.dtype == torch.bfloat16
+    k = x.shape[-1]
     m = x.numel() // k
-    plan = _plan(m, weight.shape[0], k, bits, weight.get_device(), bf16) if m <= _MOST_FEW_ROWS else None
+    if _suits_hopper(x.reshape(m, k), weight, weight.shape[0]):
+        return False
+    plan = _plan(m, weight.shape[0], k, bits, weight.get_device()) if m <= _MOST_FEW_ROWS else None
     if plan is None or weight.data_ptr() % 16 or not weight.is_contiguous():
         return False
     module, _, _, _, shared, _ = plan
     *_, most = _properties(weight.get_device())
-    return shared + _norm_bytes(k) + 4096 <= most if m == 1 else module.startswith("few") and module.endswith("_1")
+    return shared + _norm_bytes(k) + 4096 <= most if m == 1 else module.startswith("few")
 
 
 def _norm_bytes(k: int) -> int:
@@ -573,11 +575,12 @@ def product(
         return x.new_empty(0, n)
     if bits < 16 and _suits_hopper(x, weight, n, residual):
         y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+        kind, kernel = ("few_", "few_rows") if m <= _MOST_FEW_ROWS else ("", "many_rows")
         box = (128, 8 * bits)
-        _launch_hopper(x, weight, y, f"hopper_{bits}", "many_rows", box, scale, bias, residual, alpha, gelu)
+        _launch_hopper(x, weight, y, f"hopper_{kind}{bits}", kernel, box, scale, bias, residual, alpha, gelu)
         return y
     aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0 and weight.is_contiguous()
-    plan = _plan(m, n, k, bits, x.get_device(), x.dtype == torch.bfloat16) if aligned else None
+    plan = _plan(m, n, k, bits, x.get_device()) if aligned else None
     if plan is None:
         wide = weight if bits == 16 else expand(weight.contiguous(), scale, bits)
         if gelu and bias is not None:
@@ -620,7 +623,8 @@ def input_gradient(grad_y: torch.Tensor, weight: torch.Tensor, scale: torch.Tens
     """The gradient [M, K] of a `linear`'s input, for that of its output [M, N]; both half or bfloat16."""
     n, k = weight.shape
     scale = scale.to(grad_y.dtype)
-    if bits == 8 and n % 64 == 0 and _suits_hopper(grad_y, weight, k, scale):
+    few = grad_y.shape[0] <= _MOST_FEW_ROWS
+    if bits == 8 and n % 64 == 0 and not few and _suits_hopper(grad_y, weight, k, scale):
         grad_x = torch.empty(grad_y.shape[0], k, dtype=grad_y.dtype, device=grad_y.device)
         _launch_hopper(grad_y, weight, grad_x, "hopper_gradient", "gradient", (64, 128), scale)
         return grad_x

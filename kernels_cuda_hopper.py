@@ -21,12 +21,21 @@ __device__ __forceinline__ void multiply_async(float (&sums)[{count}], const u32
 # Of the modules hopper_…_TOKENS_SPLIT: steps under way at a time, by TOKENS; and SPLIT.
 STAGES = {64: 8, 128: 8, 192: 6, 256: 5}
 SPLITS = (1, 2)
+# The same of the modules hopper_few_…, of which a launch says how many steps are under way.
+FEW_TOKENS = (8, 16, 32)
+FEW_SPLITS = (1, 2, 3)  # clusters of four leave many multiprocessors alone
+MOST_STAGES = 20
 
 
 def hopper_bytes(tokens: int, weight_bytes: int) -> int:
     """Dynamic shared memory of a block, with so many bytes of weights in a step."""
     stage = tokens * 128 + weight_bytes + 128  # the last are scales, where a step needs them
     return 1024 + max(STAGES[tokens] * stage, tokens * 512)
+
+
+def few_bytes(tokens: int, split: int, stages: int, weight_bytes: int) -> int:
+    """Dynamic shared memory of a block that multiplies few rows: as above, and sums of the blocks of a cluster."""
+    return 1024 + stages * (tokens * 128 + weight_bytes) + (split > 1) * split * -(-8 // split) * tokens * 64
 
 
 # A block owns 128 columns of y, TOKENS rows and, as one of SPLIT blocks of a cluster, a part of K. The copy engine
@@ -56,6 +65,7 @@ struct Call {
     u16* y;
     float alpha;
     int gelu, M, N, K;
+    int stages;   // of few rows
 };
 
 __device__ __forceinline__ u32 address_of(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -99,6 +109,17 @@ template <int LEFT> __device__ __forceinline__ void wait_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(LEFT) : "memory");
 }
 
+__device__ __forceinline__ uint4 shared_uint4(u32 address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+    return v;
+}
+__device__ __forceinline__ uint2 shared_uint2(u32 address) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
+    return v;
+}
 __device__ __forceinline__ u32 shared_u16(u32 address) {
     u16 v;
     asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
@@ -342,3 +363,153 @@ extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(256, 
 #define GRADIENT(TOKENS, SPLIT, STAGES) KERNEL(gradient, 8, true, TOKENS, SPLIT, STAGES)
 """
 )
+
+# 2 to 32 rows: a block owns 128 columns of y, up to TOKENS rows, and as one of SPLIT blocks of a cluster a part of K.
+# One warp has the copy engine bring weights, 64 columns a step, another has it bring x; the other eight take 16 columns
+# of y each. As the order of the columns of K is free in a product, a thread takes 16 columns that lie side by side, of
+# the weight and of x. In the end each block of a cluster finishes the columns of y of some of its warps.
+#
+# Grid: a multiple of SPLIT; block: 320. Tensor maps as for `many_rows`. There is a step for each of SPLIT blocks.
+FEW_ROWS_ON_HOPPER = r"""
+#define MOST_STAGES 20
+template <int BITS, int TOKENS, int SPLIT> struct FewRows {
+    static constexpr int ROW_BYTES = 8 * BITS, X_BYTES = TOKENS * 128, STAGE = X_BYTES + ROWS * ROW_BYTES;
+    static constexpr int TILES = TOKENS / 8, OWN = (WARPS + SPLIT - 1) / SPLIT;   // warps that a block finishes
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+
+    // sums += 64 columns, as of `multiply`.
+    __device__ __forceinline__ void multiply_step(u32 stage, float (&sums)[TILES][4]) const {
+        u32 a[2][8];   // pairs, of rows g and g + 8 of the weight
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const u32 row = stage + X_BYTES + (warp * 16 + r * 8 + g) * ROW_BYTES;
+            if (BITS == 8) {
+                const uint4 v = shared_uint4(row + (t ^ g / 2) * 16);
+                widen8(v.x, a[r]); widen8(v.y, a[r] + 2); widen8(v.z, a[r] + 4); widen8(v.w, a[r] + 6);
+            } else {
+                const uint2 v = shared_uint2(row + (t / 2 ^ g / 4) * 16 + t % 2 * 8);
+                widen4(v.x, a[r]); widen4(v.y, a[r] + 4);
+            }
+        }
+#pragma unroll
+        for (int c = 0; c < TILES; c++) {
+            const u32 row = stage + (c * 8 + g) * 128;
+            const uint4 p = shared_uint4(row + (2 * t ^ g) * 16), q = shared_uint4(row + ((2 * t + 1) ^ g) * 16);
+            const u32 b[8] = {p.x, p.y, p.z, p.w, q.x, q.y, q.z, q.w};
+#pragma unroll
+            for (int j = 0; j < 8; j += 2)
+                multiply(sums[c], a[0][j], a[1][j], a[0][j + 1], a[1][j + 1], b[j], b[j + 1]);
+        }
+    }
+
+    __device__ __forceinline__ void run(const Call& c) {
+        extern __shared__ uint4 shared[];
+        __shared__ unsigned long long barriers[2 * MOST_STAGES];
+        const int columns = (c.M + TOKENS - 1) / TOKENS, part = blockIdx.x % SPLIT, tile = blockIdx.x / SPLIT;
+        const int first_n = tile / columns * ROWS, first_m = tile % columns * TOKENS;
+        const int steps = (c.K + 63) / 64, begin = steps * part / SPLIT, end = steps * (part + 1) / SPLIT;
+        const u32 full = address_of(barriers), free = full + 8 * MOST_STAGES;   // of each stage
+        const u32 ring = (address_of(shared) + 1023) / 1024 * 1024, received = ring + c.stages * STAGE;
+        if (threadIdx.x == 0) {
+            for (int i = 0; i < c.stages; i++) {
+                init_barrier(full + i * 8, 2);
+                init_barrier(free + i * 8, WARPS);
+            }
+            asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        }
+        __syncthreads();
+        start_next();
+        if (SPLIT > 1) cluster_arrive();   // this block is there
+
+        float sums[TILES][4];
+#pragma unroll
+        for (int i = 0; i < TILES; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) sums[i][j] = 0;
+        const int owner = warp / OWN, n = first_n + warp * 16 + g, m = first_m + t * 2;
+        const bool finishes = owner == part && warp < WARPS;
+        u32 scale_bias[2], residual[TILES][2];   // two numbers each: of rows g and g + 8; of two tokens
+        u32 parity = warp >= WARPS;   // those who fill a ring need not wait in its first turn
+        int stage = 0;
+        auto advance = [&] { if (++stage == c.stages) { stage = 0; parity ^= 1; } };
+        if (warp == WARPS) {
+            for (int step = begin; step < end && lane == 0; step++, advance()) {
+                wait_for(free + stage * 8, parity);
+                announce(full + stage * 8, STAGE - X_BYTES);
+                copy_box(ring + stage * STAGE + X_BYTES, c.weight, step * ROW_BYTES, first_n, full + stage * 8);
+            }
+            __syncwarp();
+        } else if (warp > WARPS) {
+            asm volatile("prefetch.tensormap [%0];" :: "l"(&c.x) : "memory");
+            wait();
+            for (int step = begin; step < end && lane == 0; step++, advance()) {
+                wait_for(free + stage * 8, parity);
+                announce(full + stage * 8, X_BYTES);
+                copy_box(ring + stage * STAGE, c.x, step * 128, first_m, full + stage * 8);
+            }
+            __syncwarp();
+        } else {
+            wait();
+            if (finishes)   // what is needed in the end
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    const int row = n + r * 8;
+                    scale_bias[r] = 0;
+                    if (row < c.N) scale_bias[r] = c.scale[row];
+                    if (row < c.N && c.bias) scale_bias[r] |= (u32)c.bias[row] << 16;
+#pragma unroll
+                    for (int i = 0; i < TILES; i++) {
+                        const int token = m + i * 8;
+                        const u16* from = c.residual + (size_t)token * c.N + row;
+                        residual[i][r] = 0;
+                        if (c.residual && row < c.N && token < c.M) residual[i][r] = from[0];
+                        if (c.residual && row < c.N && token + 1 < c.M) residual[i][r] |= (u32)from[c.N] << 16;
+                    }
+                }
+            for (int step = begin; step < end; step++, advance()) {
+                wait_for(full + stage * 8, parity);
+                multiply_step(ring + stage * STAGE, sums);
+                __syncwarp();
+                if (lane == 0) arrive(free + stage * 8);
+            }
+        }
+
+        if (SPLIT > 1) {
+            auto place = [&](int block, int i) {   // of what a block sends to a warp
+                return received + (((block * OWN + warp % OWN) * TILES + i) * 32 + lane) * 16;
+            };
+            cluster_wait();
+            if (warp < WARPS && !finishes)
+#pragma unroll
+                for (int i = 0; i < TILES; i++) store_to(place(part, i), owner, sums[i]);
+            cluster_arrive();
+            cluster_wait();
+#pragma unroll
+            for (int block = 0; block < SPLIT; block++)
+                if (block != part && finishes)
+#pragma unroll
+                    for (int i = 0; i < TILES; i++) {
+                        const uint4 v = shared_uint4(place(block, i));
+                        sums[i][0] += __uint_as_float(v.x); sums[i][1] += __uint_as_float(v.y);
+                        sums[i][2] += __uint_as_float(v.z); sums[i][3] += __uint_as_float(v.w);
+                    }
+        }
+        if (!finishes) return;
+        const Epilogue e = {c.scale, c.bias, c.residual, c.alpha, c.gelu, c.y};
+#pragma unroll
+        for (int i = 0; i < TILES; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const int r = j / 2, token = m + i * 8 + j % 2, row = n + r * 8;
+                const u32 both = scale_bias[r], pair = residual[i][r];
+                const Finish f = {(u16)both, (u16)(both >> 16), (u16)(pair >> j % 2 * 16)};
+                if (token < c.M && row < c.N) finish(e, f, sums[i][j], token, row, c.N);
+            }
+    }
+};
+#define FEW_ROWS(BITS, TOKENS, SPLIT) \
+extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(320, TOKENS > 16 ? 2 : 3) few_rows( \
+        const __grid_constant__ Call c) { \
+    FewRows<BITS, TOKENS, SPLIT>().run(c); \
+}
+"""

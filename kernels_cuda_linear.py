@@ -464,23 +464,11 @@ extern "C" __global__ void __launch_bounds__(128, BLOCKS) NAME(const unsigned ch
 }
 """
 
-# 2 to 32 rows: a block of 16 warps owns 16 weight rows at a time, each warp 1/16 of their first COLUMNS columns, for
-# which it has all of x in registers. Up to 64 KB of weights are on the way to shared memory at any time; as each thread
-# reads what it has copied itself, warps meet but once a tile, to add up their sums. Of longer rows each block of a
-# cluster has as much; it sends the others the sums that they finish, and finishes its own when the next tile is done.
-# Grid: any multiple of CLUSTER; block: 512; alignment as above.
+# 2 to 16 rows of up to 4096 columns: a block of 16 warps owns 16 weight rows at a time, each warp 1/16 of the columns,
+# for which it has all of x in registers. Up to 64 KB of weights are on the way to shared memory at any time; as each
+# thread reads what it has copied itself, warps meet but once a tile, to add up their sums.
+# Grid: any; block: 512; alignment as above.
 FEW_ROWS = r"""
-__device__ __forceinline__ void store_to(u32 block, float* p, float v) {   // to p of another block of the cluster
-#if __CUDA_ARCH__ >= 900
-    u32 address;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"((u32)__cvta_generic_to_shared(p)),
-        "r"(block));
-    asm volatile("st.shared::cluster.f32 [%0], %1;" :: "r"(address), "f"(v) : "memory");
-#else
-    *p = v;
-#endif
-}
-
 struct Norm {
     const u16* weight;   // [K] or null: x is normalised first,
     const u16* bias;
@@ -488,20 +476,18 @@ struct Norm {
     float epsilon;
 };
 
-template <int BITS, int MT, int COLUMNS, int CLUSTER>
+template <int BITS, int MT>
 __device__ __forceinline__ void few_rows(const unsigned char* __restrict__ weight, const u16* x, const Norm& norm,
                                          const Epilogue& e, int M, int N, int K) {
     constexpr int CHUNK = 128 / BITS, NT = MT / 8, WARPS = 16, THREADS = 512;
-    constexpr int RANGE = COLUMNS * BITS / 8, SLOTS = RANGE / WARPS / 64;   // bytes of a row; 64 of them in a slot
+    constexpr int SLOTS = 4096 * BITS / 8 / WARPS / 64;   // 64 bytes of a row, for each warp
     constexpr int DEPTH = 4 / SLOTS;   // tiles under way
-    constexpr int HEIGHT = 16, SHARE = HEIGHT / CLUSTER, PITCH = HEIGHT + 4;
+    constexpr int HEIGHT = 16, PITCH = HEIGHT + 4;
     extern __shared__ uint4 shared[];
-    float* const all_parts = (float*)(shared + 4 * 2 * THREADS);      // [2][WARPS][MT * PITCH]
-    float* const received = all_parts + 2 * WARPS * MT * PITCH;       // [2][CLUSTER][SHARE * MT]
+    float* const all_parts = (float*)(shared + 4 * 2 * THREADS);   // [2][WARPS][MT * PITCH]
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-    const int rank = blockIdx.x % CLUSTER, first = blockIdx.x / CLUSTER, groups = gridDim.x / CLUSTER;
     const int tiles = (N + HEIGHT - 1) / HEIGHT;
-    const int row_bytes = K * BITS / 8, my_byte = rank * RANGE + warp * 64 + t * 16;
+    const int row_bytes = K * BITS / 8, my_byte = warp * 64 + t * 16;
     uint4* ring = shared + threadIdx.x;         // this thread's bytes; every 512th is its own
 
     auto fetch = [&](int tile, int slot, int depth) {
@@ -515,25 +501,11 @@ __device__ __forceinline__ void few_rows(const unsigned char* __restrict__ weigh
         }
         commit();
     };
-    // Of a tile, thread m * SHARE + i finishes row i of the block's share, for row m of x.
-    const int my_m = threadIdx.x / SHARE, my_n = rank * SHARE + threadIdx.x % SHARE;
-    const bool finishes = threadIdx.x < SHARE * MT;
-    Finish end;
-    auto finish_tile = [&](int tile, int buffer) {
-        const int n = tile * HEIGHT + my_n;
-        if (!finishes || my_m >= M || n >= N) return;
-        float sum = 0;
-#pragma unroll
-        for (int r = 0; r < CLUSTER; r++) sum += received[(buffer * CLUSTER + r) * SHARE * MT + threadIdx.x];
-        finish(e, end, sum, my_m, n, N);
-    };
-
     start_next();
-    if (CLUSTER > 1) cluster_arrive();   // this block is there
 #pragma unroll
     for (int d = 0; d < DEPTH; d++)
 #pragma unroll
-        for (int r = 0; r < SLOTS; r++) fetch(first + d * groups, r, d);
+        for (int r = 0; r < SLOTS; r++) fetch(blockIdx.x + d * gridDim.x, r, d);
     wait();
     uint4 my_x[SLOTS][NT][CHUNK / 8];
 #pragma unroll
@@ -546,7 +518,7 @@ __device__ __forceinline__ void few_rows(const unsigned char* __restrict__ weigh
                 my_x[r][c][j] = m < M && k < K ? __ldcg((const uint4*)(x + (size_t)m * K + k)) : make_uint4(0, 0, 0, 0);
             }
 
-    if (CLUSTER == 1 && norm.weight) {   // as `normalise` does it
+    if (norm.weight) {   // as `normalise` does it
         float mean[NT], scale[NT];
 #pragma unroll
         for (int c = 0; c < NT; c++) mean[c] = 0;
@@ -605,13 +577,15 @@ __device__ __forceinline__ void few_rows(const unsigned char* __restrict__ weigh
     }
 
     int buffer = 0, depth = 0;
-    for (int tile = first; tile < tiles; tile += groups, buffer ^= 1) {
+    const int m = threadIdx.x / HEIGHT, i = threadIdx.x % HEIGHT;   // a thread finishes row i of a tile for row m of x
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, buffer ^= 1) {
         float sums[NT][4];
 #pragma unroll
         for (int c = 0; c < NT; c++)
 #pragma unroll
             for (int i = 0; i < 4; i++) sums[c][i] = 0;
-        if (CLUSTER == 1 && finishes) end = prepare(e, my_m, tile * HEIGHT + my_n, M, N);
+        const int n = tile * HEIGHT + i;
+        const Finish end = prepare(e, m, n, M, N);
 #pragma unroll
         for (int r = 0; r < SLOTS; r++) {
             wait_copies<DEPTH * SLOTS - 1>();
@@ -634,7 +608,7 @@ __device__ __forceinline__ void few_rows(const unsigned char* __restrict__ weigh
                     multiply(sums[c], p[2], q[2], p[3], q[3], b.z, b.w);
                 }
             }
-            fetch(tile + DEPTH * groups, r, depth);
+            fetch(tile + DEPTH * gridDim.x, r, depth);
         }
         if (DEPTH > 1) depth = depth == DEPTH - 1 ? 0 : depth + 1;
         float* parts = all_parts + buffer * WARPS * MT * PITCH;
@@ -644,35 +618,22 @@ __device__ __forceinline__ void few_rows(const unsigned char* __restrict__ weigh
             for (int i = 0; i < 4; i++)
                 parts[(warp * MT + c * 8 + 2 * t + i % 2) * PITCH + i / 2 * 8 + g] = sums[c][i];
         __syncthreads();
-        float sum = 0;
-        const int m = threadIdx.x / HEIGHT, i = threadIdx.x % HEIGHT;
-        if (threadIdx.x < HEIGHT * MT)
+        if (m < M && n < N) {
+            float sum = 0;
 #pragma unroll
             for (int w = 0; w < WARPS; w++) sum += parts[(w * MT + m) * PITCH + i];
-        if (CLUSTER == 1) {
-            if (finishes && my_m < M && tile * HEIGHT + my_n < N) finish(e, end, sum, my_m, tile * HEIGHT + my_n, N);
-        } else {
-            cluster_wait();   // all blocks are there, or have sent what they had of the last tile
-            if (tile > first) finish_tile(tile - groups, buffer ^ 1);
-            if (finishes) end = prepare(e, my_m, tile * HEIGHT + my_n, M, N);
-            if (threadIdx.x < HEIGHT * MT)
-                store_to(i / SHARE, received + ((buffer * CLUSTER + rank) * MT + m) * SHARE + i % SHARE, sum);
-            cluster_arrive();
+            finish(e, end, sum, m, n, N);
         }
     }
     wait_copies<0>();
-    if (CLUSTER > 1) {
-        cluster_wait();
-        if (first < tiles) finish_tile(first + (tiles - 1 - first) / groups * groups, buffer ^ 1);
-    }
 }
-#define FEW_ROWS(ATTRIBUTE, BITS, MT, COLUMNS, CLUSTER) \
-extern "C" __global__ void ATTRIBUTE __launch_bounds__(512, 1) few_rows(const unsigned char* weight, const u16* x, \
+#define FEW_ROWS(BITS, MT) \
+extern "C" __global__ void __launch_bounds__(512, 1) few_rows(const unsigned char* weight, const u16* x, \
         const u16* scale, const u16* bias, const u16* residual, float alpha, int use_gelu, u16* y, \
         const u16* norm_weight, const u16* norm_bias, u16* normed, float epsilon, int M, int N, int K) { \
     const Epilogue e = {scale, bias, residual, alpha, use_gelu, y}; \
     const Norm norm = {norm_weight, norm_bias, normed, epsilon}; \
-    few_rows<BITS, MT, COLUMNS, CLUSTER>(weight, x, norm, e, M, N, K); \
+    few_rows<BITS, MT>(weight, x, norm, e, M, N, K); \
 }
 """
 
@@ -739,5 +700,5 @@ TILE_SHAPES = {
     (4, 32): (2, 2, 3),
     (4, 64): (2, 2, 2),
 }
-# Of the modules few_BITS_MT_CLUSTER: MT, and CLUSTER by the most columns that a cluster takes together.
-FEW_CLUSTERS = {8: {4096: 1, 16384: 4}, 16: {4096: 1, 16384: 4}, 32: {4096: 2, 16384: 8}}
+# Of the modules few_BITS_MT: MT.
+FEW_WIDTHS = (8, 16)

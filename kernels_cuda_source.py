@@ -3,8 +3,8 @@
 Letters as there.
 """
 
-from .kernels_cuda_hopper import MANY_ROWS, SPLITS, STAGES
-from .kernels_cuda_linear import EXPAND, FEW_CLUSTERS, FEW_ROWS, ONE_ROW, ROW_KERNELS, ROWS, TILE_SHAPES, TILES
+from .kernels_cuda_hopper import FEW_ROWS_ON_HOPPER, FEW_SPLITS, FEW_TOKENS, MANY_ROWS, SPLITS, STAGES
+from .kernels_cuda_linear import EXPAND, FEW_ROWS, FEW_WIDTHS, ONE_ROW, ROW_KERNELS, ROWS, TILE_SHAPES, TILES
 
 # Types and the two operations that every kernel needs: eight bytes or nibbles to numbers, and a product of 16 × 16
 # weights with 16 × 8 activations on the tensor cores. No header is included, which makes NVRTC twice as fast.
@@ -466,15 +466,17 @@ for _head_dim in HEAD_DIMS:
 for (_bits, _width), (_height, _stages, _blocks) in TILE_SHAPES.items():  # modules of their own: few are ever needed
     _name = f"tiles_{_bits}_{_width}"
     SOURCES[_name] = _COMMON + TILES + f"TILES({_name}, {_bits}, {_width}, {_height}, {_stages}, {_blocks})\n"
-for _width, _clusters in FEW_CLUSTERS.items():
-    for _columns, _cluster in _clusters.items():
-        _attribute = f"__cluster_dims__({_cluster}, 1, 1)" if _cluster > 1 else ""
-        for _bits in (8, 4):
-            _kernel = f"FEW_ROWS({_attribute}, {_bits}, {_width}, {_columns // _cluster}, {_cluster})\n"
-            SOURCES[f"few_{_bits}_{_width}_{_cluster}"] = _COMMON + FEW_ROWS + _kernel
+for _width in FEW_WIDTHS:
+    for _bits in (8, 4):
+        SOURCES[f"few_{_bits}_{_width}"] = _COMMON + FEW_ROWS + f"FEW_ROWS({_bits}, {_width})\n"
 for _tokens, _stages in STAGES.items():
     for _split in SPLITS:
         _shape = f"{_tokens}, {_split}, {_stages}"
         for _bits in (8, 4):
             SOURCES[f"hopper_{_bits}_{_tokens}_{_split}"] = _COMMON + MANY_ROWS + f"MANY_ROWS({_bits}, {_shape})\n"
         SOURCES[f"hopper_gradient_{_tokens}_{_split}"] = _COMMON + MANY_ROWS + f"GRADIENT({_shape})\n"
+for _tokens in FEW_TOKENS:
+    for _split in FEW_SPLITS:
+        for _bits in (8, 4):
+            _kernel = f"FEW_ROWS({_bits}, {_tokens}, {_split})\n"
+            SOURCES[f"hopper_few_{_bits}_{_tokens}_{_split}"] = _COMMON + MANY_ROWS + FEW_ROWS_ON_HOPPER + _kernel

@@ -62,9 +62,9 @@ def test_compiles(major, architecture, monkeypatch, fresh_libraries):
     assert nvrtc.version[0] == major
     # The others differ from these in a number.
     names = ["rows", "prompt", "step_128", "tiles_8_16", "tiles_4_64"]
-    names += ["few_8_16_1"] if architecture >= 80 else []
-    names += ["few_8_16_4", "few_4_32_8"] if architecture >= 90 else []
+    names += ["few_8_16", "few_4_8"] if architecture >= 80 else []
     names += ["hopper_8_256_2", "hopper_4_64_1", "hopper_gradient_192_2"] if architecture == 90 else []
+    names += ["hopper_few_8_16_3", "hopper_few_4_32_1", "hopper_few_8_8_2"] if architecture == 90 else []
     others = [name for name in kernels_cuda.SOURCES if not name.startswith("hopper")]  # those have a test below
     jobs = [(name, 0) for name in (others if architecture == 90 else names)]
     jobs += [(name, 1) for name in names if architecture >= 80]
@@ -109,7 +109,8 @@ def test_products_on_hopper_are_not_serialised(major, monkeypatch, fresh_librari
 def test_what_hopper_kernels_are_given_has_the_size_of_their_parameter(monkeypatch, fresh_libraries):
     nvrtc = load_nvrtc(13, monkeypatch)
     options = ["--std=c++17", "-DBF16=0", "--gpu-architecture=compute_90a"]
-    for name, kernel in (("hopper_8_64_1", "many_rows"), ("hopper_gradient_64_1", "gradient")):
+    kernels = {"hopper_8_64_1": "many_rows", "hopper_gradient_64_1": "gradient", "hopper_few_8_8_1": "few_rows"}
+    for name, kernel in kernels.items():
         ptx = kernels_cuda.compile_source(nvrtc, kernels_cuda.SOURCES[name], options).decode()
         assert f".param .align 64 .b8 {kernel}_param_0[{kernels_cuda._CALL.size}]" in ptx
 
@@ -184,7 +185,6 @@ DEVICES |= {120: (170, 102400, 101376)}
 @pytest.mark.parametrize("architecture", DEVICES)
 def test_every_launch_fits_the_device(architecture, monkeypatch):
     monkeypatch.setattr(kernels_cuda, "_properties", lambda device: (architecture, *DEVICES[architecture]))
-    monkeypatch.setattr(kernels_cuda, "_most_clusters", lambda *given: 16)
     *_, most = DEVICES[architecture]
     static = {"rows": 4096, "few_rows": 0}  # bytes beside the dynamic ones, at most
     planned = set()
@@ -204,8 +204,9 @@ def test_every_launch_fits_the_device(architecture, monkeypatch):
     assert architecture < 75 or planned >= set(range(1, 65))  # beyond, expanding the weight may be as fast
 
 
-def test_every_launch_on_hopper_fits_the_device():
-    _, processors, _, most = 90, *DEVICES[90]
+def test_every_launch_on_hopper_fits_the_device(monkeypatch):
+    processors, _, most = DEVICES[90]
+    monkeypatch.setattr(kernels_cuda, "_properties", lambda device: (90, *DEVICES[90]))
     for n, k in ((12288, 4096), (4096, 16384), (40, 65536), (24, 64), (8, 128)):
         for m in range(33, 2100, 7):
             tokens, split = kernels_cuda._hopper_shape(m, n, k, processors)
@@ -213,6 +214,15 @@ def test_every_launch_on_hopper_fits_the_device():
                 assert f"{module}_{tokens}_{split}" in kernels_cuda.SOURCES
             assert kernels_cuda.hopper_bytes(tokens, 8192) + 128 <= most
             assert k // 64 >= split
+    for n, k in ((12288, 4096), (4096, 16384), (40, 65536), (24, 64), (200000, 128)):
+        for m in range(2, 33):
+            for bits in (8, 4):
+                tokens, split, stages, shared = kernels_cuda._few_shape.__wrapped__(m, n, k, bits, 0)
+                assert f"hopper_few_{bits}_{tokens}_{split}" in kernels_cuda.SOURCES
+                assert tokens >= m
+                assert k // 64 >= split
+                assert 1 < stages <= kernels_cuda.MOST_STAGES
+                assert kernels_cuda.few_bytes(tokens, split, stages, 1024 * bits) <= shared <= most - 2048
     # The prompts that benchmarks ask about, by measurement: the widest tiles; of few, K is cut.
     assert kernels_cuda._hopper_shape(2048, 4096, 16384, processors) == (256, 1)
     assert kernels_cuda._hopper_shape(512, 4096, 16384, processors) == (256, 2)
@@ -279,12 +289,13 @@ class TestProducts:
             bare = kernels_cuda.linear(x, weight, scale, None, bits)
             assert distance(bare, expected - bias.double()) < 2 * TOLERANCE[dtype]
 
-    def test_ways_of_older_devices(self, n, k, bits, dtype, monkeypatch):
+    @pytest.mark.parametrize("widths", [(), (8, 16)])
+    def test_ways_of_older_devices(self, widths, n, k, bits, dtype, monkeypatch):
         weight, scale, bias, exact = problem(bits, dtype, n, k)
-        monkeypatch.setattr(kernels_cuda, "FEW_CLUSTERS", {})
+        monkeypatch.setattr(kernels_cuda, "FEW_WIDTHS", widths)
         monkeypatch.setattr(kernels_cuda, "_plan", kernels_cuda._plan.__wrapped__)
         monkeypatch.setattr(kernels_cuda, "_suits_hopper", lambda *given: False)
-        for m in (2, 8, 9, 32, 33, 65, 128, 130):
+        for m in (2, 8, 9, 16) if widths else (2, 8, 9, 32, 33, 65, 128, 130):
             x = torch.randn(m, k, device="cuda").to(dtype)
             poison()
             got = kernels_cuda.linear(x, weight, scale, bias, bits)
@@ -309,13 +320,37 @@ class TestProducts:
             assert distance(got, grad_y.double() @ exact) < 2 * TOLERANCE[dtype]
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
-)
+on_hopper = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+    ),
+]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("split", kernels_cuda.FEW_SPLITS)
+@pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=on_hopper) for tokens in kernels_cuda.FEW_TOKENS])
+def test_every_shape_of_block_of_few_rows_on_hopper(tokens, split, dtype, monkeypatch):
+    for stages in (2, 3, 8):  # rings that turn often, too
+        for m, n, k in ((tokens, 256, 4096), (tokens - 3, 448, 2080), (2, 136, 1056), (tokens // 2, 8, 192)):
+            for bits in (8, 4):
+                shared = kernels_cuda.few_bytes(tokens, split, stages, 1024 * bits)
+                shape = (tokens, split, stages, shared)
+                monkeypatch.setattr(kernels_cuda, "_few_shape", lambda *given, shape=shape: shape)
+                weight, scale, bias, exact = problem(bits, dtype, n, k)
+                x, residual = torch.randn(m, k, device="cuda").to(dtype), torch.randn(m, n, device="cuda").to(dtype)
+                expected = x.double() @ exact.T + bias.double()
+                poison()
+                got = kernels_cuda.product(x, weight, scale, bias, bits, residual=residual, alpha=7.5)
+                assert distance(got, expected + 7.5 * residual.double()) < 2 * TOLERANCE[dtype]
+                got = kernels_cuda.product(x, weight, scale, bias, bits, gelu=True)
+                assert distance(got, torch.nn.functional.gelu(expected, approximate="tanh")) < 4 * TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("split", kernels_cuda.SPLITS)
-@pytest.mark.parametrize("tokens", kernels_cuda.STAGES)
-@pytest.mark.cuda
+@pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=on_hopper) for tokens in kernels_cuda.STAGES])
 def test_every_shape_of_block_on_hopper(tokens, split, dtype, monkeypatch):
     monkeypatch.setattr(kernels_cuda, "_hopper_shape", lambda *given: (tokens, split))
     monkeypatch.setattr(kernels_cuda, "_MOST_FEW_ROWS", 0)
@@ -356,12 +391,13 @@ class TestOperations:
         assert distance(kernels_cuda.layer_norm(x, weight, bias, 1e-5), expected) < TOLERANCE[dtype]
 
     @pytest.mark.parametrize(("n", "k"), [(256, 4096), (40, 1024), (100, 192)])
-    def test_a_norm_that_is_left_to_the_product(self, n, k, dtype):
+    def test_a_norm_that_is_left_to_the_product(self, n, k, dtype, monkeypatch):
+        monkeypatch.setattr(kernels_cuda, "_suits_hopper", lambda *given: False)  # it has none that take norms
         weight, scale, bias, exact = problem(8, dtype, n, k)
         norm_weight, norm_bias = torch.randn(2, k, device="cuda").to(dtype)
         rows = torch.empty(32, k, device="cuda", dtype=dtype)
         taken = [m for m in range(1, 33) if kernels_cuda.takes_norm(rows[:m], weight, 8)]
-        assert 1 in taken
+        assert set(taken) >= ({1, 2, 16} if k % 128 == 0 else {1})
         for m in taken:
             x = (torch.randn(m, k, device="cuda") * 3 + 1).to(dtype)
             exact_norm = torch.nn.functional.layer_norm(
