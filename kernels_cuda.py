@@ -39,7 +39,7 @@ _REMEDY = (
 # Activations of up to so many rows are multiplied by the tensor core kernels; beyond, expanding the weight and leaving
 # the product to cuBLAS is faster.
 _MOST_ROWS = 128
-_MOST_FEW_ROWS = 32  # beyond, Hopper has kernels of its own
+_MOST_FEW_ROWS = 32  # Hopper has one kernel for them, and another for more
 _SHARED_LIMIT = 32 * 1024  # of a kernel that has not asked for more; it has up to 16 KB beside
 _lock = threading.RLock()
 _local = threading.local()
@@ -180,8 +180,8 @@ def _module(name: str, bf16: bool, architecture: int):
 
 
 @functools.cache
-def _function(name: str, module: str, bf16: bool, device: int):
-    """A `KernelFunction` for one device, the current one."""
+def _function(name: str, module: str, bf16: bool, device: int, much_shared: bool):
+    """A `KernelFunction` for one device, the current one; `much_shared`: of more shared memory than is had unasked."""
     architecture, *_ = _properties(device)
     function = load_launcher().KernelFunction(_module(module, bf16, architecture), name)
     prepare, handle = function._prepare_func, function._prepare_func()
@@ -196,10 +196,11 @@ def _function(name: str, module: str, bf16: bool, device: int):
         return handle
 
     function._prepare_func = prepare_once
+    if much_shared:
+        _allow_shared(function, device)
     return function
 
 
-@functools.cache
 def _allow_shared(function, device: int) -> None:
     """Let a kernel have as much dynamic shared memory as there is on `device`, the current one."""
     cuda = load_libraries().cuda
@@ -314,9 +315,7 @@ def _launch(like: torch.Tensor, module: str, name: str, grid: tuple, block: int,
     if torch._C._cuda_getDevice() != index:
         with torch.cuda.device(index):
             return _launch(like, module, name, grid, block, shared, arguments)
-    function = _function(name, module, like.dtype == torch.bfloat16, index)
-    if shared > _SHARED_LIMIT:
-        _allow_shared(function, index)
+    function = _function(name, module, like.dtype == torch.bfloat16, index, shared > _SHARED_LIMIT)
     stream = torch._C._cuda_getCurrentRawStream(index)
     if torch.cuda.is_current_stream_capturing() and _properties(index)[0] >= 90:
         # cpm_kernels has no launch with attributes. In a graph the next kernel may begin before this one has ended.
@@ -497,42 +496,56 @@ def _tensor_map(address: int, rows: int, row_bytes: int, box_rows: int, box_byte
     return tensor_map.raw
 
 
-def _suits_hopper(x: torch.Tensor, weight: torch.Tensor, n: int, *others: torch.Tensor | None) -> bool:
-    """Whether the kernels for Hopper multiply x, of several rows, with this weight to a product of n columns."""
-    if x.shape[0] == 1 or _properties(x.get_device())[0] != 90:
+def _suits_hopper(m: int, x: torch.Tensor, weight: torch.Tensor, n: int, *others: torch.Tensor | None) -> bool:
+    """Whether the kernels for Hopper multiply M rows of x, several, with this weight to a product of n columns."""
+    k, row_bytes = x.shape[-1], weight.shape[1]
+    if m == 1 or k < 64 or _properties(x.get_device())[0] != 90 or not weight.is_contiguous():
         return False
-    if x.shape[1] < 64 or not weight.is_contiguous():
-        return False
-    bits = x.data_ptr() | weight.data_ptr() | weight.shape[1] | x.shape[1] * 2 | n * 2  # of addresses and row lengths
-    return all(other.data_ptr() % 16 == 0 for other in others if other is not None) and bits % 16 == 0
+    bits = x.data_ptr() | weight.data_ptr() | row_bytes | k * 2 | n * 2  # of addresses and row lengths
+    for other in others:
+        bits |= 0 if other is None else other.data_ptr()
+    return bits % 16 == 0
 
 
-def _launch_hopper(
-    x, weight, y, module: str, kernel: str, box: tuple[int, int], scale, bias=None, residual=None, alpha=0.0, gelu=False
-) -> None:
-    """Launch a product y of x [M, K]; `box`, rows and bytes, is what a step takes of the weight."""
-    (m, k), (rows, row_bytes), n, device = x.shape, weight.shape, y.shape[1], x.get_device()
+@functools.lru_cache(maxsize=4096)
+def _hopper_launch(kernel: str, m: int, n: int, k: int, weight: int, rows: int, row_bytes: int, device: int) -> tuple:
+    """All of a launch that does not depend on x: what `_launch` takes between x and the arguments; and of these the
+    tensor map of the weight [rows, row_bytes] at the address `weight`, rows of x of a block, and steps under way."""
+    bits = 8 if kernel == "gradient" else row_bytes * 8 // k
+    box = (64, 128) if kernel == "gradient" else (128, 8 * bits)  # rows and bytes that a step takes of the weight
     if kernel == "few_rows":
-        tokens, split, stages, shared = _few_shape(m, n, k, row_bytes * 8 // k, device)
-        block = 320
+        tokens, split, stages, shared = _few_shape(m, n, k, bits, device)
     else:
         tokens, split = _hopper_shape(m, n, k, _properties(device)[1])
-        stages, shared, block = 0, hopper_bytes(tokens, box[0] * box[1]), 256
-    weight_map = _tensor_map(weight.data_ptr(), rows, row_bytes, *box)
+        stages, shared = 0, hopper_bytes(tokens, box[0] * box[1])
+    module = {"few_rows": f"few_{bits}", "many_rows": str(bits), "gradient": "gradient"}[kernel]
+    grid, block = (-(-n // 128) * -(-m // tokens) * split, 1, 1), 320 if kernel == "few_rows" else 256
+    launch = f"hopper_{module}_{tokens}_{split}", kernel, grid, block, shared
+    return launch, _tensor_map(weight, rows, row_bytes, *box), tokens, stages
+
+
+def _multiply_on_hopper(
+    kernel: str, m: int, x, weight, y, scale, bias=None, residual=None, alpha=0.0, gelu=False
+) -> torch.Tensor:
+    """Launch a product y [..., N] of M rows of x [..., K]; returns y."""
+    k, n, (rows, row_bytes) = x.shape[-1], y.shape[-1], weight.shape
+    launch, weight_map, tokens, stages = _hopper_launch(
+        kernel, m, n, k, weight.data_ptr(), rows, row_bytes, x.get_device()
+    )
     x_map = _tensor_map(x.data_ptr(), m, k * 2, tokens, 128)
     pointers = [0 if tensor is None else tensor.data_ptr() for tensor in (scale, bias, residual, y)]
     _CALL.pack_into(_arguments.call, 0, weight_map, x_map, *pointers, alpha, gelu, m, n, k, stages)
-    grid = (-(-n // 128) * -(-m // tokens) * split, 1, 1)
-    _launch(x, f"{module}_{tokens}_{split}", kernel, grid, block, shared, [_arguments.call])
+    _launch(x, *launch, [_arguments.call])
+    return y
 
 
 def takes_norm(x: torch.Tensor, weight: torch.Tensor, bits: int) -> bool:
     """Whether the kernel that multiplies the rows of x [..., K] by this weight can normalise them first."""
-    k = x.shape[-1]
+    k, n = x.shape[-1], weight.shape[0]
     m = x.numel() // k
-    if _suits_hopper(x.reshape(m, k), weight, weight.shape[0]):
+    if m > _MOST_FEW_ROWS or _suits_hopper(m, x, weight, n):
         return False
-    plan = _plan(m, weight.shape[0], k, bits, weight.get_device()) if m <= _MOST_FEW_ROWS else None
+    plan = _plan(m, n, k, bits, weight.get_device())
     if plan is None or weight.data_ptr() % 16 or not weight.is_contiguous():
         return False
     module, _, _, _, shared, _ = plan
@@ -555,42 +568,40 @@ def product(
     residual: torch.Tensor | None = None,
     alpha: float = 1.0,
 ) -> torch.Tensor:
-    """x · (q · scale)ᵀ + bias, then GELU (tanh form) or + alpha · residual: [M, N] of x's dtype.
+    """x · (q · scale)ᵀ + bias, then GELU (tanh form) or + alpha · residual: [..., N] of x's dtype.
 
     Args:
-        x: float16 or bfloat16 [M, K] on a GPU.
+        x: float16 or bfloat16 [..., K] on a GPU, M rows in all.
         weight: int8 [N, K]; INT4: [N, K/2] (see `quantization`); bits = 16: [N, K] of x's dtype.
         scale, bias: [N]; scale is None if bits = 16.
-        residual: [M, N].
+        residual: [..., N].
     """
     x = x.contiguous()
     residual = residual if residual is None else residual.contiguous()
-    (m, k), n = x.shape, weight.shape[0]
+    k, n = x.shape[-1], weight.shape[0]
+    m = x.numel() // k
     scale = scale if scale is None or scale.dtype == x.dtype else scale.to(x.dtype)
     bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
     norm, _local.norm = getattr(_local, "norm", None), None
     if norm is not None and norm[0].data_ptr() != x.data_ptr():
         norm = None  # an error came between the two
+    y = x.new_empty(*x.shape[:-1], n)
     if m == 0:
-        return x.new_empty(0, n)
-    if bits < 16 and _suits_hopper(x, weight, n, residual):
-        y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-        kind, kernel = ("few_", "few_rows") if m <= _MOST_FEW_ROWS else ("", "many_rows")
-        box = (128, 8 * bits)
-        _launch_hopper(x, weight, y, f"hopper_{kind}{bits}", kernel, box, scale, bias, residual, alpha, gelu)
         return y
+    if bits < 16 and _suits_hopper(m, x, weight, n, residual):
+        kernel = "few_rows" if m <= _MOST_FEW_ROWS else "many_rows"
+        return _multiply_on_hopper(kernel, m, x, weight, y, scale, bias, residual, alpha, gelu)
     aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0 and weight.is_contiguous()
     plan = _plan(m, n, k, bits, x.get_device()) if aligned else None
     if plan is None:
         wide = weight if bits == 16 else expand(weight.contiguous(), scale, bits)
         if gelu and bias is not None:
-            y = torch._addmm_activation(bias, x, wide.T, use_gelu=True)  # in its tanh form, on a GPU
-        else:
-            y = x @ wide.T if bias is None else torch.addmm(bias, x, wide.T)
-            y = torch.nn.functional.gelu(y, approximate="tanh") if gelu else y
+            torch._addmm_activation(bias, x.view(m, k), wide.T, use_gelu=True, out=y.view(m, n))  # tanh form, on a GPU
+            return y
+        y = torch.nn.functional.linear(x, wide, bias)
+        y = torch.nn.functional.gelu(y, approximate="tanh") if gelu else y
         return y if residual is None else y.add_(residual, alpha=alpha)
     module, name, grid, block, shared, sums = plan
-    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if m == 1:
         given = {"input": x, "output": y, "weight": weight, "scale": scale, "bias": bias, "residual": residual}
         given |= {"bits": bits, "N": n, "K": k, "gelu": int(gelu), "alpha": float(alpha)}
@@ -615,19 +626,17 @@ def product(
 def linear(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, bits: int
 ) -> torch.Tensor:
-    """x · (q · scale)ᵀ + bias [M, N] for x [M, K]; see `product`."""
+    """x · (q · scale)ᵀ + bias [..., N] for x [..., K]; see `product`."""
     return product(x, weight, scale, bias, bits)
 
 
 def input_gradient(grad_y: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
     """The gradient [M, K] of a `linear`'s input, for that of its output [M, N]; both half or bfloat16."""
-    n, k = weight.shape
+    m, k = grad_y.shape[0], weight.shape[1]
     scale = scale.to(grad_y.dtype)
-    few = grad_y.shape[0] <= _MOST_FEW_ROWS
-    if bits == 8 and n % 64 == 0 and not few and _suits_hopper(grad_y, weight, k, scale):
-        grad_x = torch.empty(grad_y.shape[0], k, dtype=grad_y.dtype, device=grad_y.device)
-        _launch_hopper(grad_y, weight, grad_x, "hopper_gradient", "gradient", (64, 128), scale)
-        return grad_x
+    divides = weight.shape[0] % 64 == 0
+    if bits == 8 and m > _MOST_FEW_ROWS and divides and _suits_hopper(m, grad_y, weight, k, scale):
+        return _multiply_on_hopper("gradient", m, grad_y, weight, grad_y.new_empty(m, k), scale)
     return grad_y @ expand(weight.contiguous(), scale, bits)
 
 

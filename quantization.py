@@ -316,10 +316,7 @@ def apply_linear(
     elif _is_plain(linear, HalfLinear, x) and x.numel() == x.shape[-1] and linear.weight.dtype == x.dtype:
         weight, scale, bits = linear.weight, None, 16
     if bits:
-        n = linear.out_features
-        given = None if residual is None else residual.reshape(-1, n)
-        y = cuda_product(x.reshape(-1, linear.in_features), weight, scale, linear.bias, bits, gelu, given, alpha)
-        return y.view(*x.shape[:-1], n)
+        return cuda_product(x, weight, scale, linear.bias, bits, gelu, residual, alpha)
     y = linear(x)
     if gelu and has_cpu_kernels(linear, y) and y.is_contiguous():
         cpu_library().gelu_(y)
@@ -341,9 +338,9 @@ def apply_layer_norm(
         return norm(x)
     if (x.data_ptr() | weight.data_ptr() | bias.data_ptr()) % 16:
         return norm(x)
-    # For few rows, the linear's kernel does it.
-    deferred = before is not None and _is_plain(before, QuantizedLinear, x) and not _has_hooks(within)
-    deferred = deferred and cuda_takes_norm(x, before.weight, before.bits)
+    # For few rows, the linear's kernel may do it.
+    deferred = type(before) is QuantizedLinear and cuda_takes_norm(x, before.weight, before.bits)
+    deferred = deferred and _is_plain(before, QuantizedLinear, x) and not _has_hooks(within)
     return cuda_layer_norm(x, weight, bias, norm.eps, deferred)
 
 

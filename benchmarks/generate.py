@@ -1,7 +1,7 @@
 """Speed and memory of the whole model in the shape of ChatGLM-6B-INT8.
 
     python benchmarks/generate.py [--device cpu] [--threads 2] [--model FOLDER] [--dtype float16] [--json FILE]
-    python benchmarks/generate.py --device cuda [--layers 28] [--compiled 8] [--json FILE]    (see generate_cuda.py)
+    python benchmarks/generate.py --device cuda [--layers 28] [--compiled] [--json FILE]    (see generate_cuda.py)
 
 Decodes with `model.generate` as users call it, greedily and sampling as `chat` does, after 128 tokens, and reads a
 prompt of 512 tokens, beside a plain C loop that reads memory and torch's bf16 linears at the same shapes, in the same
@@ -115,13 +115,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
     parser.add_argument("--tokens", type=int, default=32, help="decoded in a round (default: 32)")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--compiled",
-        type=int,
-        default=0,
-        metavar="LAYERS",
-        help="on a GPU: torch.compile's INT8, too, with so many layers (28 were not compiled in four minutes)",
-    )
+    parser.add_argument("--compiled", action="store_true", help="on a GPU: torch.compile's INT8, too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
     arguments = parser.parse_args()
     if arguments.threads:

@@ -157,10 +157,13 @@ def test_recorded_steps_of_a_padded_batch(golden_model, monkeypatch, steps, case
     recorded, unrecorded, _ = generations(model, monkeypatch, ids, 60, attention_mask=mask)
     assert torch.equal(recorded, unrecorded)
     for row in range(4):
-        alone = model.generate(
-            ids[row : row + 1, mask[row].bool()], do_sample=False, max_new_tokens=12, eos_token_id=511
-        )
-        assert torch.equal(alone[0, -12:], recorded[row, 24:36])
+        # One row has another kernel, whose rounding may tell the two apart, but only where they are about as good.
+        together = torch.cat((ids[row, mask[row].bool()], recorded[row, 24:36]))
+        alone = model.generate(together[None, :-12], do_sample=False, max_new_tokens=12, eos_token_id=511)[0]
+        for place in (alone != together).nonzero()[:1, 0]:
+            with torch.no_grad():
+                scores = model(together[None, :place]).logits[0, -1].float()
+            assert (scores[alone[place]] - scores[together[place]]).abs() <= 0.02 * scores.std()
     assert steps
 
 
