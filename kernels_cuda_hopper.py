@@ -1,4 +1,4 @@
-"""CUDA C++ of products of many rows with quantised weights on Hopper (sm_90a), a part of `kernels_cuda_source`.
+"""CUDA C++ of products of several rows with quantised weights on Hopper (sm_90a), a part of `kernels_cuda_source`.
 
 Letters as in `kernels_cuda`.
 """
