@@ -585,23 +585,24 @@ def product(
     norm, _local.norm = getattr(_local, "norm", None), None
     if norm is not None and norm[0].data_ptr() != x.data_ptr():
         norm = None  # an error came between the two
-    y = x.new_empty(*x.shape[:-1], n)
+    shape = (*x.shape[:-1], n)
     if m == 0:
-        return y
-    if bits < 16 and _suits_hopper(m, x, weight, n, residual):
-        kernel = "few_rows" if m <= _MOST_FEW_ROWS else "many_rows"
+        return x.new_empty(shape)
+    if bits < 16 and norm is None and _suits_hopper(m, x, weight, n, residual):
+        kernel, y = "few_rows" if m <= _MOST_FEW_ROWS else "many_rows", x.new_empty(shape)
         return _multiply_on_hopper(kernel, m, x, weight, y, scale, bias, residual, alpha, gelu)
     aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0 and weight.is_contiguous()
     plan = _plan(m, n, k, bits, x.get_device()) if aligned else None
     if plan is None:
         wide = weight if bits == 16 else expand(weight.contiguous(), scale, bits)
         if gelu and bias is not None:
-            torch._addmm_activation(bias, x.view(m, k), wide.T, use_gelu=True, out=y.view(m, n))  # tanh form, on a GPU
-            return y
+            y = torch._addmm_activation(bias, x.view(m, k), wide.T, use_gelu=True)  # in its tanh form, on a GPU
+            return y.view(shape)
         y = torch.nn.functional.linear(x, wide, bias)
         y = torch.nn.functional.gelu(y, approximate="tanh") if gelu else y
         return y if residual is None else y.add_(residual, alpha=alpha)
     module, name, grid, block, shared, sums = plan
+    y = x.new_empty(shape)
     if m == 1:
         given = {"input": x, "output": y, "weight": weight, "scale": scale, "bias": bias, "residual": residual}
         given |= {"bits": bits, "N": n, "K": k, "gelu": int(gelu), "alpha": float(alpha)}

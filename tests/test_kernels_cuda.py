@@ -228,6 +228,23 @@ def test_every_launch_on_hopper_fits_the_device(monkeypatch):
     assert kernels_cuda._hopper_shape(512, 4096, 16384, processors) == (256, 2)
 
 
+def test_what_is_launched_on_hopper(monkeypatch):
+    launched = []
+    monkeypatch.setattr(kernels_cuda, "_properties", lambda device: (90, *DEVICES[90]))
+    monkeypatch.setattr(kernels_cuda, "_tensor_map", lambda *given: bytes(128))
+    monkeypatch.setattr(kernels_cuda, "_launch", lambda like, module, name, *others: launched.append((module, name)))
+    weight, scale = torch.zeros(64, 256, dtype=torch.int8), torch.zeros(64).half()
+    x = torch.zeros(2, 20, 256).half()
+    assert kernels_cuda.product(x, weight, scale).shape == (2, 20, 64)
+    assert kernels_cuda.product(x[:, :8], weight, scale, residual=torch.zeros(2, 8, 64).half()).shape == (2, 8, 64)
+    # A norm that was left to the product is not lost, as Hopper's own kernels would lose it.
+    assert not kernels_cuda.takes_norm(x[:, :8], weight, 8)
+    normed = kernels_cuda.layer_norm(x[:, :2], scale.repeat(4), scale.repeat(4), 1e-5, deferred=True)
+    kernels_cuda.product(normed, weight, scale)
+    names = ["hopper_8_64_1", "hopper_few_8_16_3", "few_8_8"]
+    assert launched == list(zip(names, ["many_rows", "few_rows", "few_rows"], strict=True))
+
+
 def test_compiled_modules_are_kept(tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
