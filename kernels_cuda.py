@@ -39,7 +39,7 @@ _REMEDY = (
 # Activations of up to so many rows are multiplied by the tensor core kernels; beyond, expanding the weight and leaving
 # the product to cuBLAS is faster.
 _MOST_ROWS = 128
-_MOST_FEW_ROWS = 32  # Hopper has one kernel for them, and another for more
+MOST_FEW_ROWS = 32  # Hopper has one kernel for them, and another for more
 _SHARED_LIMIT = 32 * 1024  # of a kernel that has not asked for more; it has up to 16 KB beside
 _lock = threading.RLock()
 _local = threading.local()
@@ -543,7 +543,7 @@ def takes_norm(x: torch.Tensor, weight: torch.Tensor, bits: int) -> bool:
     """Whether the kernel that multiplies the rows of x [..., K] by this weight can normalise them first."""
     k, n = x.shape[-1], weight.shape[0]
     m = x.numel() // k
-    if m > _MOST_FEW_ROWS or _suits_hopper(m, x, weight, n):
+    if m > MOST_FEW_ROWS or _suits_hopper(m, x, weight, n):
         return False
     plan = _plan(m, n, k, bits, weight.get_device())
     if plan is None or weight.data_ptr() % 16 or not weight.is_contiguous():
@@ -589,7 +589,7 @@ def product(
     if m == 0:
         return x.new_empty(shape)
     if bits < 16 and norm is None and _suits_hopper(m, x, weight, n, residual):
-        kernel, y = "few_rows" if m <= _MOST_FEW_ROWS else "many_rows", x.new_empty(shape)
+        kernel, y = "few_rows" if m <= MOST_FEW_ROWS else "many_rows", x.new_empty(shape)
         return _multiply_on_hopper(kernel, m, x, weight, y, scale, bias, residual, alpha, gelu)
     aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0 and weight.is_contiguous()
     plan = _plan(m, n, k, bits, x.get_device()) if aligned else None
@@ -636,7 +636,7 @@ def input_gradient(grad_y: torch.Tensor, weight: torch.Tensor, scale: torch.Tens
     m, k = grad_y.shape[0], weight.shape[1]
     scale = scale.to(grad_y.dtype)
     divides = weight.shape[0] % 64 == 0
-    if bits == 8 and m > _MOST_FEW_ROWS and divides and _suits_hopper(m, grad_y, weight, k, scale):
+    if bits == 8 and m > MOST_FEW_ROWS and divides and _suits_hopper(m, grad_y, weight, k, scale):
         return _multiply_on_hopper("gradient", m, grad_y, weight, grad_y.new_empty(m, k), scale)
     return grad_y @ expand(weight.contiguous(), scale, bits)
 

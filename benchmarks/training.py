@@ -26,6 +26,8 @@ from torch import nn
 STEPS, WARM_UP = 10, 3
 GIB = 2**30
 KINDS = {  # a piece of a kernel's name to what it does, first match
+    "many_rows": "quantised products",
+    "gradient": "quantised products",
     "expand_": "expanding weights",
     "flash": "attention",
     "fmha": "attention",

@@ -370,7 +370,7 @@ def test_every_shape_of_block_of_few_rows_on_hopper(tokens, split, dtype, monkey
 @pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=on_hopper) for tokens in kernels_cuda.STAGES])
 def test_every_shape_of_block_on_hopper(tokens, split, dtype, monkeypatch):
     monkeypatch.setattr(kernels_cuda, "_hopper_shape", lambda *given: (tokens, split))
-    monkeypatch.setattr(kernels_cuda, "_MOST_FEW_ROWS", 0)
+    monkeypatch.setattr(kernels_cuda, "MOST_FEW_ROWS", 0)
     for m, n, k in ((130, 256, 128), (300, 1024, 4096), (512, 448, 2080), (37, 192, 1056), (1, 128, 160)):
         for bits in (8, 4):
             weight, scale, bias, exact = problem(bits, dtype, n, k)
