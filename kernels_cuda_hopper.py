@@ -370,9 +370,8 @@ extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(256, 
 # the weight and of x. In the end each block of a cluster finishes the columns of y of some of its warps.
 #
 # Grid: a multiple of SPLIT; block: 320. Tensor maps as for `many_rows`. There is a step for each of SPLIT blocks.
-FEW_ROWS_ON_HOPPER = r"""
-#define MOST_STAGES 20
-template <int BITS, int TOKENS, int SPLIT> struct FewRows {
+FEW_ROWS_ON_HOPPER = f"\n#define MOST_STAGES {MOST_STAGES}\n" + (
+    r"""template <int BITS, int TOKENS, int SPLIT> struct FewRows {
     static constexpr int ROW_BYTES = 8 * BITS, X_BYTES = TOKENS * 128, STAGE = X_BYTES + ROWS * ROW_BYTES;
     static constexpr int TILES = TOKENS / 8, OWN = (WARPS + SPLIT - 1) / SPLIT;   // warps that a block finishes
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -513,3 +512,4 @@ extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(320, 
     FewRows<BITS, TOKENS, SPLIT>().run(c); \
 }
 """
+)
