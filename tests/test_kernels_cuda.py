@@ -349,6 +349,7 @@ on_hopper = [
 @pytest.mark.parametrize("split", kernels_cuda.FEW_SPLITS)
 @pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=on_hopper) for tokens in kernels_cuda.FEW_TOKENS])
 def test_every_shape_of_block_of_few_rows_on_hopper(tokens, split, dtype, monkeypatch):
+    monkeypatch.setattr(kernels_cuda, "_hopper_launch", kernels_cuda._hopper_launch.__wrapped__)
     for stages in (2, 3, 8):  # rings that turn often, too
         for m, n, k in ((tokens, 256, 4096), (tokens - 3, 448, 2080), (2, 136, 1056), (tokens // 2, 8, 192)):
             for bits in (8, 4):
@@ -369,6 +370,7 @@ def test_every_shape_of_block_of_few_rows_on_hopper(tokens, split, dtype, monkey
 @pytest.mark.parametrize("split", kernels_cuda.SPLITS)
 @pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=on_hopper) for tokens in kernels_cuda.STAGES])
 def test_every_shape_of_block_on_hopper(tokens, split, dtype, monkeypatch):
+    monkeypatch.setattr(kernels_cuda, "_hopper_launch", kernels_cuda._hopper_launch.__wrapped__)
     monkeypatch.setattr(kernels_cuda, "_hopper_shape", lambda *given: (tokens, split))
     monkeypatch.setattr(kernels_cuda, "MOST_FEW_ROWS", 0)
     for m, n, k in ((130, 256, 128), (300, 1024, 4096), (512, 448, 2080), (37, 192, 1056), (1, 128, 160)):
