@@ -150,6 +150,9 @@ __device__ __forceinline__ void store_transposed(u32 address, u32 a, u32 b, u32 
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
         :: "r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
+// Between the blocks of a cluster: what they stored before they arrived is there after the wait.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 __device__ __forceinline__ void store_to(u32 address, int block, const float* v) {   // of the cluster; 16 bytes
     asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;"
         " st.shared::cluster.v4.f32 [there], {%2, %3, %4, %5}; }"
@@ -157,6 +160,25 @@ __device__ __forceinline__ void store_to(u32 address, int block, const float* v)
 }
 
 constexpr int ROWS = 128, WARPS = 8, PITCH = ROWS + 8;   // columns of y; numbers from token to token, in the end
+
+// What a block, one `part` of a cluster, has of a product: columns of y and rows of x from these on, and steps of K.
+template <int TOKENS, int SPLIT> struct Share {
+    const Call& c;
+    const int part, columns = (c.M + TOKENS - 1) / TOKENS, tile = blockIdx.x / SPLIT;
+    const int first_n = tile / columns * ROWS, first_m = tile % columns * TOKENS;
+    const int steps = (c.K + 63) / 64, begin = steps * part / SPLIT, end = steps * (part + 1) / SPLIT;
+};
+// Barriers of each stage of a ring: `full` after so many arrivals, `free` when each of WARPS has left it.
+__device__ __forceinline__ void init_ring(u32 full, u32 free, const int& stages, u32 arrivals) {
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < stages; i++) {
+            init_barrier(full + i * 8, arrivals);
+            init_barrier(free + i * 8, WARPS);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+}
 
 template <int BITS, bool TRANSPOSED, int TOKENS, int SPLIT, int STAGES> struct ManyRows {
     static constexpr int ROW_BYTES = 8 * BITS;   // of 64 weights
@@ -272,19 +294,12 @@ template <int BITS, bool TRANSPOSED, int TOKENS, int SPLIT, int STAGES> struct M
     __device__ __forceinline__ void run(const Call& c) {
         extern __shared__ uint4 shared[];
         __shared__ unsigned long long barriers[2 * STAGES];
-        const int columns = (c.M + TOKENS - 1) / TOKENS, part = blockIdx.x % SPLIT, tile = blockIdx.x / SPLIT;
-        const int first_n = tile / columns * ROWS, first_m = tile % columns * TOKENS;
-        const int steps = (c.K + 63) / 64, begin = steps * part / SPLIT, end = steps * (part + 1) / SPLIT;
+        const int part = blockIdx.x % SPLIT;
+        const Share<TOKENS, SPLIT> share{c, part};
+        const int first_n = share.first_n, first_m = share.first_m, begin = share.begin, end = share.end;
         const u32 full = address_of(barriers), free = full + 8 * STAGES;   // of each stage
         ring = (address_of(shared) + 1023) / 1024 * 1024;
-        if (threadIdx.x == 0) {
-            for (int i = 0; i < STAGES; i++) {
-                init_barrier(full + i * 8, 1);
-                init_barrier(free + i * 8, WARPS);
-            }
-            asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        }
-        __syncthreads();
+        init_ring(full, free, STAGES, 1);
         auto fetch_weights = [&](int step, int stage) {   // by one thread
             const u32 to = ring + stage * STAGE + X_BYTES, barrier = full + stage * 8;
             announce(barrier, STAGE + SCALE_BYTES);
@@ -404,19 +419,12 @@ FEW_ROWS_ON_HOPPER = f"\n#define MOST_STAGES {MOST_STAGES}\n" + (
     __device__ __forceinline__ void run(const Call& c) {
         extern __shared__ uint4 shared[];
         __shared__ unsigned long long barriers[2 * MOST_STAGES];
-        const int columns = (c.M + TOKENS - 1) / TOKENS, part = blockIdx.x % SPLIT, tile = blockIdx.x / SPLIT;
-        const int first_n = tile / columns * ROWS, first_m = tile % columns * TOKENS;
-        const int steps = (c.K + 63) / 64, begin = steps * part / SPLIT, end = steps * (part + 1) / SPLIT;
+        const int part = blockIdx.x % SPLIT;
+        const Share<TOKENS, SPLIT> share{c, part};
+        const int first_n = share.first_n, first_m = share.first_m, begin = share.begin, end = share.end;
         const u32 full = address_of(barriers), free = full + 8 * MOST_STAGES;   // of each stage
         const u32 ring = (address_of(shared) + 1023) / 1024 * 1024, received = ring + c.stages * STAGE;
-        if (threadIdx.x == 0) {
-            for (int i = 0; i < c.stages; i++) {
-                init_barrier(full + i * 8, 2);
-                init_barrier(free + i * 8, WARPS);
-            }
-            asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        }
-        __syncthreads();
+        init_ring(full, free, c.stages, 2);
         start_next();
         if (SPLIT > 1) cluster_arrive();   // this block is there
 

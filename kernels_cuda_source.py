@@ -36,18 +36,6 @@ __device__ __forceinline__ void wait() {
 #endif
 }
 
-// Between the blocks of a cluster: what they stored before they arrived is there after the wait.
-__device__ __forceinline__ void cluster_arrive() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void cluster_wait() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-#endif
-}
-
 #if __CUDA_ARCH__ >= 750
 #define LINE ".L2::128B"   // have the L2 cache fetch whole lines
 #else
