@@ -465,7 +465,6 @@ def _hopper_shape(m: int, n: int, k: int, processors: int) -> tuple[int, int]:
     return min(((tokens, split) for tokens in STAGES for split in SPLITS if split * 64 <= k), key=time)
 
 
-@functools.lru_cache(maxsize=4096)
 def _few_shape(m: int, n: int, k: int, bits: int, device: int) -> tuple[int, int, int, int]:
     """Of a product of few rows: rows of x of a block, parts of K, steps under way, bytes of shared memory.
 
@@ -543,7 +542,7 @@ def takes_norm(x: torch.Tensor, weight: torch.Tensor, bits: int) -> bool:
     """Whether the kernel that multiplies the rows of x [..., K] by this weight can normalise them first."""
     k, n = x.shape[-1], weight.shape[0]
     m = x.numel() // k
-    if m > MOST_FEW_ROWS or _suits_hopper(m, x, weight, n):
+    if _suits_hopper(m, x, weight, n):
         return False
     plan = _plan(m, n, k, bits, weight.get_device())
     if plan is None or weight.data_ptr() % 16 or not weight.is_contiguous():

@@ -45,12 +45,21 @@ def build(layers: int, device: str = "cuda", **fields) -> ChatGLMForConditionalG
     return model
 
 
-def widen(model: nn.Module) -> None:
-    """Put FP16 weights of the same values in the place of the quantised ones, layer by layer."""
+def replace_linears(model: nn.Module, make: Callable[[QuantizedLinear], nn.Module]) -> None:
+    """Put what `make` makes of it in the place of each quantised layer, one by one."""
     for name, layer in [named for named in model.named_modules() if isinstance(named[1], QuantizedLinear)]:
-        wide = nn.Linear(layer.in_features, layer.out_features, device="meta")
-        wide.weight, wide.bias = nn.Parameter(layer.dequantize(), requires_grad=False), layer.bias
-        model.set_submodule(name, wide)
+        model.set_submodule(name, make(layer))
+
+
+def widen(model: nn.Module) -> None:
+    """Put FP16 weights of the same values in the place of the quantised ones."""
+
+    def wide(layer: QuantizedLinear) -> nn.Linear:
+        linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
+        linear.weight, linear.bias = nn.Parameter(layer.dequantize(), requires_grad=False), layer.bias
+        return linear
+
+    replace_linears(model, wide)
 
 
 def prompts(config: ChatGLMConfig, length: int, batch: int = 1) -> torch.Tensor:
@@ -124,8 +133,7 @@ class CompiledSteps:
     def __init__(self, model: ChatGLMForConditionalGeneration, ids: torch.Tensor, room: int = 128, **options):
         """For at most `room` steps after ids [1, S]; changes the model. The options are those of torch.compile."""
         config, like = model.config, {"dtype": model.dtype, "device": ids.device}
-        for name, layer in [named for named in model.named_modules() if isinstance(named[1], QuantizedLinear)]:
-            model.set_submodule(name, CompiledLinear(layer))
+        replace_linears(model, CompiledLinear)
         for block in model.transformer.layers:
             block.attention.layer_idx = 0  # a number that differs would be compiled again
         self.model, self.token, self.place = model, ids[:, -1:].clone(), torch.full_like(ids[0, :1], ids.shape[1])

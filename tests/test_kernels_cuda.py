@@ -217,7 +217,7 @@ def test_every_launch_on_hopper_fits_the_device(monkeypatch):
     for n, k in ((12288, 4096), (4096, 16384), (40, 65536), (24, 64), (200000, 128)):
         for m in range(2, 33):
             for bits in (8, 4):
-                tokens, split, stages, shared = kernels_cuda._few_shape.__wrapped__(m, n, k, bits, 0)
+                tokens, split, stages, shared = kernels_cuda._few_shape(m, n, k, bits, 0)
                 assert f"hopper_few_{bits}_{tokens}_{split}" in kernels_cuda.SOURCES
                 assert tokens >= m
                 assert k // 64 >= split
