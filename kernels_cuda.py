@@ -518,8 +518,10 @@ def _hopper_launch(kernel: str, m: int, n: int, k: int, weight: int, rows: int, 
         tokens, split = _hopper_shape(m, n, k, _properties(device)[1])
         stages, shared = 0, hopper_bytes(tokens, box[0] * box[1])
     module = {"few_rows": f"few_{bits}", "many_rows": str(bits), "gradient": "gradient"}[kernel]
-    grid, block = (-(-n // 128) * -(-m // tokens) * split, 1, 1), 320 if kernel == "few_rows" else 256
-    launch = f"hopper_{module}_{tokens}_{split}", kernel, grid, block, shared
+    blocks, block = -(-n // 128) * -(-m // tokens) * split, 320 if kernel == "few_rows" else 256
+    if kernel != "few_rows" and split == 1:
+        blocks = min(blocks, _properties(device)[1])
+    launch = f"hopper_{module}_{tokens}_{split}", kernel, (blocks, 1, 1), block, shared
     return launch, _tensor_map(weight, rows, row_bytes, *box), tokens, stages
 
 
@@ -717,7 +719,8 @@ def attend(qkv, cosines, sines, keys, values, slots, padding, prefix: int, rows:
     tensors |= {"slots": slots, "padding": padding, "parts": parts, "tickets": _get_tickets(qkv.device)}
     grid = (min(most, -(-places // 64)), batch * heads, 1)
     given = {"H": heads, "T": places, "R": rows, "prefix": prefix, "most": most, **tensors}
-    _operate(qkv, f"step_{head_dim}", "attend_step", grid, 0, **given)
+    name = "attend_many" if most * batch * heads > 2 * _properties(qkv.get_device())[1] else "attend_step"
+    _operate(qkv, f"step_{head_dim}", name, grid, 0, **given)
     return out
 
 

@@ -30,7 +30,7 @@ MOST_STAGES = 20
 def hopper_bytes(tokens: int, weight_bytes: int) -> int:
     """Dynamic shared memory of a block, with so many bytes of weights in a step."""
     stage = tokens * 128 + weight_bytes + 128  # the last are scales, where a step needs them
-    return 1024 + max(STAGES[tokens] * stage, tokens * 512)
+    return 1024 + STAGES[tokens] * stage + 12288
 
 
 def few_bytes(tokens: int, split: int, stages: int, weight_bytes: int) -> int:
@@ -159,7 +159,7 @@ __device__ __forceinline__ void store_to(u32 address, int block, const float* v)
         :: "r"(address), "r"(block), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
 }
 
-constexpr int ROWS = 128, WARPS = 8, PITCH = ROWS + 8;   // columns of y; numbers from token to token, in the end
+constexpr int ROWS = 128, WARPS = 8, PITCH = 48;   // columns of y; bytes from token to token, in the end
 
 // What a block, one `part` of a cluster, has of a product: columns of y and rows of x from these on, and steps of K.
 template <int TOKENS, int SPLIT> struct Share {
@@ -249,39 +249,38 @@ template <int BITS, bool TRANSPOSED, int TOKENS, int SPLIT, int STAGES> struct M
                     const float4 v = at[(block * COUNT + i) * 64 + threadIdx.x];
                     total[i] += v.x; total[i + 1] += v.y; total[i + 2] += v.z; total[i + 3] += v.w;
                 }
-        __syncthreads();
     }
 
-    // y from column first_n and row first_m on. The numbers are turned round in shared memory, `at`, to be written
-    // along the rows of y; the residual is added there.
+    // y from column first_n and row first_m on. A warp turns its numbers round in shared memory, 16 tokens at a time, to
+    // write 32 bytes of a row of y; the residual is added there. `staging`: 1536 bytes of the warp's own.
     __device__ __forceinline__ void write(const Epilogue& e, float (&total)[COUNT], int first_m, int first_n, int M,
-                                          int N, char* at) const {
+                                          int N, char* staging) const {
         const Epilogue first = {e.scale, e.bias, nullptr, 0, 0, nullptr};
         const int my_n = first_n + warp * 16 + g;
         const Finish ends[2] = {prepare(first, 0, my_n, M, N), prepare(first, 0, my_n + 8, M, N)};
+        const u32 mine = address_of(staging) + (lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * 16;
+        const int column = lane % 2 * 8, n = first_n + warp * 16 + column;
 #pragma unroll
-        for (int i = 0; i < COUNT; i++) total[i] = finished(first, ends[i / 2 % 2], total[i]);
-        if (e.gelu)
+        for (int i = 0; i < COUNT; i += 8) {
 #pragma unroll
-            for (int i = 0; i < COUNT; i++) total[i] = gelu(total[i]);
-        const u32 mine = ring + ((lane / 16 * 8 + lane % 8) * PITCH + warp * 16 + lane / 8 % 2 * 8) * 2;
-#pragma unroll
-        for (int i = 0; i < COUNT; i += 8)
-            store_transposed(mine + i * 2 * PITCH * 2, pack(total[i], total[i + 1]), pack(total[i + 2], total[i + 3]),
+            for (int j = i; j < i + 8; j++) {
+                total[j] = finished(first, ends[j / 2 % 2], total[j]);
+                if (e.gelu) total[j] = gelu(total[j]);
+            }
+            const int slot = i / 8 % 2 * 16 * PITCH;
+            store_transposed(mine + slot, pack(total[i], total[i + 1]), pack(total[i + 2], total[i + 3]),
                              pack(total[i + 4], total[i + 5]), pack(total[i + 6], total[i + 7]));
-        __syncthreads();
-        const int row = threadIdx.x % 16 * 8, n = first_n + row, tokens = min(TOKENS / SPLIT, M - first_m);
-        if (n >= N) return;
-#pragma unroll 4
-        for (int token = threadIdx.x / 16; token < tokens; token += 16) {
-            const size_t place = (size_t)(first_m + token) * N + n;
-            uint4 v = *(const uint4*)(at + (token * PITCH + row) * 2);
+            __syncwarp();
+            const int token = i * 2 + lane / 2, m = first_m + token;
+            const char* from = staging + slot + lane / 2 * PITCH;
+            uint4 v = *(const uint4*)(from + column * 2);
             if (TRANSPOSED) {   // of 16 columns, the even ones lie before the odd ones
-                const uint2* from = (const uint2*)(at + token * PITCH * 2 + row / 16 * 32 + row % 16);
-                const uint2 even = from[0], odd = from[2];
+                const uint2 even = *(const uint2*)(from + column), odd = *(const uint2*)(from + column + 16);
                 v = make_uint4(__byte_perm(even.x, odd.x, 0x5410), __byte_perm(even.x, odd.x, 0x7632),
                                __byte_perm(even.y, odd.y, 0x5410), __byte_perm(even.y, odd.y, 0x7632));
             }
+            if (m >= M || n >= N) continue;
+            const size_t place = (size_t)m * N + n;
             if (e.residual) {
                 const uint4 r = *(const uint4*)(e.residual + place);
                 auto add = [&](u32 y, u32 r) { return pack(low(y) + e.alpha * low(r), high(y) + e.alpha * high(r)); };
@@ -289,84 +288,102 @@ template <int BITS, bool TRANSPOSED, int TOKENS, int SPLIT, int STAGES> struct M
             }
             *(uint4*)((u16*)e.output + place) = v;
         }
+        __syncwarp();
     }
 
     __device__ __forceinline__ void run(const Call& c) {
         extern __shared__ uint4 shared[];
         __shared__ unsigned long long barriers[2 * STAGES];
-        const int part = blockIdx.x % SPLIT;
-        const Share<TOKENS, SPLIT> share{c, part};
-        const int first_n = share.first_n, first_m = share.first_m, begin = share.begin, end = share.end;
+        const int columns = (c.M + TOKENS - 1) / TOKENS, tiles = (c.N + ROWS - 1) / ROWS * columns;
+        const int part = blockIdx.x % SPLIT, stride = gridDim.x / SPLIT;
+        const int steps = (c.K + 63) / 64, begin = steps * part / SPLIT, end = steps * (part + 1) / SPLIT;
         const u32 full = address_of(barriers), free = full + 8 * STAGES;   // of each stage
         ring = (address_of(shared) + 1023) / 1024 * 1024;
         init_ring(full, free, STAGES, 1);
-        auto fetch_weights = [&](int step, int stage) {   // by one thread
-            const u32 to = ring + stage * STAGE + X_BYTES, barrier = full + stage * 8;
-            announce(barrier, STAGE + SCALE_BYTES);
-            copy_box(to, c.weight, TRANSPOSED ? first_n : step * ROW_BYTES, TRANSPOSED ? step * 64 : first_n, barrier);
+        // What is fetched next: a step of a tile, into a stage. x, and scales, which may have been cast just before,
+        // are there after wait() only.
+        struct Fetch {
+            int tile, step, stage;
+            u32 parity;
+        } next = {(int)blockIdx.x / SPLIT, begin, 0, 0}, next_x = next;
+        auto advance = [&](Fetch& f) {
+            if (++f.step == end) { f.step = begin; f.tile += stride; }
+            if (++f.stage == STAGES) { f.stage = 0; f.parity ^= 1; }
         };
-        auto fetch_x = [&](int step, int stage) {   // and scales, which may have been cast just before
-            const u32 barrier = full + stage * 8;
-            copy_box(ring + stage * STAGE, c.x, step * 128, first_m, barrier);
+        auto fetch_weights = [&](const Fetch& f) {   // by one thread
+            const u32 to = ring + f.stage * STAGE + X_BYTES, barrier = full + f.stage * 8;
+            const int n = f.tile / columns * ROWS;
+            announce(barrier, STAGE + SCALE_BYTES);
+            copy_box(to, c.weight, TRANSPOSED ? n : f.step * ROW_BYTES, TRANSPOSED ? f.step * 64 : n, barrier);
+        };
+        auto fetch_x = [&](const Fetch& f) {
+            const u32 barrier = full + f.stage * 8;
+            copy_box(ring + f.stage * STAGE, c.x, f.step * 128, f.tile % columns * TOKENS, barrier);
             if (TRANSPOSED)
-                copy_bytes(ring + STAGES * STAGE + stage * SCALE_BYTES, c.scale + step * 64, SCALE_BYTES, barrier);
+                copy_bytes(ring + STAGES * STAGE + f.stage * SCALE_BYTES, c.scale + f.step * 64, SCALE_BYTES, barrier);
         };
         start_next();
-        if (threadIdx.x == 0)
-            for (int i = 0; i < STAGES && begin + i < end; i++) fetch_weights(begin + i, i);
+        for (int i = 0; i < STAGES && next.tile < tiles; i++, advance(next))
+            if (threadIdx.x == 0) fetch_weights(next);
         wait();
-        if (threadIdx.x == 0)
-            for (int i = 0; i < STAGES && begin + i < end; i++) fetch_x(begin + i, i);
+        for (int i = 0; i < STAGES && next_x.tile < tiles; i++, advance(next_x))
+            if (threadIdx.x == 0) fetch_x(next_x);
 
-        float sums[TOKENS / 2];
-#pragma unroll
-        for (int i = 0; i < TOKENS / 2; i++) sums[i] = 0;
+        char* at = (char*)shared + (ring - address_of(shared));
+        char* staging = at + STAGES * (STAGE + SCALE_BYTES) + warp * 1536;
+        const Epilogue e = {c.scale, c.bias, c.residual, c.alpha, c.gelu, c.y}, bare = {0, 0, 0, 0, 0, c.y};
         // While the tensor cores have 32 columns of K, the next are widened. A stage that was left two steps ago is
-        // filled anew.
-        u32 a[2][8];
-        int stage = 0, before = 0, refilled = 0;
-        u32 parity = 0, refilled_parity = 0;
-        wait_for(full, 0);
-        widen(0, 0, a[0]);
-        for (int step = begin;; step++) {
-            const unsigned long long b = describe(ring + stage * STAGE);
-            begin_products();
-            multiply_async(sums, a[0], b);
-            multiply_async(sums, a[0] + 4, b + 2);
-            commit_products();
-            wait_products<1>();
-            if (step > begin && lane == 0) arrive(free + before * 8);
-            before = stage;
-            const int next = step - 2 + STAGES;
-            if (warp == 0 && step > begin + 1 && next < end) {
-                wait_for(free + refilled * 8, refilled_parity);
-                if (lane == 0) {
-                    fetch_weights(next, refilled);
-                    fetch_x(next, refilled);
-                }
-                if (++refilled == STAGES) { refilled = 0; refilled_parity ^= 1; }
-            }
-            widen(stage, 1, a[1]);
-            begin_products();
-            multiply_async(sums, a[1], b + 4);
-            multiply_async(sums, a[1] + 4, b + 6);
-            commit_products();
-            if (step + 1 == end) break;
-            wait_products<1>();
-            if (++stage == STAGES) { stage = 0; parity ^= 1; }
+        // filled anew, for this tile or for the block's next.
+        u32 a[2][8], parity = 0, refilled_parity = 0;
+        int stage = 0, before = 0, refilled = 0, done = 0;
+        auto left = [&](int s) { if (lane == 0) arrive(free + s * 8); };
+        for (int tile = blockIdx.x / SPLIT; tile < tiles; tile += stride) {
+            float sums[TOKENS / 2];
+#pragma unroll
+            for (int i = 0; i < TOKENS / 2; i++) sums[i] = 0;
             wait_for(full + stage * 8, parity);
             widen(stage, 0, a[0]);
-        }
-        wait_products<0>();
+            for (int step = begin;; step++) {
+                const unsigned long long b = describe(ring + stage * STAGE);
+                begin_products();
+                multiply_async(sums, a[0], b);
+                multiply_async(sums, a[0] + 4, b + 2);
+                commit_products();
+                wait_products<1>();
+                if (step > begin) left(before);
+                before = stage;
+                if (warp == 0 && done > 1 && next.tile < tiles) {
+                    wait_for(free + refilled * 8, refilled_parity);
+                    if (lane == 0) {
+                        fetch_weights(next);
+                        fetch_x(next);
+                    }
+                    advance(next);
+                    if (++refilled == STAGES) { refilled = 0; refilled_parity ^= 1; }
+                }
+                done++;
+                widen(stage, 1, a[1]);
+                begin_products();
+                multiply_async(sums, a[1], b + 4);
+                multiply_async(sums, a[1] + 4, b + 6);
+                commit_products();
+                if (++stage == STAGES) { stage = 0; parity ^= 1; }
+                if (step + 1 == end) break;
+                wait_products<1>();
+                wait_for(full + stage * 8, parity);
+                widen(stage, 0, a[0]);
+            }
+            wait_products<0>();
 #pragma unroll
-        for (int i = 0; i < TOKENS / 2; i++) asm volatile("" : "+f"(sums[i]) :: "memory");   // not used before
-        if (SPLIT > 1) { cluster_arrive(); cluster_wait(); }   // all warps have left the ring
-        else __syncthreads();
-        char* at = (char*)shared + (ring - address_of(shared));
-        float total[COUNT];
-        add_up(sums, total, (float4*)at);
-        const Epilogue e = {c.scale, c.bias, c.residual, c.alpha, c.gelu, c.y}, bare = {0, 0, 0, 0, 0, c.y};
-        write(TRANSPOSED ? bare : e, total, first_m + part * (TOKENS / SPLIT), first_n, c.M, c.N, at);
+            for (int i = 0; i < TOKENS / 2; i++) asm volatile("" : "+f"(sums[i]) :: "memory");   // not used before
+            left(before);
+            if (SPLIT > 1) { cluster_arrive(); cluster_wait(); }   // all warps have left the ring
+            float total[COUNT];
+            add_up(sums, total, (float4*)at);
+            const int first_n = tile / columns * ROWS, first_m = tile % columns * TOKENS + part * (TOKENS / SPLIT);
+            write(TRANSPOSED ? bare : e, total, first_m, first_n, c.M, c.N, staging);
+            if (SPLIT > 1) return;   // its ring is gone
+        }
     }
 };
 #define KERNEL(NAME, BITS, TRANSPOSED, TOKENS, SPLIT, STAGES) \

@@ -233,8 +233,8 @@ struct Cut {
     }
 };
 // Keys and values that a thread has loaded; D / 8 threads share a key.
-template <int D> struct Keys {
-    static constexpr int LANES = D / 8, GROUPS = 256 / LANES, AHEAD = GROUPS < 64 ? 64 / GROUPS : 1;
+template <int D, int AT_ONCE> struct Keys {
+    static constexpr int LANES = D / 8, GROUPS = 256 / LANES, AHEAD = GROUPS < AT_ONCE ? AT_ONCE / GROUPS : 1;
     static constexpr int COUNT = GROUPS * AHEAD;   // keys of all threads
     uint4 k[AHEAD], v[AHEAD];
     __device__ __forceinline__ void fetch(const Operation& op, const Cut& cut, int head, int base, int end) {
@@ -252,7 +252,8 @@ template <int D> struct Keys {
     }
 };
 template <int D> struct AttendShared {
-    float q[D], sums[Keys<D>::GROUPS], maxima[Keys<D>::GROUPS], outs[Keys<D>::GROUPS][D], weights[MOST_PARTS];
+    static constexpr int GROUPS = 256 / (D / 8);
+    float q[D], sums[GROUPS], maxima[GROUPS], outs[GROUPS][D], weights[MOST_PARTS];
     uint4 new_key[D / 8];
     bool is_last;
 };
@@ -261,10 +262,12 @@ template <int D> struct AttendShared {
 // attends to the keys up to there but those of the padding (prefix <= j < prefix + padding[b]). The last block of a
 // head adds up its parts. The first keys of the part, older ones, are loaded already; the next are, always, while some
 // are worked on.
-template <int D>
+template <int D, int AT_ONCE>
 __device__ __forceinline__ void attend(const Operation& op, const Cut& cut, int head, int part_index,
-                                       Keys<D>& first_keys, Keys<D>& second_keys, AttendShared<D>& s) {
-    constexpr int LANES = Keys<D>::LANES, GROUPS = Keys<D>::GROUPS, AHEAD = Keys<D>::AHEAD, COUNT = Keys<D>::COUNT;
+                                       Keys<D, AT_ONCE>& first_keys, Keys<D, AT_ONCE>& second_keys,
+                                       AttendShared<D>& s) {
+    using K = Keys<D, AT_ONCE>;
+    constexpr int LANES = K::LANES, GROUPS = K::GROUPS, AHEAD = K::AHEAD, COUNT = K::COUNT;
     const int b = head / op.H, lane = threadIdx.x % LANES, group = threadIdx.x / LANES, n = cut.n;
     const int begin = part_index * cut.per, end = min(begin + cut.per, n), hidden_to = op.prefix + op.padding[b];
     const u16* mine = (const u16*)op.input + (size_t)head * 3 * D;
@@ -286,7 +289,7 @@ __device__ __forceinline__ void attend(const Operation& op, const Cut& cut, int 
     float my_q[8], acc[8], largest = -1e30f, sum = 0;
 #pragma unroll
     for (int i = 0; i < 8; i++) { my_q[i] = s.q[lane * 8 + i]; acc[i] = 0; }
-    auto take = [&](Keys<D>& keys, int base) {
+    auto take = [&](K& keys, int base) {
         float score[AHEAD], top = largest;
 #pragma unroll
         for (int a = 0; a < AHEAD; a++) {
@@ -383,20 +386,26 @@ extern "C" __global__ void end_step(const __grid_constant__ Operation op) {
     wait();
     end(op);
 }
-// Grid: parts of the keys, at most; heads. Slots and older keys were there before the step began.
-extern "C" __global__ void __launch_bounds__(256) attend_step(const __grid_constant__ Operation op) {
+// Grid: parts of the keys, at most; heads. Slots and older keys were there before the step began. `attend_many` has
+// fewer keys ahead, and twice as many blocks on a multiprocessor.
+template <int AT_ONCE> __device__ __forceinline__ void attend_all(const Operation& op) {
     __shared__ AttendShared<HEAD_DIM> shared;
     start_next();
     const Cut cut(op, blockIdx.y / op.H);
     if (blockIdx.x >= cut.used) return;
-    Keys<HEAD_DIM> first, second;
+    Keys<HEAD_DIM, AT_ONCE> first, second;
     const int begin = blockIdx.x * cut.per, end = min(begin + cut.per, cut.n);
     first.fetch(op, cut, blockIdx.y, begin, end);
     second.fetch(op, cut, blockIdx.y, begin + first.COUNT, end);
     wait();
     attend<HEAD_DIM>(op, cut, blockIdx.y, blockIdx.x, first, second, shared);
 }
-
+extern "C" __global__ void __launch_bounds__(256) attend_step(const __grid_constant__ Operation op) {
+    attend_all<64>(op);
+}
+extern "C" __global__ void __launch_bounds__(256, 4) attend_many(const __grid_constant__ Operation op) {
+    attend_all<32>(op);
+}
 """
 _PROMPT = r"""
 // y = LayerNorm(x), a block a row; K % 8 == 0.
