@@ -185,7 +185,7 @@ template <int BITS, bool TRANSPOSED, int TOKENS, int SPLIT, int STAGES> struct M
     static constexpr int X_BYTES = TOKENS * 128, STAGE = X_BYTES + ROWS * ROW_BYTES;
     static constexpr int SCALE_BYTES = TRANSPOSED ? 128 : 0;
     static constexpr int COUNT = TOKENS / 2 / SPLIT;   // sums of a thread that this block finishes
-    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     u32 ring;   // stages; then their scales
 
     // The fragments of 32 columns of K: four registers for each 16.
@@ -295,52 +295,58 @@ template <int BITS, bool TRANSPOSED, int TOKENS, int SPLIT, int STAGES> struct M
         extern __shared__ uint4 shared[];
         __shared__ unsigned long long barriers[2 * STAGES];
         const int columns = (c.M + TOKENS - 1) / TOKENS, tiles = (c.N + ROWS - 1) / ROWS * columns;
-        const int part = blockIdx.x % SPLIT, stride = gridDim.x / SPLIT;
+        const int part = blockIdx.x % SPLIT, first = blockIdx.x / SPLIT, stride = gridDim.x / SPLIT;
         const int steps = (c.K + 63) / 64, begin = steps * part / SPLIT, end = steps * (part + 1) / SPLIT;
         const u32 full = address_of(barriers), free = full + 8 * STAGES;   // of each stage
         ring = (address_of(shared) + 1023) / 1024 * 1024;
         init_ring(full, free, STAGES, 1);
-        // What is fetched next: a step of a tile, into a stage. x, and scales, which may have been cast just before,
-        // are there after wait() only.
-        struct Fetch {
-            int tile, step, stage;
-            u32 parity;
-        } next = {(int)blockIdx.x / SPLIT, begin, 0, 0}, next_x = next;
-        auto advance = [&](Fetch& f) {
-            if (++f.step == end) { f.step = begin; f.tile += stride; }
-            if (++f.stage == STAGES) { f.stage = 0; f.parity ^= 1; }
-        };
-        auto fetch_weights = [&](const Fetch& f) {   // by one thread
-            const u32 to = ring + f.stage * STAGE + X_BYTES, barrier = full + f.stage * 8;
-            const int n = f.tile / columns * ROWS;
-            announce(barrier, STAGE + SCALE_BYTES);
-            copy_box(to, c.weight, TRANSPOSED ? n : f.step * ROW_BYTES, TRANSPOSED ? f.step * 64 : n, barrier);
-        };
-        auto fetch_x = [&](const Fetch& f) {
-            const u32 barrier = full + f.stage * 8;
-            copy_box(ring + f.stage * STAGE, c.x, f.step * 128, f.tile % columns * TOKENS, barrier);
-            if (TRANSPOSED)
-                copy_bytes(ring + STAGES * STAGE + f.stage * SCALE_BYTES, c.scale + f.step * 64, SCALE_BYTES, barrier);
-        };
         start_next();
-        for (int i = 0; i < STAGES && next.tile < tiles; i++, advance(next))
-            if (threadIdx.x == 0) fetch_weights(next);
+        u32 parity = 0;
+        int stage = 0;
+        auto advance = [&] { if (++stage == STAGES) { stage = 0; parity ^= 1; } };
+        if (warp >= WARPS) {
+            asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+            auto fetch_weights = [&](int tile, int step) {
+                const u32 barrier = full + stage * 8, to = ring + stage * STAGE + X_BYTES;
+                const int n = tile / columns * ROWS;
+                announce(barrier, STAGE + SCALE_BYTES);
+                copy_box(to, c.weight, TRANSPOSED ? n : step * ROW_BYTES, TRANSPOSED ? step * 64 : n, barrier);
+            };
+            auto fetch_x = [&](int tile, int step) {   // and scales, which may have been cast just before
+                const u32 barrier = full + stage * 8;
+                copy_box(ring + stage * STAGE, c.x, step * 128, tile % columns * TOKENS, barrier);
+                if (TRANSPOSED)
+                    copy_bytes(ring + STAGES * STAGE + stage * SCALE_BYTES, c.scale + step * 64, SCALE_BYTES, barrier);
+            };
+            if (threadIdx.x == WARPS * 32) {
+                const int ahead = min(begin + STAGES, end);
+                for (int step = begin; step < ahead; step++, stage++) fetch_weights(first, step);
+                wait();
+                stage = 0;
+                for (int step = begin; step < ahead; step++, advance()) fetch_x(first, step);
+                parity ^= 1;
+                for (int tile = first, step = ahead; tile < tiles; tile += stride, step = begin)
+                    for (; step < end; step++, advance()) {
+                        wait_for(free + stage * 8, parity);
+                        fetch_weights(tile, step);
+                        fetch_x(tile, step);
+                    }
+            }
+            return;
+        }
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
         wait();
-        for (int i = 0; i < STAGES && next_x.tile < tiles; i++, advance(next_x))
-            if (threadIdx.x == 0) fetch_x(next_x);
-
         char* at = (char*)shared + (ring - address_of(shared));
         char* staging = at + STAGES * (STAGE + SCALE_BYTES) + warp * 1536;
         const Epilogue e = {c.scale, c.bias, c.residual, c.alpha, c.gelu, c.y}, bare = {0, 0, 0, 0, 0, c.y};
-        // While the tensor cores have 32 columns of K, the next are widened. A stage that was left two steps ago is
-        // filled anew, for this tile or for the block's next.
-        u32 a[2][8], parity = 0, refilled_parity = 0;
-        int stage = 0, before = 0, refilled = 0, done = 0;
-        auto left = [&](int s) { if (lane == 0) arrive(free + s * 8); };
-        for (int tile = blockIdx.x / SPLIT; tile < tiles; tile += stride) {
+        auto leave = [&](int s) { if (lane == 0) arrive(free + s * 8); };
+        u32 a[2][8];
+        for (int tile = first; tile < tiles; tile += stride) {
             float sums[TOKENS / 2];
 #pragma unroll
             for (int i = 0; i < TOKENS / 2; i++) sums[i] = 0;
+            // While the tensor cores have 32 columns of K, the next are widened.
+            int before = 0;
             wait_for(full + stage * 8, parity);
             widen(stage, 0, a[0]);
             for (int step = begin;; step++) {
@@ -350,24 +356,14 @@ template <int BITS, bool TRANSPOSED, int TOKENS, int SPLIT, int STAGES> struct M
                 multiply_async(sums, a[0] + 4, b + 2);
                 commit_products();
                 wait_products<1>();
-                if (step > begin) left(before);
+                if (step > begin) leave(before);
                 before = stage;
-                if (warp == 0 && done > 1 && next.tile < tiles) {
-                    wait_for(free + refilled * 8, refilled_parity);
-                    if (lane == 0) {
-                        fetch_weights(next);
-                        fetch_x(next);
-                    }
-                    advance(next);
-                    if (++refilled == STAGES) { refilled = 0; refilled_parity ^= 1; }
-                }
-                done++;
                 widen(stage, 1, a[1]);
                 begin_products();
                 multiply_async(sums, a[1], b + 4);
                 multiply_async(sums, a[1] + 4, b + 6);
                 commit_products();
-                if (++stage == STAGES) { stage = 0; parity ^= 1; }
+                advance();
                 if (step + 1 == end) break;
                 wait_products<1>();
                 wait_for(full + stage * 8, parity);
@@ -376,18 +372,23 @@ template <int BITS, bool TRANSPOSED, int TOKENS, int SPLIT, int STAGES> struct M
             wait_products<0>();
 #pragma unroll
             for (int i = 0; i < TOKENS / 2; i++) asm volatile("" : "+f"(sums[i]) :: "memory");   // not used before
-            left(before);
-            if (SPLIT > 1) { cluster_arrive(); cluster_wait(); }   // all warps have left the ring
-            float total[COUNT];
-            add_up(sums, total, (float4*)at);
+            leave(before);
             const int first_n = tile / columns * ROWS, first_m = tile % columns * TOKENS + part * (TOKENS / SPLIT);
-            write(TRANSPOSED ? bare : e, total, first_m, first_n, c.M, c.N, staging);
-            if (SPLIT > 1) return;   // its ring is gone
+            if constexpr (SPLIT == 1) {
+                write(TRANSPOSED ? bare : e, sums, first_m, first_n, c.M, c.N, staging);
+            } else {
+                cluster_arrive();   // all warps have left the ring
+                cluster_wait();
+                float total[COUNT];
+                add_up(sums, total, (float4*)at);
+                write(TRANSPOSED ? bare : e, total, first_m, first_n, c.M, c.N, staging);
+                return;   // the ring is gone
+            }
         }
     }
 };
 #define KERNEL(NAME, BITS, TRANSPOSED, TOKENS, SPLIT, STAGES) \
-extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(256, 1) NAME( \
+extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(384, 1) NAME( \
         const __grid_constant__ Call c) { \
     ManyRows<BITS, TRANSPOSED, TOKENS, SPLIT, STAGES>().run(c); \
 }
