@@ -518,7 +518,7 @@ def _hopper_launch(kernel: str, m: int, n: int, k: int, weight: int, rows: int, 
         tokens, split = _hopper_shape(m, n, k, _properties(device)[1])
         stages, shared = 0, hopper_bytes(tokens, box[0] * box[1])
     module = {"few_rows": f"few_{bits}", "many_rows": str(bits), "gradient": "gradient"}[kernel]
-    blocks, block = -(-n // 128) * -(-m // tokens) * split, 320 if kernel == "few_rows" else 256
+    blocks, block = -(-n // 128) * -(-m // tokens) * split, 320 if kernel == "few_rows" else 384
     if kernel != "few_rows" and split == 1:
         blocks = min(blocks, _properties(device)[1])
     launch = f"hopper_{module}_{tokens}_{split}", kernel, (blocks, 1, 1), block, shared

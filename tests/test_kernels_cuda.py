@@ -373,7 +373,9 @@ def test_every_shape_of_block_on_hopper(tokens, split, dtype, monkeypatch):
     monkeypatch.setattr(kernels_cuda, "_hopper_launch", kernels_cuda._hopper_launch.__wrapped__)
     monkeypatch.setattr(kernels_cuda, "_hopper_shape", lambda *given: (tokens, split))
     monkeypatch.setattr(kernels_cuda, "MOST_FEW_ROWS", 0)
-    for m, n, k in ((130, 256, 128), (300, 1024, 4096), (512, 448, 2080), (37, 192, 1056), (1, 128, 160)):
+    # The last has blocks that take several tiles, one after the other.
+    shapes = ((130, 256, 128), (300, 1024, 4096), (512, 448, 2080), (37, 192, 1056), (1, 128, 160), (4200, 1152, 448))
+    for m, n, k in shapes:
         for bits in (8, 4):
             weight, scale, bias, exact = problem(bits, dtype, n, k)
             x, residual = torch.randn(m, k, device="cuda").to(dtype), torch.randn(m, n, device="cuda").to(dtype)
