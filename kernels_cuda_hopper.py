@@ -30,7 +30,7 @@ MOST_STAGES = 20
 def hopper_bytes(tokens: int, weight_bytes: int) -> int:
     """Dynamic shared memory of a block, with so many bytes of weights in a step."""
     stage = tokens * 128 + weight_bytes + 128  # the last are scales, where a step needs them
-    return 1024 + STAGES[tokens] * stage + 12288
+    return 1024 + STAGES[tokens] * stage + 8 * 1536  # to which the sums go in the end, those of each warp
 
 
 def few_bytes(tokens: int, split: int, stages: int, weight_bytes: int) -> int:
@@ -38,16 +38,17 @@ def few_bytes(tokens: int, split: int, stages: int, weight_bytes: int) -> int:
     return 1024 + stages * (tokens * 128 + weight_bytes) + (split > 1) * split * -(-8 // split) * tokens * 64
 
 
-# A block owns 128 columns of y, TOKENS rows and, as one of SPLIT blocks of a cluster, a part of K. The copy engine
-# brings 64 columns of x and as many of the weight at a time, STAGES steps ahead. Of the two warpgroups each takes 64
-# columns of y: a thread reads the weights of its fragments from shared memory and widens them in registers, while the
-# tensor cores multiply those before by x, which they read from shared memory.
+# A block has tiles of 128 columns of y and TOKENS rows, one after the other and, as one of SPLIT blocks of a cluster, a
+# part of K. Two warps have the copy engine bring 64 columns of the weight and of x at a time, up to STAGES steps ahead
+# and for the block's next tile, too. Of the two warpgroups beside theirs each takes 64 columns of y: a thread reads the
+# weights of its fragments from shared memory and widens them in registers, while the tensor cores multiply those before
+# by x, which they read from shared memory.
 #
 # `many_rows` reads weights 2 bytes (INT4: 1) at a time, as its fragments have them. `gradient` multiplies by the weight
 # itself: its fragments are columns of what is stored, of which pairs of bytes come transposed, and each number is
 # multiplied by the scale of its row.
 #
-# Grid: a multiple of SPLIT; block: 256. Tensor maps of bytes: x with boxes of TOKENS rows of 128 bytes; the weight with
+# Grid: the tiles or less, with SPLIT blocks for each; block: 384. Tensor maps of bytes: x with boxes of TOKENS rows of 128 bytes; the weight with
 # 128 rows of 64 bytes (INT4: 32), or for `gradient` 64 rows of 128; all swizzled. N is a multiple of 8, and there is a
 # step for each of SPLIT blocks.
 MANY_ROWS = (
@@ -161,13 +162,6 @@ __device__ __forceinline__ void store_to(u32 address, int block, const float* v)
 
 constexpr int ROWS = 128, WARPS = 8, PITCH = 48;   // columns of y; bytes from token to token, in the end
 
-// What a block, one `part` of a cluster, has of a product: columns of y and rows of x from these on, and steps of K.
-template <int TOKENS, int SPLIT> struct Share {
-    const Call& c;
-    const int part, columns = (c.M + TOKENS - 1) / TOKENS, tile = blockIdx.x / SPLIT;
-    const int first_n = tile / columns * ROWS, first_m = tile % columns * TOKENS;
-    const int steps = (c.K + 63) / 64, begin = steps * part / SPLIT, end = steps * (part + 1) / SPLIT;
-};
 // Barriers of each stage of a ring: `full` after so many arrivals, `free` when each of WARPS has left it.
 __device__ __forceinline__ void init_ring(u32 full, u32 free, const int& stages, u32 arrivals) {
     if (threadIdx.x == 0) {
@@ -299,38 +293,32 @@ template <int BITS, bool TRANSPOSED, int TOKENS, int SPLIT, int STAGES> struct M
         const int steps = (c.K + 63) / 64, begin = steps * part / SPLIT, end = steps * (part + 1) / SPLIT;
         const u32 full = address_of(barriers), free = full + 8 * STAGES;   // of each stage
         ring = (address_of(shared) + 1023) / 1024 * 1024;
-        init_ring(full, free, STAGES, 1);
+        init_ring(full, free, STAGES, 2);
         start_next();
-        u32 parity = 0;
+        u32 parity = warp >= WARPS;   // those who fill a ring need not wait in its first turn
         int stage = 0;
         auto advance = [&] { if (++stage == STAGES) { stage = 0; parity ^= 1; } };
         if (warp >= WARPS) {
             asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-            auto fetch_weights = [&](int tile, int step) {
-                const u32 barrier = full + stage * 8, to = ring + stage * STAGE + X_BYTES;
-                const int n = tile / columns * ROWS;
-                announce(barrier, STAGE + SCALE_BYTES);
-                copy_box(to, c.weight, TRANSPOSED ? n : step * ROW_BYTES, TRANSPOSED ? step * 64 : n, barrier);
-            };
-            auto fetch_x = [&](int tile, int step) {   // and scales, which may have been cast just before
-                const u32 barrier = full + stage * 8;
-                copy_box(ring + stage * STAGE, c.x, step * 128, tile % columns * TOKENS, barrier);
-                if (TRANSPOSED)
-                    copy_bytes(ring + STAGES * STAGE + stage * SCALE_BYTES, c.scale + step * 64, SCALE_BYTES, barrier);
-            };
-            if (threadIdx.x == WARPS * 32) {
-                const int ahead = min(begin + STAGES, end);
-                for (int step = begin; step < ahead; step++, stage++) fetch_weights(first, step);
-                wait();
-                stage = 0;
-                for (int step = begin; step < ahead; step++, advance()) fetch_x(first, step);
-                parity ^= 1;
-                for (int tile = first, step = ahead; tile < tiles; tile += stride, step = begin)
-                    for (; step < end; step++, advance()) {
-                        wait_for(free + stage * 8, parity);
-                        fetch_weights(tile, step);
-                        fetch_x(tile, step);
+            const bool weights = warp == WARPS;   // else x and scales, which may have been written just before
+            if (!weights) wait();
+            for (int tile = first; tile < tiles && warp < WARPS + 2; tile += stride) {
+                const int n = tile / columns * ROWS, m = tile % columns * TOKENS;
+                for (int step = begin; step < end && lane == 0; step++, advance()) {
+                    const u32 barrier = full + stage * 8, to = ring + stage * STAGE;
+                    wait_for(free + stage * 8, parity);
+                    if (weights) {
+                        announce(barrier, STAGE - X_BYTES);
+                        copy_box(to + X_BYTES, c.weight, TRANSPOSED ? n : step * ROW_BYTES, TRANSPOSED ? step * 64 : n,
+                                 barrier);
+                    } else {
+                        announce(barrier, X_BYTES + SCALE_BYTES);
+                        copy_box(to, c.x, step * 128, m, barrier);
+                        if (TRANSPOSED)
+                            copy_bytes(ring + STAGES * STAGE + stage * SCALE_BYTES, c.scale + step * 64, SCALE_BYTES,
+                                       barrier);
                     }
+                }
             }
             return;
         }
@@ -407,6 +395,7 @@ FEW_ROWS_ON_HOPPER = f"\n#define MOST_STAGES {MOST_STAGES}\n" + (
     r"""template <int BITS, int TOKENS, int SPLIT> struct FewRows {
     static constexpr int ROW_BYTES = 8 * BITS, X_BYTES = TOKENS * 128, STAGE = X_BYTES + ROWS * ROW_BYTES;
     static constexpr int TILES = TOKENS / 8, OWN = (WARPS + SPLIT - 1) / SPLIT;   // warps that a block finishes
+    static constexpr int AHEAD = 8;   // steps before the last one is fetched, the next kernel may start
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 
     // sums += 64 columns, as of `multiply`.
@@ -438,12 +427,11 @@ FEW_ROWS_ON_HOPPER = f"\n#define MOST_STAGES {MOST_STAGES}\n" + (
         extern __shared__ uint4 shared[];
         __shared__ unsigned long long barriers[2 * MOST_STAGES];
         const int part = blockIdx.x % SPLIT;
-        const Share<TOKENS, SPLIT> share{c, part};
-        const int first_n = share.first_n, first_m = share.first_m, begin = share.begin, end = share.end;
+        const int first_n = blockIdx.x / SPLIT * ROWS;
+        const int steps = (c.K + 63) / 64, begin = steps * part / SPLIT, end = steps * (part + 1) / SPLIT;
         const u32 full = address_of(barriers), free = full + 8 * MOST_STAGES;   // of each stage
         const u32 ring = (address_of(shared) + 1023) / 1024 * 1024, received = ring + c.stages * STAGE;
         init_ring(full, free, c.stages, 2);
-        start_next();
         if (SPLIT > 1) cluster_arrive();   // this block is there
 
         float sums[TILES][4];
@@ -451,26 +439,25 @@ FEW_ROWS_ON_HOPPER = f"\n#define MOST_STAGES {MOST_STAGES}\n" + (
         for (int i = 0; i < TILES; i++)
 #pragma unroll
             for (int j = 0; j < 4; j++) sums[i][j] = 0;
-        const int owner = warp / OWN, n = first_n + warp * 16 + g, m = first_m + t * 2;
+        const int owner = warp / OWN, n = first_n + warp * 16 + g, m = t * 2;
         const bool finishes = owner == part && warp < WARPS;
         u32 scale_bias[2], residual[TILES][2];   // two numbers each: of rows g and g + 8; of two tokens
         u32 parity = warp >= WARPS;   // those who fill a ring need not wait in its first turn
         int stage = 0;
         auto advance = [&] { if (++stage == c.stages) { stage = 0; parity ^= 1; } };
-        if (warp == WARPS) {
+        if (warp >= WARPS) {
+            const bool weights = warp == WARPS;   // else x, which may have been written just before
+            const TensorMap& map = weights ? c.weight : c.x;
+            const int bytes = weights ? STAGE - X_BYTES : X_BYTES, step_bytes = weights ? ROW_BYTES : 128;
+            asm volatile("prefetch.tensormap [%0];" :: "l"(&map) : "memory");
+            if (!weights) wait();
             for (int step = begin; step < end && lane == 0; step++, advance()) {
+                const u32 barrier = full + stage * 8;
                 wait_for(free + stage * 8, parity);
-                announce(full + stage * 8, STAGE - X_BYTES);
-                copy_box(ring + stage * STAGE + X_BYTES, c.weight, step * ROW_BYTES, first_n, full + stage * 8);
-            }
-            __syncwarp();
-        } else if (warp > WARPS) {
-            asm volatile("prefetch.tensormap [%0];" :: "l"(&c.x) : "memory");
-            wait();
-            for (int step = begin; step < end && lane == 0; step++, advance()) {
-                wait_for(free + stage * 8, parity);
-                announce(full + stage * 8, X_BYTES);
-                copy_box(ring + stage * STAGE, c.x, step * 128, first_m, full + stage * 8);
+                announce(barrier, bytes);
+                copy_box(ring + stage * STAGE + weights * X_BYTES, map, step * step_bytes, weights * first_n, barrier);
+                // Not before: blocks of the next kernel fetch weights as soon as they are there.
+                if (weights && step == max(end - 1 - AHEAD, begin)) start_next();
             }
             __syncwarp();
         } else {

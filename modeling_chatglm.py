@@ -1028,7 +1028,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             before_top, top = LogitsProcessorList(logits_processor[:-2]), logits_processor[-2:]
         logits = self(**self.prepare_inputs_for_generation(input_ids, **model_kwargs)).logits
         while True:
-            scores = before_top(input_ids, logits[:, -1].float())
+            scores = logits[:, -1]
+            if before_top or generation_config.do_sample:
+                scores = before_top(input_ids, scores.float())
             if top is not None:
                 tokens = _sample_top(scores, *top)
             elif generation_config.do_sample:
