@@ -744,3 +744,27 @@ def split_rotate(qkv, cosines, sines, keys, values, place: int) -> torch.Tensor:
     arguments = _pack("PPPPPPiiiiiii", qkv, cosines, sines, queries, keys, values, *sizes)
     _launch(qkv, "prompt", "split_rotate", (blocks, 1, 1), 256, 0, arguments)
     return queries.transpose(1, 2)
+
+
+def can_rotate(qkv: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> bool:
+    """Whether `rotate` takes these."""
+    return (
+        qkv.is_cuda
+        and not torch.compiler.is_compiling()
+        and cosines.dtype == sines.dtype == qkv.dtype
+        and cosines.shape[-1] % 16 == 0
+        and available(qkv.device, qkv.dtype)
+    )
+
+
+def rotate(qkv: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, back: bool = False) -> torch.Tensor:
+    """qkv [B, S, H, 3 · D] with its queries and keys rotated by `rotary_embedding` of its dtype, [B, S, 1, R, D / R];
+    or rotated back, as gradients are."""
+    batch, length, heads, triple = qkv.shape
+    rows, qkv = cosines.shape[-2], qkv.contiguous()
+    out = torch.empty_like(qkv)
+    blocks = -(-qkv.numel() // 16 // 256)
+    sizes = (batch * length, heads, triple // 3, rows)
+    given = (qkv, cosines.contiguous(), sines.contiguous(), out, -1.0 if back else 1.0, *sizes)
+    _launch(qkv, "prompt", "rotate", (blocks, 1, 1), 256, 0, _pack("PPPPfiiii", *given))
+    return out

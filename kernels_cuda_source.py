@@ -450,6 +450,29 @@ extern "C" __global__ void split_rotate(const u16* __restrict__ qkv, const u16* 
     *(uint4*)(keys + to) = *(uint4*)key;
     *(uint4*)(values + to) = *(const uint4*)(mine + 2 * D + k);
 }
+
+// qkv [tokens, H, 3·D] with queries and keys rotated by cosines and sines [tokens, D], which are the same in both halves
+// of each of R parts; back with sign -1. A thread for 8 numbers of each half; D / R % 16 == 0.
+extern "C" __global__ void rotate(const u16* __restrict__ qkv, const u16* __restrict__ cosines,
+        const u16* __restrict__ sines, u16* out, float sign, int tokens, int H, int D, int R) {
+    const int threads = D / 16, i = blockIdx.x * blockDim.x + threadIdx.x, vector = i / threads;
+    if (vector >= tokens * H * 3) return;
+    const int part = D / R, per_part = part / 16, t = i % threads, k = t / per_part * part + t % per_part * 8;
+    const size_t place = (size_t)vector * D + k, angle = (size_t)(vector / 3 / H) * D + k;
+    uint4 first = *(const uint4*)(qkv + place), second = *(const uint4*)(qkv + place + part / 2);
+    if (vector % 3 < 2) {
+        const uint4 c = *(const uint4*)(cosines + angle), s = *(const uint4*)(sines + angle);
+        auto turn = [&](u32& a, u32& b, u32 c, u32 s) {
+            const u32 was = a;
+            a = pack(low(a) * low(c) - low(b) * low(s) * sign, high(a) * high(c) - high(b) * high(s) * sign);
+            b = pack(low(b) * low(c) + low(was) * low(s) * sign, high(b) * high(c) + high(was) * high(s) * sign);
+        };
+        turn(first.x, second.x, c.x, s.x); turn(first.y, second.y, c.y, s.y);
+        turn(first.z, second.z, c.z, s.z); turn(first.w, second.w, c.w, s.w);
+    }
+    *(uint4*)(out + place) = first;
+    *(uint4*)(out + place + part / 2) = second;
+}
 """
 
 HEAD_DIMS = (16, 32, 64, 128)

@@ -48,7 +48,7 @@ from .kernels_cpu import library as cpu_library
 from .kernels_cpu_layers import LAYERS  # noqa: F401
 from .kernels_cpu_linear import LINEAR  # noqa: F401
 from .kernels_cpu_source import SOURCE  # noqa: F401
-from .kernels_cuda import available  # noqa: F401
+from .kernels_cuda import can_rotate, rotate
 from .kernels_cuda_hopper import STAGES  # noqa: F401
 from .kernels_cuda_linear import TILE_SHAPES  # noqa: F401
 from .kernels_cuda_source import SOURCES  # noqa: F401
@@ -136,6 +136,22 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     parts = x.unflatten(-1, cos.shape[-2:])
     first, second = parts.chunk(2, dim=-1)
     return (parts * cos + torch.cat((-second, first), dim=-1) * sin).flatten(-2)
+
+
+class _Rotation(torch.autograd.Function):
+    """`apply_rotary` to the queries and keys of qkv [B, S, H, 3·D] by one kernel, and its gradient likewise."""
+
+    @staticmethod
+    def forward(qkv, cos, sin, back=False):
+        return rotate(qkv, cos, sin, back)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.cos, ctx.sin, ctx.back = inputs
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Rotation.apply(grad, ctx.cos, ctx.sin, not ctx.back), None, None, None
 
 
 def eager_attention_forward(
@@ -249,6 +265,8 @@ class ChatGLMAttention(nn.Module):
         else:
             if has_cpu_kernels(self, qkv) and cpu_library().can_rotate(qkv, *position_embeddings):
                 query, key, value = cpu_library().rotary_(qkv, *position_embeddings).chunk(3, dim=-1)
+            elif can_rotate(qkv, *position_embeddings):
+                query, key, value = _Rotation.apply(qkv, *position_embeddings, False).chunk(3, dim=-1)
             else:
                 query, key, value = qkv.chunk(3, dim=-1)
                 query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)

@@ -323,8 +323,11 @@ def apply_linear(
         cpu_library().gelu_(y)
     elif gelu:
         y = nn.functional.gelu(y, approximate="tanh")
+    if residual is None:
+        return y
     # Autocast may have given the product another dtype than activations have between blocks.
-    return y if residual is None else torch.add(y.to(residual.dtype), residual, alpha=alpha)
+    y = y if residual.dtype == torch.float32 else y.to(residual.dtype)
+    return torch.add(y, residual, alpha=alpha)
 
 
 def apply_layer_norm(
