@@ -447,10 +447,10 @@ def _plan(m: int, n: int, k: int, bits: int, device: int) -> tuple | None:
 
 # --- Products of many rows on Hopper ---
 
-# Of a block, in µs on an H100: a step of 64 columns, by its rows of x; what comes beside its steps; what comes beside
+# Of a tile, in µs on an H200: a step of 64 columns, by its rows of x; what comes beside its steps; what comes beside
 # them when two blocks share the columns.
-_STEP_TIME = {64: 0.41, 128: 0.46, 192: 0.51, 256: 0.60}
-_BLOCK_TIME, _EXCHANGE_TIME = 3, 3
+_STEP_TIME = {64: 0.33, 128: 0.45, 192: 0.57, 256: 0.68}
+_TILE_TIME, _EXCHANGE_TIME = 4, 2
 
 
 @functools.lru_cache(maxsize=4096)
@@ -460,7 +460,7 @@ def _hopper_shape(m: int, n: int, k: int, processors: int) -> tuple[int, int]:
     def time(shape: tuple[int, int]) -> float:
         tokens, split = shape
         rounds = -(-(-(-n // 128) * -(-m // tokens)) // (processors // split))
-        return rounds * (-(-k // (64 * split)) * _STEP_TIME[tokens] + _BLOCK_TIME + (split > 1) * _EXCHANGE_TIME)
+        return rounds * (-(-k // (64 * split)) * _STEP_TIME[tokens] + _TILE_TIME + (split > 1) * _EXCHANGE_TIME)
 
     return min(((tokens, split) for tokens in STAGES for split in SPLITS if split * 64 <= k), key=time)
 
@@ -518,10 +518,11 @@ def _hopper_launch(kernel: str, m: int, n: int, k: int, weight: int, rows: int, 
         tokens, split = _hopper_shape(m, n, k, _properties(device)[1])
         stages, shared = 0, hopper_bytes(tokens, box[0] * box[1])
     module = {"few_rows": f"few_{bits}", "many_rows": str(bits), "gradient": "gradient"}[kernel]
-    blocks, block = -(-n // 128) * -(-m // tokens) * split, 320 if kernel == "few_rows" else 384
+    blocks = -(-n // 128) * -(-m // tokens) * split
     if kernel != "few_rows" and split == 1:
-        blocks = min(blocks, _properties(device)[1])
-    launch = f"hopper_{module}_{tokens}_{split}", kernel, (blocks, 1, 1), block, shared
+        blocks = min(blocks, _properties(device)[1])  # which take several tiles, one after the other
+    threads = 320 if kernel == "few_rows" else 384
+    launch = f"hopper_{module}_{tokens}_{split}", kernel, (blocks, 1, 1), threads, shared
     return launch, _tensor_map(weight, rows, row_bytes, *box), tokens, stages
 
 
@@ -633,12 +634,13 @@ def linear(
 
 
 def input_gradient(grad_y: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """The gradient [M, K] of a `linear`'s input, for that of its output [M, N]; both half or bfloat16."""
-    m, k = grad_y.shape[0], weight.shape[1]
+    """The gradient [..., K] of a `linear`'s input, for that of its output [..., N]; both half or bfloat16."""
+    n, k = weight.shape[0], weight.shape[1]
+    m = grad_y.numel() // n
     scale = scale.to(grad_y.dtype)
-    divides = weight.shape[0] % 64 == 0
-    if bits == 8 and m > MOST_FEW_ROWS and divides and _suits_hopper(m, grad_y, weight, k, scale):
-        return _multiply_on_hopper("gradient", m, grad_y, weight, grad_y.new_empty(m, k), scale)
+    if bits == 8 and m > MOST_FEW_ROWS and n % 64 == 0 and _suits_hopper(m, grad_y, weight, k, scale):
+        grad_x = grad_y.new_empty(*grad_y.shape[:-1], k)
+        return _multiply_on_hopper("gradient", m, grad_y, weight, grad_x, scale)
     return grad_y @ expand(weight.contiguous(), scale, bits)
 
 
@@ -719,7 +721,8 @@ def attend(qkv, cosines, sines, keys, values, slots, padding, prefix: int, rows:
     tensors |= {"slots": slots, "padding": padding, "parts": parts, "tickets": _get_tickets(qkv.device)}
     grid = (min(most, -(-places // 64)), batch * heads, 1)
     given = {"H": heads, "T": places, "R": rows, "prefix": prefix, "most": most, **tensors}
-    name = "attend_many" if most * batch * heads > 2 * _properties(qkv.get_device())[1] else "attend_step"
+    # Two blocks of the first kind fit a multiprocessor.
+    name = "attend_step" if most * batch * heads <= 2 * _properties(qkv.get_device())[1] else "attend_many"
     _operate(qkv, f"step_{head_dim}", name, grid, 0, **given)
     return out
 

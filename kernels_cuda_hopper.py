@@ -48,9 +48,9 @@ def few_bytes(tokens: int, split: int, stages: int, weight_bytes: int) -> int:
 # itself: its fragments are columns of what is stored, of which pairs of bytes come transposed, and each number is
 # multiplied by the scale of its row.
 #
-# Grid: the tiles or less, with SPLIT blocks for each; block: 384. Tensor maps of bytes: x with boxes of TOKENS rows of 128 bytes; the weight with
-# 128 rows of 64 bytes (INT4: 32), or for `gradient` 64 rows of 128; all swizzled. N is a multiple of 8, and there is a
-# step for each of SPLIT blocks.
+# Grid: as many blocks as tiles, or less; SPLIT times as many as tiles, if K is cut. Block: 384. Tensor maps of bytes: x
+# with boxes of TOKENS rows of 128 bytes; the weight with 128 rows of 64 bytes (INT4: 32), or for `gradient` 64 rows of
+# 128; all swizzled. N is a multiple of 8, and there is a step for each of SPLIT blocks.
 MANY_ROWS = (
     r"""
 #if BF16
@@ -245,8 +245,8 @@ template <int BITS, bool TRANSPOSED, int TOKENS, int SPLIT, int STAGES> struct M
                 }
     }
 
-    // y from column first_n and row first_m on. A warp turns its numbers round in shared memory, 16 tokens at a time, to
-    // write 32 bytes of a row of y; the residual is added there. `staging`: 1536 bytes of the warp's own.
+    // y from column first_n and row first_m on. A warp turns its numbers round in shared memory, 16 tokens at a time,
+    // to write 32 bytes of a row of y; the residual is added there. `staging`: 1536 bytes of the warp's own.
     __device__ __forceinline__ void write(const Epilogue& e, float (&total)[COUNT], int first_m, int first_n, int M,
                                           int N, char* staging) const {
         const Epilogue first = {e.scale, e.bias, nullptr, 0, 0, nullptr};
@@ -412,15 +412,20 @@ FEW_ROWS_ON_HOPPER = f"\n#define MOST_STAGES {MOST_STAGES}\n" + (
                 widen4(v.x, a[r]); widen4(v.y, a[r] + 4);
             }
         }
+        uint4 x[TILES][2];
 #pragma unroll
-        for (int c = 0; c < TILES; c++) {
-            const u32 row = stage + (c * 8 + g) * 128;
-            const uint4 p = shared_uint4(row + (2 * t ^ g) * 16), q = shared_uint4(row + ((2 * t + 1) ^ g) * 16);
-            const u32 b[8] = {p.x, p.y, p.z, p.w, q.x, q.y, q.z, q.w};
-#pragma unroll
-            for (int j = 0; j < 8; j += 2)
-                multiply(sums[c], a[0][j], a[1][j], a[0][j + 1], a[1][j + 1], b[j], b[j + 1]);
+        for (int i = 0; i < TILES; i++) {
+            const u32 row = stage + (i * 8 + g) * 128;
+            x[i][0] = shared_uint4(row + (2 * t ^ g) * 16);
+            x[i][1] = shared_uint4(row + ((2 * t + 1) ^ g) * 16);
         }
+#pragma unroll
+        for (int j = 0; j < 8; j += 2)
+#pragma unroll
+            for (int i = 0; i < TILES; i++) {   // in turn: products that are added to the same sums wait
+                const uint4 v = x[i][j / 4];
+                multiply(sums[i], a[0][j], a[1][j], a[0][j + 1], a[1][j + 1], j % 4 ? v.z : v.x, j % 4 ? v.w : v.y);
+            }
     }
 
     __device__ __forceinline__ void run(const Call& c) {
@@ -520,7 +525,7 @@ FEW_ROWS_ON_HOPPER = f"\n#define MOST_STAGES {MOST_STAGES}\n" + (
     }
 };
 #define FEW_ROWS(BITS, TOKENS, SPLIT) \
-extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(320, TOKENS > 16 ? 2 : 3) few_rows( \
+extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(320, 2) few_rows( \
         const __grid_constant__ Call c) { \
     FewRows<BITS, TOKENS, SPLIT>().run(c); \
 }

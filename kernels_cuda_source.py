@@ -451,8 +451,8 @@ extern "C" __global__ void split_rotate(const u16* __restrict__ qkv, const u16* 
     *(uint4*)(values + to) = *(const uint4*)(mine + 2 * D + k);
 }
 
-// qkv [tokens, H, 3·D] with queries and keys rotated by cosines and sines [tokens, D], which are the same in both halves
-// of each of R parts; back with sign -1. A thread for 8 numbers of each half; D / R % 16 == 0.
+// qkv [tokens, H, 3·D] with queries and keys rotated by cosines and sines [tokens, D], which are the same in both
+// halves of each of R parts; back with sign -1. A thread for 8 numbers of each half; D / R % 16 == 0.
 extern "C" __global__ void rotate(const u16* __restrict__ qkv, const u16* __restrict__ cosines,
         const u16* __restrict__ sines, u16* out, float sign, int tokens, int H, int D, int R) {
     const int threads = D / 16, i = blockIdx.x * blockDim.x + threadIdx.x, vector = i / threads;

@@ -120,19 +120,23 @@ def _plain_input_gradient(grad_y, weight, scale, bits):
 def _linear(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, bits: int
 ) -> torch.Tensor:
-    """x [M, K] → x · (q · scale)ᵀ + bias [M, N], by a kernel where there is one; no float weight outlives the call."""
-    if x.device.type == "cpu" and x.dtype != torch.float64 and weight.is_contiguous() and cpu_library():
-        return cpu_library().linear(x, weight, scale, bias, bits)
+    """x [..., K] → x · (q · scale)ᵀ + bias [..., N], by a kernel where there is one; no float weight outlives it."""
     if cuda_available(x.device, x.dtype):
         return cuda_linear(x, weight, scale, bias, bits)
-    return _plain_linear(x, weight, scale, bias, bits)
+    rows = x.reshape(-1, x.shape[-1])
+    if x.device.type == "cpu" and x.dtype != torch.float64 and weight.is_contiguous() and cpu_library():
+        y = cpu_library().linear(rows, weight, scale, bias, bits)
+    else:
+        y = _plain_linear(rows, weight, scale, bias, bits)
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _input_gradient(grad_y: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """The gradient [M, K] of the input, for that of the output [M, N]."""
+    """The gradient [..., K] of the input, for that of the output [..., N]."""
     if cuda_available(grad_y.device, grad_y.dtype):
         return cuda_input_gradient(grad_y, weight, scale, bits)
-    return _plain_input_gradient(grad_y, weight, scale, bits)
+    grad_x = _plain_input_gradient(grad_y.reshape(-1, grad_y.shape[-1]), weight, scale, bits)
+    return grad_x.view(*grad_y.shape[:-1], grad_x.shape[-1])
 
 
 @torch.library.custom_op("chatglm_int8::quantized_linear", mutates_args=())
@@ -257,13 +261,11 @@ class QuantizedLinear(nn.Linear):
         if x.shape[-1] != self.in_features:
             raise ValueError(f"Expected an activation [..., {self.in_features}], got {list(x.shape)}.")
         x = _autocast(x)
-        rows = x.reshape(-1, self.in_features)
+        weights = (self.weight, self.weight_scale, self.bias, self.bits)
         if torch.compiler.is_compiling():
-            linear = torch.ops.chatglm_int8.quantized_linear
-        else:
-            linear = _Product.apply if torch.is_grad_enabled() and x.requires_grad else _linear
-        y = linear(rows, self.weight, self.weight_scale, self.bias, self.bits)
-        return y.view(*x.shape[:-1], self.out_features)
+            y = torch.ops.chatglm_int8.quantized_linear(x.reshape(-1, self.in_features), *weights)
+            return y.view(*x.shape[:-1], self.out_features)
+        return (_Product.apply if torch.is_grad_enabled() and x.requires_grad else _linear)(x, *weights)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The float weight [N, K], of the scales' dtype unless `dtype` says otherwise."""

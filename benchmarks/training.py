@@ -6,8 +6,9 @@
 
 Random weights made in memory; LoRA r = 8 on query_key_value by PEFT, its weights fp32; autocast in fp16 with a gradient
 scaler, as transformers' Trainer does with `fp16=True`; AdamW; gradient checkpointing. A quarter of each sequence is
-prompt. A step's time is the median of 10 after 3; peaks of memory are those of these steps. INT8 is measured before and
-after FP16. With torchrun: tokens per second of all GPUs with DDP over those of the first GPU alone, INT8.
+prompt. Peaks of memory are those of a few steps of each alone. Then both are on the GPU and take turns of three steps,
+so that what slows a shared machine for a while slows both; a step's time is the median of 30. With torchrun: tokens
+per second of all GPUs with DDP over those of the first GPU alone, INT8, each the median of 10 steps after 3.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from generate_cuda import build, widen
 from torch import nn
 
 STEPS, WARM_UP = 10, 3
+TURNS, STEPS_A_TURN = 10, 3
 GIB = 2**30
 KINDS = {  # a piece of a kernel's name to what it does, first match
     "many_rows": "quantised products",
@@ -81,17 +83,32 @@ def stepper(model: nn.Module, inputs: dict, arguments) -> Callable[[], torch.Ten
     return step
 
 
-def seconds(step: Callable, device: str) -> float:
-    """The median time of a step."""
+def timed(step: Callable, device: str, count: int) -> list[float]:
+    """The seconds of each of so many steps."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     times = []
-    for _ in range(WARM_UP + STEPS):
+    for _ in range(count):
         wait()
         start = time.perf_counter()
         step()
         wait()
         times.append(time.perf_counter() - start)
-    return statistics.median(times[WARM_UP:])
+    return times
+
+
+def seconds(step: Callable, device: str) -> float:
+    """The median time of a step."""
+    return statistics.median(timed(step, device, WARM_UP + STEPS)[WARM_UP:])
+
+
+def in_turns(steps: list[Callable], device: str) -> list[float]:
+    """The median time of each of the steps, which take turns."""
+    times: list[list[float]] = [[] for _ in steps]
+    for turn in range(TURNS + 1):
+        for step, mine in zip(steps, times, strict=True):
+            found = timed(step, device, STEPS_A_TURN)
+            mine += found if turn else []  # the first turn warms up
+    return [statistics.median(mine) for mine in times]
 
 
 def profile(step: Callable) -> None:
@@ -107,23 +124,26 @@ def profile(step: Callable) -> None:
         print(f"    {milliseconds:8.2f} ms {kind}")
 
 
-def measure(name: str, model: nn.Module, arguments) -> tuple[float, float, float]:
-    """Seconds a step, and GiB allocated and reserved at most; on a CPU, 0 GiB."""
-    on_gpu = arguments.device == "cuda"
+def prepare(model: nn.Module, arguments) -> tuple[peft.PeftModel, Callable, int]:
+    """The model with LoRA, a function that makes a step, and the tokens of a step."""
     model.to(arguments.dtype)
     torch.manual_seed(1)
     inputs = batch(arguments, model.config)
     tuned = with_lora(model, arguments)
+    return tuned, stepper(tuned, inputs, arguments), inputs["input_ids"].numel()
+
+
+def memory(name: str, model: nn.Module, arguments) -> tuple[float, float]:
+    """GiB allocated and reserved at most in a few steps; on a CPU, 0 GiB."""
+    on_gpu = arguments.device == "cuda"
+    tuned, step, _ = prepare(model, arguments)
     if on_gpu:
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         resident = torch.cuda.memory_allocated() / GIB
-    step = stepper(tuned, inputs, arguments)
-    loss = step().item()
-    time_ = seconds(step, arguments.device)
-    line = f"{name}: {time_ * 1e3:.1f} ms a step, {inputs['input_ids'].numel() / time_:.0f} tokens/s, loss {loss:.4f}"
-    peaks = (0.0, 0.0)
+    losses = [step().item() for _ in range(WARM_UP)]
+    line, peaks = f"{name}: losses {', '.join(f'{loss:.4f}' for loss in losses)}", (0.0, 0.0)
     if on_gpu:
         peaks = (torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB)
         line += f", {peaks[0]:.2f} GiB allocated ({resident:.2f} before), {peaks[1]:.2f} reserved"
@@ -131,21 +151,25 @@ def measure(name: str, model: nn.Module, arguments) -> tuple[float, float, float
     if arguments.profile and on_gpu:
         profile(step)
     tuned.unload()
-    return time_, *peaks
+    return peaks
 
 
 def on_one(arguments, fields: dict) -> None:
     torch.manual_seed(2)
-    model = build(arguments.layers, arguments.device, **fields)
-    int8 = measure("INT8", model, arguments)
-    widen(model)
-    fp16 = measure("FP16", model, arguments)
-    del model
+    fp16 = build(arguments.layers, arguments.device, **fields)
+    int8_peaks = memory("INT8", fp16, arguments)
+    widen(fp16)
+    fp16_peaks = memory("FP16", fp16, arguments)
     torch.manual_seed(2)
-    again = measure("INT8 again", build(arguments.layers, arguments.device, **fields), arguments)
-    print(f"step, INT8 over FP16: {int8[0] / fp16[0]:.3f}, again {again[0] / fp16[0]:.3f}")
+    int8 = build(arguments.layers, arguments.device, **fields)
+    (_, int8_step, tokens), (_, fp16_step, _) = prepare(int8, arguments), prepare(fp16, arguments)
+    times = in_turns([int8_step, fp16_step], arguments.device)
+    for name, time_ in zip(("INT8", "FP16"), times, strict=True):
+        print(f"{name}: {time_ * 1e3:.1f} ms a step, {tokens / time_:.0f} tokens/s")
+    print(f"step, INT8 over FP16: {times[0] / times[1]:.3f}")
     if arguments.device == "cuda":
-        print(f"peak memory, INT8 over FP16: allocated {int8[1] / fp16[1]:.3f}, reserved {int8[2] / fp16[2]:.3f}")
+        allocated, reserved = (a / b for a, b in zip(int8_peaks, fp16_peaks, strict=True))
+        print(f"peak memory, INT8 over FP16: allocated {allocated:.3f}, reserved {reserved:.3f}")
 
 
 def on_several(arguments, fields: dict) -> None:

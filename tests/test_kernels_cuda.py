@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from chatglm_int8 import kernels_cuda
-from chatglm_int8.modeling_chatglm import apply_rotary, rotary_embedding
+from chatglm_int8.modeling_chatglm import _Rotation, apply_rotary, rotary_embedding
 from chatglm_int8.quantization import dequantize_weight
 
 ARCHITECTURES = {12: [70, 75, 80, 90], 13: [75, 80, 86, 89, 90, 100, 120]}
@@ -500,3 +500,31 @@ class TestOperations:
         assert torch.equal(values[:, :, 2:9], value.transpose(1, 2))
         assert not keys[:, :, :2].any()
         assert not keys[:, :, 9:].any()
+
+    @pytest.mark.parametrize(("head_dim", "rows"), [(128, 2), (64, 2), (32, 1)])
+    def test_rotation_and_its_gradients(self, head_dim, rows, dtype):
+        batch, length, heads = 2, 7, 3
+        qkv = torch.randn(batch, length, heads, 3 * head_dim, device="cuda", requires_grad=True).to(dtype)
+        qkv.retain_grad()
+        angles = rotary_embedding(torch.randint(0, 2000, (batch, rows, length), device="cuda"), head_dim, dtype)
+        assert kernels_cuda.can_rotate(qkv, *angles)
+        got = _Rotation.apply(qkv, *angles, False)
+        upstream = torch.randn_like(got)
+        got.backward(upstream)
+
+        same = qkv.detach().double().requires_grad_()
+        query, key, value = same.chunk(3, dim=-1)
+        exact = [angle.double() for angle in angles]
+        expected = torch.cat((apply_rotary(query, *exact), apply_rotary(key, *exact), value), dim=-1)
+        expected.backward(upstream.double())
+        assert distance(got, expected) < TOLERANCE[dtype]
+        assert distance(qkv.grad, same.grad) < TOLERANCE[dtype]
+
+    def test_what_is_not_rotated(self, dtype):
+        angles = torch.zeros(1, 2, 1, 2, 8, device="cuda", dtype=dtype)
+        qkv = torch.zeros(1, 2, 3, 48, device="cuda", dtype=dtype)
+        assert not kernels_cuda.can_rotate(qkv, angles, angles)  # parts of 8
+        angles = angles.repeat(1, 1, 1, 1, 2)
+        assert kernels_cuda.can_rotate(qkv, angles, angles)
+        assert not kernels_cuda.can_rotate(qkv, angles.float(), angles)
+        assert not kernels_cuda.can_rotate(qkv.float(), angles.float(), angles.float())
