@@ -387,7 +387,7 @@ def launch(config: str, arguments: list, script: list = (SCRIPT,), more: list = 
     command += [*map(str, [*script, *arguments]), "--ddp-backend", "gloo", *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, timeout=500)
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    assert done.returncode == 0, done.stderr.decode()[-10000:]
     return done.stdout.decode()
 
 
@@ -526,7 +526,7 @@ def test_sharded_weights_have_the_losses_of_whole_ones(tiny_float, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, script, tiny_float], env=environment, capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    assert done.returncode == 0, done.stderr.decode()[-10000:]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
