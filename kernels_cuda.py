@@ -721,7 +721,7 @@ def attend(qkv, cosines, sines, keys, values, slots, padding, prefix: int, rows:
     tensors |= {"slots": slots, "padding": padding, "parts": parts, "tickets": _get_tickets(qkv.device)}
     grid = (min(most, -(-places // 64)), batch * heads, 1)
     given = {"H": heads, "T": places, "R": rows, "prefix": prefix, "most": most, **tensors}
-    # Two blocks of the first kind fit a multiprocessor.
+    # Of the first, which has more keys on their way, two blocks fit a multiprocessor.
     name = "attend_step" if most * batch * heads <= 2 * _properties(qkv.get_device())[1] else "attend_many"
     _operate(qkv, f"step_{head_dim}", name, grid, 0, **given)
     return out
@@ -754,6 +754,7 @@ def can_rotate(qkv: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) ->
     return (
         qkv.is_cuda
         and not torch.compiler.is_compiling()
+        and cosines.device == qkv.device
         and cosines.dtype == sines.dtype == qkv.dtype
         and cosines.shape[-1] % 16 == 0
         and available(qkv.device, qkv.dtype)
@@ -764,10 +765,11 @@ def rotate(qkv: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, back: 
     """qkv [B, S, H, 3 · D] with its queries and keys rotated by `rotary_embedding` of its dtype, [B, S, 1, R, D / R];
     or rotated back, as gradients are."""
     batch, length, heads, triple = qkv.shape
-    rows, qkv = cosines.shape[-2], qkv.contiguous()
+    qkv = qkv.contiguous()
+    qkv = qkv.clone() if qkv.data_ptr() % 16 else qkv  # 16 bytes are read at a time
     out = torch.empty_like(qkv)
     blocks = -(-qkv.numel() // 16 // 256)
-    sizes = (batch * length, heads, triple // 3, rows)
+    sizes = (batch * length, heads, triple // 3, cosines.shape[-2])
     given = (qkv, cosines.contiguous(), sines.contiguous(), out, -1.0 if back else 1.0, *sizes)
     _launch(qkv, "prompt", "rotate", (blocks, 1, 1), 256, 0, _pack("PPPPfiiii", *given))
     return out

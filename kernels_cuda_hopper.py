@@ -160,7 +160,8 @@ __device__ __forceinline__ void store_to(u32 address, int block, const float* v)
         :: "r"(address), "r"(block), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
 }
 
-constexpr int ROWS = 128, WARPS = 8, PITCH = 48;   // columns of y; bytes from token to token, in the end
+constexpr int ROWS = 128, WARPS = 8;   // columns of y; warps that multiply
+constexpr int PITCH = 48, STAGING = 32 * PITCH;   // bytes from token to token and of a warp, in the end
 
 // Barriers of each stage of a ring: `full` after so many arrivals, `free` when each of WARPS has left it.
 __device__ __forceinline__ void init_ring(u32 full, u32 free, const int& stages, u32 arrivals) {
@@ -179,8 +180,9 @@ template <int BITS, bool TRANSPOSED, int TOKENS, int SPLIT, int STAGES> struct M
     static constexpr int X_BYTES = TOKENS * 128, STAGE = X_BYTES + ROWS * ROW_BYTES;
     static constexpr int SCALE_BYTES = TRANSPOSED ? 128 : 0;
     static constexpr int COUNT = TOKENS / 2 / SPLIT;   // sums of a thread that this block finishes
-    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    u32 ring;   // stages; then their scales
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);   // so that the compiler knows: a warp has one
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    u32 ring;   // stages; then their scales; then what `write` needs
 
     // The fragments of 32 columns of K: four registers for each 16.
     __device__ __forceinline__ void widen(int stage, int half, u32* a) const {
@@ -246,7 +248,7 @@ template <int BITS, bool TRANSPOSED, int TOKENS, int SPLIT, int STAGES> struct M
     }
 
     // y from column first_n and row first_m on. A warp turns its numbers round in shared memory, 16 tokens at a time,
-    // to write 32 bytes of a row of y; the residual is added there. `staging`: 1536 bytes of the warp's own.
+    // to write 32 bytes of a row of y; the residual is added there. `staging`: STAGING bytes of the warp's own.
     __device__ __forceinline__ void write(const Epilogue& e, float (&total)[COUNT], int first_m, int first_n, int M,
                                           int N, char* staging) const {
         const Epilogue first = {e.scale, e.bias, nullptr, 0, 0, nullptr};
@@ -299,7 +301,7 @@ template <int BITS, bool TRANSPOSED, int TOKENS, int SPLIT, int STAGES> struct M
         int stage = 0;
         auto advance = [&] { if (++stage == STAGES) { stage = 0; parity ^= 1; } };
         if (warp >= WARPS) {
-            asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+            asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");   // for those who multiply
             const bool weights = warp == WARPS;   // else x and scales, which may have been written just before
             if (!weights) wait();
             for (int tile = first; tile < tiles && warp < WARPS + 2; tile += stride) {
@@ -325,7 +327,7 @@ template <int BITS, bool TRANSPOSED, int TOKENS, int SPLIT, int STAGES> struct M
         asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
         wait();
         char* at = (char*)shared + (ring - address_of(shared));
-        char* staging = at + STAGES * (STAGE + SCALE_BYTES) + warp * 1536;
+        char* staging = at + STAGES * (STAGE + SCALE_BYTES) + warp * STAGING;
         const Epilogue e = {c.scale, c.bias, c.residual, c.alpha, c.gelu, c.y}, bare = {0, 0, 0, 0, 0, c.y};
         auto leave = [&](int s) { if (lane == 0) arrive(free + s * 8); };
         u32 a[2][8];
