@@ -184,13 +184,14 @@ class _Product(torch.autograd.Function):
     """What the operator does, for eager training: calling an operator takes several times as long as the launches."""
 
     @staticmethod
-    def forward(ctx, x, weight, scale, bias, bits):
-        ctx.weight, ctx.scale, ctx.bits = weight, scale, bits  # kept as the operator does
-        return _linear(x, weight, scale, bias, bits)
+    def forward(ctx, x, weights):
+        ctx.weights = weights  # kept as the operator does
+        return _linear(x, *weights)
 
     @staticmethod
     def backward(ctx, grad_y):
-        return _input_gradient(grad_y.contiguous(), ctx.weight, ctx.scale, ctx.bits), None, None, None, None
+        weight, scale, _, bits = ctx.weights
+        return _input_gradient(grad_y.contiguous(), weight, scale, bits), None
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -265,7 +266,9 @@ class QuantizedLinear(nn.Linear):
         if torch.compiler.is_compiling():
             y = torch.ops.chatglm_int8.quantized_linear(x.reshape(-1, self.in_features), *weights)
             return y.view(*x.shape[:-1], self.out_features)
-        return (_Product.apply if torch.is_grad_enabled() and x.requires_grad else _linear)(x, *weights)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _Product.apply(x, weights)
+        return _linear(x, *weights)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The float weight [N, K], of the scales' dtype unless `dtype` says otherwise."""
