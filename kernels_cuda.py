@@ -512,16 +512,17 @@ def _hopper_launch(kernel: str, m: int, n: int, k: int, weight: int, rows: int, 
     tensor map of the weight [rows, row_bytes] at the address `weight`, rows of x of a block, and steps under way."""
     bits = 8 if kernel == "gradient" else row_bytes * 8 // k
     box = (64, 128) if kernel == "gradient" else (128, 8 * bits)  # rows and bytes that a step takes of the weight
+    tiles = -(-n // 128)
     if kernel == "few_rows":
         tokens, split, stages, shared = _few_shape(m, n, k, bits, device)
+        module, blocks, threads = f"few_{bits}", tiles * split, 320
     else:
-        tokens, split = _hopper_shape(m, n, k, _properties(device)[1])
+        processors = _properties(device)[1]
+        tokens, split = _hopper_shape(m, n, k, processors)
         stages, shared = 0, hopper_bytes(tokens, box[0] * box[1])
-    module = {"few_rows": f"few_{bits}", "many_rows": str(bits), "gradient": "gradient"}[kernel]
-    blocks = -(-n // 128) * -(-m // tokens) * split
-    if kernel != "few_rows" and split == 1:
-        blocks = min(blocks, _properties(device)[1])  # which take several tiles, one after the other
-    threads = 320 if kernel == "few_rows" else 384
+        tiles *= -(-m // tokens)  # of which a block takes several, one after the other, unless K is cut
+        module, threads = "gradient" if kernel == "gradient" else str(bits), 384
+        blocks = min(tiles, processors) if split == 1 else tiles * split
     launch = f"hopper_{module}_{tokens}_{split}", kernel, (blocks, 1, 1), threads, shared
     return launch, _tensor_map(weight, rows, row_bytes, *box), tokens, stages
 
@@ -635,7 +636,7 @@ def linear(
 
 def input_gradient(grad_y: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
     """The gradient [..., K] of a `linear`'s input, for that of its output [..., N]; both half or bfloat16."""
-    n, k = weight.shape[0], weight.shape[1]
+    n, k = weight.shape
     m = grad_y.numel() // n
     scale = scale.to(grad_y.dtype)
     if bits == 8 and m > MOST_FEW_ROWS and n % 64 == 0 and _suits_hopper(m, grad_y, weight, k, scale):

@@ -30,7 +30,7 @@ MOST_STAGES = 20
 def hopper_bytes(tokens: int, weight_bytes: int) -> int:
     """Dynamic shared memory of a block, with so many bytes of weights in a step."""
     stage = tokens * 128 + weight_bytes + 128  # the last are scales, where a step needs them
-    return 1024 + STAGES[tokens] * stage + 8 * 1536  # to which the sums go in the end, those of each warp
+    return 1024 + STAGES[tokens] * stage + 8 * 1536  # STAGING of each warp
 
 
 def few_bytes(tokens: int, split: int, stages: int, weight_bytes: int) -> int:
@@ -225,9 +225,6 @@ template <int BITS, bool TRANSPOSED, int TOKENS, int SPLIT, int STAGES> struct M
     // nobody uses any more.
     __device__ __forceinline__ void add_up(const float (&sums)[TOKENS / 2], float (&total)[COUNT], float4* at) const {
         const int part = blockIdx.x % SPLIT;
-#pragma unroll
-        for (int i = 0; i < COUNT; i++) total[i] = sums[i];
-        if (SPLIT == 1) return;
 #pragma unroll
         for (int block = 0; block < SPLIT; block++)
 #pragma unroll

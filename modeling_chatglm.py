@@ -142,7 +142,7 @@ class _Rotation(torch.autograd.Function):
     """`apply_rotary` to the queries and keys of qkv [B, S, H, 3·D] by one kernel, and its gradient likewise."""
 
     @staticmethod
-    def forward(qkv, cos, sin, back=False):
+    def forward(qkv, cos, sin, back):
         return rotate(qkv, cos, sin, back)
 
     @staticmethod

@@ -124,19 +124,19 @@ def profile(step: Callable) -> None:
         print(f"    {milliseconds:8.2f} ms {kind}")
 
 
-def prepare(model: nn.Module, arguments) -> tuple[peft.PeftModel, Callable, int]:
-    """The model with LoRA, a function that makes a step, and the tokens of a step."""
+def prepare(model: nn.Module, arguments) -> tuple[peft.PeftModel, Callable]:
+    """The model with LoRA, and a function that makes a step."""
     model.to(arguments.dtype)
     torch.manual_seed(1)
     inputs = batch(arguments, model.config)
     tuned = with_lora(model, arguments)
-    return tuned, stepper(tuned, inputs, arguments), inputs["input_ids"].numel()
+    return tuned, stepper(tuned, inputs, arguments)
 
 
 def memory(name: str, model: nn.Module, arguments) -> tuple[float, float]:
     """GiB allocated and reserved at most in a few steps; on a CPU, 0 GiB."""
     on_gpu = arguments.device == "cuda"
-    tuned, step, _ = prepare(model, arguments)
+    tuned, step = prepare(model, arguments)
     if on_gpu:
         gc.collect()
         torch.cuda.empty_cache()
@@ -162,8 +162,9 @@ def on_one(arguments, fields: dict) -> None:
     fp16_peaks = memory("FP16", fp16, arguments)
     torch.manual_seed(2)
     int8 = build(arguments.layers, arguments.device, **fields)
-    (_, int8_step, tokens), (_, fp16_step, _) = prepare(int8, arguments), prepare(fp16, arguments)
-    times = in_turns([int8_step, fp16_step], arguments.device)
+    steps = [prepare(model, arguments)[1] for model in (int8, fp16)]
+    times = in_turns(steps, arguments.device)
+    tokens = arguments.batch * arguments.length
     for name, time_ in zip(("INT8", "FP16"), times, strict=True):
         print(f"{name}: {time_ * 1e3:.1f} ms a step, {tokens / time_:.0f} tokens/s")
     print(f"step, INT8 over FP16: {times[0] / times[1]:.3f}")
