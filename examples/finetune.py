@@ -13,6 +13,7 @@ have had. OUTPUT_DIR gets the adapter, prefix or model, `loss.png`, and with `--
 the validation file, with BLEU-4 and ROUGE. `merge.py` puts adapters and prefixes into model folders.
 """
 
+import atexit
 import dataclasses
 import json
 import os
@@ -29,12 +30,14 @@ try:
     from accelerate.utils import gather_object
     from tqdm import tqdm
     from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
+    from transformers.training_args import ParallelMode
 
     from chatglm_int8 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer, checkpoint
 except ModuleNotFoundError as error:
     sys.exit(f'{error}. Install the package first: pip install ".[train]"   (in the folder above examples)')
 
 ROOT = Path(__file__).resolve().parent.parent
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 LEARNING_RATES = {"lora": 1e-3, "ptuning": 2e-2, "full": 2e-5}
 # Arguments that can differ between a run and its continuation.
 MAY_DIFFER = ("model", "train_file", "validation_file", "device_map", "max_new_tokens")
@@ -425,6 +428,8 @@ def main() -> None:
     settings, training = parse_arguments()
     quiet = training.process_index > 0
     try:
+        if PROCESSES > 1 and training.parallel_mode != ParallelMode.DISTRIBUTED:
+            raise ValueError(f"{PROCESSES} processes, but no GPUs: each would train alone. Give --use-cpu true.")
         if training.do_predict and not settings.validation_file:
             raise ValueError("--do-predict answers the prompts of --validation-file: give one.")
         if not os.path.isdir(settings.model):
@@ -470,8 +475,15 @@ def main() -> None:
                     file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
-    trainer.accelerator.end_training()  # several processes part in good order
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
     main()
+    if PROCESSES > 1:
+        # DTensor's caches keep gloo's threads alive, which let go of tensors some time after a collective is done. One
+        # that does so while the interpreter shuts down is ended by it, and aborts the process. So this one ends here.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(0)

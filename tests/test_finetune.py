@@ -178,6 +178,13 @@ def test_refused_arguments(arguments, message, tiny, tmp_path, monkeypatch):
         tune(monkeypatch, "--model", tiny, "--train-file", DIALOGUES, "--output-dir", tmp_path, "--seed", 1, *arguments)
 
 
+def test_processes_that_would_train_alone_are_refused(tiny, tmp_path, monkeypatch):
+    """accelerate connects processes without GPUs only if told so."""
+    monkeypatch.setattr(finetune, "PROCESSES", 2)
+    with pytest.raises(SystemExit, match=r"2 processes, but no GPUs.*--use-cpu true"):
+        tune(monkeypatch, "--method", "lora", "--model", tiny, "--train-file", DIALOGUES, "--output-dir", tmp_path)
+
+
 # Learning
 
 
