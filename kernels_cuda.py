@@ -186,9 +186,8 @@ def _function(name: str, module: str, bf16: bool, device: int, much_shared: bool
     function = load_launcher().KernelFunction(_module(module, bf16, architecture), name)
     prepare, handle = function._prepare_func, function._prepare_func()
 
-    def prepare_once() -> (
-        ctypes.c_void_p
-    ):  # for each thread: making the device's context current takes as long as a launch
+    def prepare_once() -> ctypes.c_void_p:
+        # Making the device's context current takes as long as a launch, so each thread does it once.
         ready = _local.__dict__.setdefault("ready", set())
         if device not in ready:
             ready.add(device)
