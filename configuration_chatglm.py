@@ -119,9 +119,12 @@ class ChatGLMConfig(PreTrainedConfig):
                 "Correct it in config.json or in the arguments."
             )
 
+        def is_int(value: object, least: int) -> bool:
+            return isinstance(value, int) and value >= least
+
         for field in _SIZES:
-            if getattr(self, field) < 1:
-                refuse(field, "a positive number")
+            if not is_int(getattr(self, field), 1):
+                refuse(field, "a positive whole number")
         if self.quantization_bit not in (0, 4, 8):
             refuse("quantization_bit", "0 (float weights), 4 or 8")
         if self.quantization_embeddings:
@@ -133,11 +136,11 @@ class ChatGLMConfig(PreTrainedConfig):
             )
         if self.quantization_bit == 4 and (self.hidden_size % 2 or self.inner_hidden_size % 2):
             refuse("inner_hidden_size", "an even number, since INT4 packs two columns in a byte")
-        if self.pre_seq_len is not None and self.pre_seq_len < 1:
+        if self.pre_seq_len is not None and not is_int(self.pre_seq_len, 1):
             refuse("pre_seq_len", "a positive number of prefix positions, or null for none")
         for field in ("bos_token_id", "eos_token_id", "mask_token_id", "gmask_token_id", "pad_token_id"):
             token_id = getattr(self, field)
-            if token_id is not None and not 0 <= token_id < self.vocab_size:
+            if token_id is not None and not (is_int(token_id, 0) and token_id < self.vocab_size):
                 refuse(field, f"an id below vocab_size = {self.vocab_size}")
 
 

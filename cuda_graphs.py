@@ -8,6 +8,7 @@ reads, and that it moves on by itself.
 Letters as in `modeling_chatglm`.
 """
 
+import copy
 import threading
 import weakref
 
@@ -270,6 +271,12 @@ class StepCache(Cache):
             with _idle_lock:
                 _idle[model] = graph
 
+    def __deepcopy__(self, memo: dict) -> "StepCache":
+        """A cache with buffers of its own, and no recording."""
+        copied = StepCache(self._model(), self._graph.padding)
+        copied.layers = copy.deepcopy(self.layers, memo)
+        return copied
+
     def knows_position(self) -> bool:
         """Whether the next token's position is in the graph's tensors already."""
         return self._placed == self.layers[0].length
@@ -280,9 +287,10 @@ class StepCache(Cache):
         self._graph.advance.copy_(advance)
         self._placed = self.layers[0].length
 
-    def takes_prompt(self, qkv: torch.Tensor) -> bool:
-        """Whether `write_prompt` can store a prompt: its kernel is for half precision, without gradients."""
-        return not torch.is_grad_enabled() and qkv.dtype in (torch.float16, torch.bfloat16)
+    def takes_prompt(self, qkv: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> bool:
+        """Whether `write_prompt` can store a prompt: its kernel is for one half precision, without gradients."""
+        same = qkv.dtype == cosines.dtype == sines.dtype  # autocast may have given the product another
+        return same and qkv.dtype in (torch.float16, torch.bfloat16) and not torch.is_grad_enabled()
 
     def write_prompt(self, layer_idx: int, qkv, cosines, sines) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries [B, H, S, D], and keys and values so far, from qkv [B, S, H, 3·D]; the new ones are stored."""

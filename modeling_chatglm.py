@@ -14,7 +14,7 @@ import copy
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar
 
 import torch
@@ -26,6 +26,8 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedModel,
+    StoppingCriteriaList,
+    StopStringCriteria,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
@@ -208,6 +210,8 @@ class GrowingLayer(DynamicLayer):
         buffer = self._buffers.get(name)
         # Beam search and users put other tensors in the place of the views.
         is_view = buffer is not None and (states.data_ptr(), states.stride()) == (buffer.data_ptr(), buffer.stride())
+        if is_view and buffer.is_inference() and not torch.is_inference_mode_enabled():
+            is_view = False  # may not be written to any more
         if not is_view or end > buffer.shape[-2] or states.shape[0] != buffer.shape[0]:
             batch, heads, _, width = new.shape
             buffer = self._buffers[name] = new.new_empty(batch, heads, end + self._room, width)
@@ -259,7 +263,11 @@ class ChatGLMAttention(nn.Module):
             context = past_key_values.attend(self.layer_idx, qkv, *position_embeddings)
             return apply_linear(self.dense, context, residual=residual, alpha=alpha), None
         qkv = qkv.view(batch, length, -1, 3 * self.head_dim)
-        stored = isinstance(past_key_values, StepCache) and prefix is None and past_key_values.takes_prompt(qkv)
+        stored = (
+            isinstance(past_key_values, StepCache)
+            and prefix is None
+            and past_key_values.takes_prompt(qkv, *position_embeddings)
+        )
         if stored:
             query, key, value = past_key_values.write_prompt(self.layer_idx, qkv, *position_embeddings)
         else:
@@ -392,7 +400,8 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
             with torch.device("meta"):
                 expected = cls(shape).state_dict()
             folder_of_weights = os.path.join(folder, kwargs.get("subfolder", ""))
-            check_checkpoint(folder_of_weights, expected, shape.quantization_bit, shape.tie_word_embeddings)
+            if not kwargs.get("ignore_mismatched_sizes"):
+                check_checkpoint(folder_of_weights, expected, shape.quantization_bit, shape.tie_word_embeddings)
         loaded = super().from_pretrained(folder, *model_args, config=config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._freeze()
@@ -406,10 +415,10 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
 
     def _keep_embeddings_half(self) -> None:
         """Make embedding and LM head of a quantised model half where that loses nothing, and keep them so."""
-        for module in self.modules():
-            if isinstance(module, HalfEmbedding | HalfLinear):
-                module.stays_half = bool(self.config.quantization_bit)
-                module.halve()
+        halves = [module for module in self.modules() if isinstance(module, HalfEmbedding | HalfLinear)]
+        for module in halves:
+            module.stays_half = bool(self.config.quantization_bit)
+            module.halve(halves)
 
     def _freeze(self) -> None:
         """Leave only trainable parameters with `requires_grad`: none of a quantised linear's, and with P-Tuning v2
@@ -565,6 +574,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         config = self.config
         past_key_values = _one_cache(past_key_values, cache)
         use_cache = config.use_cache if use_cache is None else use_cache
+        return_dict = config.return_dict if return_dict is None else return_dict
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if (input_ids is None) == (inputs_embeds is None):
@@ -586,7 +596,12 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         is_start = (length > 1 or isinstance(past_length, int)) and int(past_length) == 0
         if position_ids is None:
-            position_ids = self._positions_from_ids(input_ids, attention_mask, past_key_values, is_start)
+            stored = 0 if is_start else None
+            if not is_start and isinstance(past_length, int):
+                stored = past_length - (config.pre_seq_len or 0)
+            position_ids = self._positions_from_ids(input_ids, attention_mask, past_key_values, stored)
+        elif hasattr(past_key_values, "chatglm_ids"):
+            del past_key_values.chatglm_ids  # would lack these
         prefixes = [None] * config.num_layers
         if is_start and config.pre_seq_len is not None:
             prefixes = self.get_prompt(batch, inputs_embeds.device, inputs_embeds.dtype)
@@ -640,7 +655,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             attentions=all_attentions,
             **{_CACHE: past_key_values if use_cache else None},
         )
-        return output if return_dict or return_dict is None else output.to_tuple()
+        return output if return_dict else output.to_tuple()
 
     def run_blocks(self, hidden_states: torch.Tensor, position_embeddings: tuple, graph: StepGraph) -> torch.Tensor:
         """The blocks and the final LayerNorm in a step that `graph` records: [B, 1, hidden] → [B, 1, hidden]."""
@@ -666,19 +681,23 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         input_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None,
-        is_start: bool,
+        stored: int | None,
     ) -> torch.Tensor:
-        """Positions of the new ids. They follow from all ids so far, which the cache remembers for the next call."""
+        """Positions of the new ids. They follow from all ids so far, which the cache remembers for the next call.
+
+        `stored`: how many ids have keys in the cache; None for a static cache that is in use, which is not asked.
+        """
         if input_ids is None:
             raise ValueError("inputs_embeds need position_ids beside them, as positions come from the ids.")
-        new = input_ids.shape[1]
-        if not is_start:
-            if not hasattr(past_key_values, "chatglm_ids"):
+        batch, new = input_ids.shape
+        if stored != 0:
+            known = getattr(past_key_values, "chatglm_ids", input_ids[:, :0])[:, :stored]  # it may have been cropped
+            if known.shape[0] != batch or known.shape[1] < (stored or 1):
                 raise ValueError(
-                    "A step on a cache that was filled with explicit position_ids needs position_ids again: pass "
-                    "model.get_position_ids(all_ids_so_far)[..., -new:]."
+                    "A step on a cache that was filled with explicit position_ids, or has other sequences by now, "
+                    "needs position_ids again: pass model.get_position_ids(all_ids_so_far)[..., -new:]."
                 )
-            input_ids = torch.cat((past_key_values.chatglm_ids, input_ids), dim=1)
+            input_ids = torch.cat((known, input_ids), dim=1)
         if past_key_values is not None:
             past_key_values.chatglm_ids = input_ids
         if attention_mask is not None and attention_mask.ndim == 4:
@@ -836,8 +855,11 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             and gradients the logits are computed when they are read (see `TrainingOutput`).
         """
         past_key_values = _one_cache(past_key_values, cache)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
         recorded = isinstance(past_key_values, StepCache) and past_key_values.knows_position()
-        if recorded and position_ids is None and input_ids is not None:  # see `prepare_inputs_for_generation`
+        a_step = input_ids is not None and input_ids.shape[1] == 1 and position_ids is None and labels is None
+        if recorded and a_step and not (output_attentions or output_hidden_states):
+            # See `prepare_inputs_for_generation`.
             return CausalLMOutputWithPast(logits=past_key_values.step(input_ids), **{_CACHE: past_key_values})
         # What the loss takes is not for the blocks.
         for_loss = {name: kwargs.pop(name) for name in _LOSS_ARGUMENTS if name in kwargs}
@@ -850,6 +872,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            return_dict=True,
             **kwargs,
         )
         hidden_states = output.last_hidden_state
@@ -877,7 +900,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             logits = self.score(hidden_states)
             loss = causal_loss(lambda scores: scores, logits, labels, vocab_size, **for_loss)
             output = CausalLMOutputWithPast(loss=loss, logits=logits[:, kept], **fields)
-        return output if return_dict or return_dict is None else output.to_tuple()
+        return output if return_dict else output.to_tuple()
 
     def score(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Scores [B, S, V] of hidden states [B, S, hidden]."""
@@ -887,9 +910,14 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         """Quantise the blocks' linears to 8 or 4 bits in place, layer by layer, wherever they are; returns the model.
 
         Raises:
-            ValueError: other bits, or a model that is quantised to other bits already.
+            ValueError: other bits, a model that is quantised to other bits already, or one with adapters of PEFT.
         """
         check_bits(bits)
+        if any(hasattr(module, "base_layer") for module in self.transformer.layers.modules()):
+            raise ValueError(
+                "The model has PEFT's adapters in its blocks, which would be quantised with them: call quantize before "
+                "get_peft_model, or after merge_and_unload."
+            )
         if self.config.quantization_bit not in (0, bits):
             raise ValueError(
                 f"The model is quantised to {self.config.quantization_bit} bits already and can't go to {bits}: "
@@ -919,6 +947,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             encoder.load_state_dict(state)
         except RuntimeError as error:
             raise ValueError(f"The prefix in {path} was made for a model of another shape: {error}") from None
+        forget_steps(self)  # recorded without the prefix
         self.config.update(found)
         embeddings = self.get_input_embeddings().weight
         self.transformer.prefix_encoder = encoder.to(embeddings.device, self.dtype)
@@ -950,10 +979,12 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         if mask is not None and mask.ndim == 4:
             mask = kwargs["attention_mask"] = (~mask[:, 0, -1].bool()).long()  # the last query sees all but padding
         position_ids = kwargs.pop("position_ids", None)
-        if position_ids is not None and not torch.equal(
-            position_ids, self.get_position_ids(prompt, attention_mask=mask)
-        ):
-            raise ValueError("generate derives position_ids from the ids and the attention_mask; these are others.")
+        if position_ids is not None:
+            # Of an assistant model, transformers just counts the tokens.
+            counted = ((torch.ones_like(prompt) if mask is None else mask).long().cumsum(dim=1) - 1).clamp(min=0)
+            usual = (self.get_position_ids(prompt, attention_mask=mask), counted)
+            if not any(torch.equal(position_ids, each) for each in usual):
+                raise ValueError("generate derives position_ids from the ids and the attention_mask; these are others.")
         generation_config = kwargs.get("generation_config") or (args[0] if args else None) or self.generation_config
         given = (kwargs, vars(generation_config))
         if any(settings.get("prefill_chunk_size") is not None for settings in given):
@@ -961,8 +992,15 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         cache = _one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if cache is not None:
             kwargs[_CACHE] = cache
-        if cache is not None and self.config.pre_seq_len is not None and int(cache.get_seq_length()) > 0:
+        filled = 0 if cache is None else int(cache.get_seq_length())
+        if filled and self.config.pre_seq_len is not None:
             raise ValueError("With P-Tuning v2, generate starts from the prompt: pass no filled past_key_values.")
+        if filled and not int(self._answer_start(prompt).max()) <= filled < prompt.shape[1]:
+            raise ValueError(
+                f"past_key_values hold {filled} of the prompt's {prompt.shape[1]} tokens. They must hold all up to its "
+                "first <sop>, since those see each other both ways, and leave one to be read: pass all ids so far, "
+                "and a cache that ends in the answer, or none."
+            )
         if all(settings.get(name) is None for settings in given for name in ("max_length", "max_new_tokens")):
             kwargs["max_length"] = self.config.max_sequence_length  # else transformers stops after 20 tokens
         return super().generate(inputs, *args, **kwargs)
@@ -1044,7 +1082,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             TopPLogitsWarper,
         ]:
             before_top, top = LogitsProcessorList(logits_processor[:-2]), logits_processor[-2:]
-        logits = self(**self.prepare_inputs_for_generation(input_ids, **model_kwargs)).logits
+        new = _not_stored(input_ids, cache)
+        inputs = self.prepare_inputs_for_generation(input_ids, next_sequence_length=new, **model_kwargs)
+        logits = self(**inputs, return_dict=True).logits
         while True:
             scores = logits[:, -1]
             if before_top or generation_config.do_sample:
@@ -1069,7 +1109,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             limit = stopping_criteria.max_length
             if limit is None or input_ids.shape[1] < limit:
                 inputs = self.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
-                logits = self(**inputs).logits
+                logits = self(**inputs, return_dict=True).logits
             ended.synchronize()
             unfinished = still_unfinished  # not before: the step might be given the memory that the other stream reads
             if streamer is not None:
@@ -1148,7 +1188,17 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         Yields:
             all ids so far, int64 [B, T], after each new token but the one that ends the generation (`<eop>`, or the
             last that `max_length` allows), as the public code does.
+
+        Raises:
+            ValueError: a streamer or beams, and as `generate`.
         """
+        beams = kwargs.get("num_beams") or getattr(generation_config, "num_beams", None) or 1
+        if kwargs.get("streamer") is not None or beams > 1:
+            raise ValueError("stream_generate hands out each token itself, and has no beams: for those call generate.")
+        if kwargs.get("stop_strings") and kwargs.get("tokenizer"):
+            # For a loop that is not its own, transformers forgets the tokenizer.
+            stop = StopStringCriteria(kwargs.pop("tokenizer"), kwargs.pop("stop_strings"))
+            stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), stop])
         yield from self.generate(
             input_ids,
             generation_config,
@@ -1190,7 +1240,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         """
         history = list(history or [])
         inputs = self.build_inputs(tokenizer, query, history, None if kwargs.get("max_new_tokens") else max_length)
-        settings = _chat_settings(max_length, do_sample, top_p, temperature, logits_processor, kwargs)
+        settings = _chat_settings(tokenizer, max_length, do_sample, top_p, temperature, logits_processor, kwargs)
         output_ids = self.generate(**inputs, num_beams=num_beams, **settings)
         settings["logits_processor"][-1].report()
         prompt_length = inputs["input_ids"].shape[1]
@@ -1217,7 +1267,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         """
         history = list(history or [])
         inputs = self.build_inputs(tokenizer, query, history, None if kwargs.get("max_new_tokens") else max_length)
-        settings = _chat_settings(max_length, do_sample, top_p, temperature, logits_processor, kwargs)
+        settings = _chat_settings(tokenizer, max_length, do_sample, top_p, temperature, logits_processor, kwargs)
         decoder = tokenizer.decode_stream()
         text = ""
         for output_ids in self.stream_generate(**inputs, **settings):
@@ -1253,11 +1303,15 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             `input_ids` and `attention_mask`, int64 [1, S] on the model's device.
 
         Raises:
-            ValueError: an empty query, one that is too long by itself, or another model's tokenizer.
+            ValueError: an empty query, one that is too long by itself, a history of another form, or another model's
+                tokenizer.
         """
         history = list(history or [])
         if not query.strip():
             raise ValueError(f"The query is empty: got {query!r}. Ask something.")
+        for round_ in history:
+            if isinstance(round_, str | Mapping) or len(round_) != 2:
+                raise ValueError(f"history is a list of rounds, (query, response) each; got a round {round_!r}.")
         config = self.config
         marks = tokenizer.convert_tokens_to_ids(["[gMASK]", "<sop>"])
         if marks != [config.gmask_token_id, config.bos_token_id]:
@@ -1307,12 +1361,19 @@ def _sample_top(scores: torch.Tensor, top_k: TopKLogitsWarper, top_p: TopPLogits
     return ids.gather(1, draw(kept.softmax(dim=-1))[:, None]).squeeze(1)
 
 
+def _not_stored(input_ids: torch.Tensor, cache: Cache | None) -> int | None:
+    """How many of the ids [B, T] a cache that was handed over does not hold yet; None: any."""
+    stored = 0 if cache is None else int(cache.get_seq_length())
+    return input_ids.shape[1] - stored if stored else None
+
+
 def _has_end(stopping_criteria) -> bool:
     """Whether sequences of a batch can end one by one."""
     return any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
 
 
 def _chat_settings(
+    tokenizer,
     max_length: int,
     do_sample: bool,
     top_p: float,
@@ -1325,6 +1386,8 @@ def _chat_settings(
     settings["logits_processor"] = LogitsProcessorList([*(logits_processor or []), FiniteScores()])
     if settings.get("max_new_tokens") is None:
         settings["max_length"] = max_length
+    if settings.get("stop_strings"):
+        settings["tokenizer"] = tokenizer
     if do_sample:
         settings.update(top_p=top_p, temperature=temperature)
     return settings
@@ -1336,12 +1399,12 @@ def _stream_tokens(
 ) -> Iterator[torch.Tensor]:
     """A decoding loop for `generate(custom_generate=…)` that yields the ids so far, [B, T], after each token."""
     unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-    next_sequence_length = None
+    next_sequence_length = _not_stored(input_ids, model_kwargs.get(_CACHE))
     while unfinished.any():
         inputs = model.prepare_inputs_for_generation(
             input_ids, next_sequence_length=next_sequence_length, **model_kwargs
         )
-        logits = model(**inputs).logits[:, -1].to(input_ids.device, torch.float32)
+        logits = model(**inputs, return_dict=True).logits[:, -1].to(input_ids.device, torch.float32)
         scores = logits_processor(input_ids, logits)
         tokens = draw(scores.softmax(dim=-1)) if generation_config.do_sample else scores.argmax(dim=-1)
         if generation_config.pad_token_id is not None:

@@ -382,8 +382,11 @@ class _StaysHalf(nn.Module):
     stays_half = False
     _should_be_float = False
 
-    def halve(self) -> None:
-        """If this layer stays half, make a float32 weight on the CPU half, unless that would change it."""
+    def halve(self, layers: list["_StaysHalf"]) -> None:
+        """If this layer stays half, make a float32 weight on the CPU half, unless that would change it.
+
+        `layers`: all such layers of the model, of which others may have the same weight.
+        """
         weight = self.weight
         if self.stays_half and weight.dtype == torch.float32 and weight.device.type == "cpu":
             half = torch.empty_like(weight, dtype=torch.float16)
@@ -392,7 +395,15 @@ class _StaysHalf(nn.Module):
                 if not torch.equal(half[part].float(), weight.detach()[part]):
                     return
             weight.data = half
-            self._should_be_float = True
+            for layer in layers:
+                layer._should_be_float |= layer.weight is weight
+
+    def train(self, mode: bool = True):
+        """As every module's; but a weight that is to be trained beside float32 becomes float32, as an optimizer's steps
+        would be lost in half."""
+        if mode and self._should_be_float and self.weight.requires_grad:
+            self.weight.data = self.weight.data.float()
+        return super().train(mode)
 
     def _apply(self, fn, recurse=True):
         if not self.stays_half:

@@ -253,6 +253,18 @@ def test_stop_strings(embedded):
     text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
     assert "演示" in text
     assert "聊天" not in text
+    answer, _ = model.chat(tokenizer, "你好", do_sample=False, stop_strings=["演示"])
+    assert answer == model.process_response(text)
+    *_, (streamed, _) = model.stream_chat(tokenizer, "你好", do_sample=False, stop_strings=["演示"])
+    assert len(streamed) > 3
+    assert answer.startswith(streamed)
+
+
+@pytest.mark.parametrize("rounds", [[{"role": "user", "content": "a"}], ["ab"], [("a", "b", "c")]])
+def test_a_history_of_another_form(rounds, embedded):
+    model, tokenizer = embedded
+    with pytest.raises(ValueError, match=r"history is a list of rounds, \(query, response\) each"):
+        model.chat(tokenizer, "你好", history=rounds)
 
 
 def test_text_generation_pipeline(embedded):

@@ -1,5 +1,6 @@
 """generate and stream_generate, against the goldens and against each other."""
 
+import copy
 import logging
 import threading
 
@@ -130,8 +131,40 @@ def test_going_on_from_a_returned_cache(golden_model):
     model = golden_model("base")
     whole = model.generate(PROMPT, do_sample=False, max_new_tokens=10)
     first = model.generate(PROMPT, do_sample=False, max_new_tokens=4, return_dict_in_generate=True)
+    streamed = copy.deepcopy(first.past_key_values)
     rest = model.generate(first.sequences, past_key_values=first.past_key_values, do_sample=False, max_new_tokens=6)
     assert torch.equal(rest, whole)
+    *_, rest = model.stream_generate(first.sequences, past_key_values=streamed, do_sample=False, max_new_tokens=6)
+    assert torch.equal(rest, whole[:, :-1])
+
+
+def test_going_on_from_a_cache_of_inference_mode(golden_model):
+    model = golden_model("base")
+    whole = model.generate(PROMPT, do_sample=False, max_new_tokens=10)
+    with torch.inference_mode():
+        first = model.generate(PROMPT, do_sample=False, max_new_tokens=4, return_dict_in_generate=True)
+    ids, cache = first.sequences.clone(), first.past_key_values
+    assert torch.equal(model.generate(ids, past_key_values=cache, do_sample=False, max_new_tokens=6), whole)
+
+
+def test_a_cache_that_ends_in_the_prompt_is_refused(golden_model):
+    """Its keys have not seen the rest of the prompt."""
+    model = golden_model("base")
+    for length, kept in ((3, 3), (5, 5)):
+        cache = DynamicCache(config=model.config)
+        model(PROMPT[:, :length], past_key_values=cache)
+        with pytest.raises(ValueError, match=f"hold {kept} of the prompt's 5 tokens.*see each other both ways"):
+            model.generate(PROMPT, past_key_values=cache, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("name", ["base", "int8", "pos1d"])
+def test_an_assistant_model(name, golden_model):
+    model = golden_model(name)
+    expected = model.generate(PROMPT, do_sample=False, max_new_tokens=20)
+    for assistant in (golden_model(name), golden_model("int4")):
+        if assistant.config.position_encoding_2d == model.config.position_encoding_2d:
+            given = {"assistant_model": assistant, "do_sample": False, "max_new_tokens": 20}
+            assert torch.equal(model.generate(PROMPT, **given), expected)
 
 
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
@@ -258,6 +291,13 @@ def test_what_reads_from_left_to_right_is_refused(golden_model):
     filled = model.generate(PROMPT, do_sample=False, max_new_tokens=2, return_dict_in_generate=True)
     with pytest.raises(ValueError, match="past_key_values"):
         model.generate(filled.sequences, past_key_values=filled.past_key_values)
+
+
+def test_what_a_stream_can_not_do_is_refused(golden_model):
+    model = golden_model("base")
+    for given in ({"num_beams": 3}, {"generation_config": GenerationConfig(num_beams=3)}, {"streamer": object()}):
+        with pytest.raises(ValueError, match="call generate"):
+            next(model.stream_generate(PROMPT, **given))
 
 
 def test_text_iterator_streamer(golden_model):

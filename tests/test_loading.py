@@ -603,6 +603,8 @@ def test_configurations_and_arguments(release):
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert not info["mismatched_keys"]
+    other = load(release, vocab_size=config.vocab_size + 8, ignore_mismatched_sizes=True)
+    assert other.lm_head.weight.shape[0] == config.vocab_size + 8
 
 
 def test_loading_says_nothing_of_missing_or_unexpected_tensors(release, out):

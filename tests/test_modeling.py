@@ -1,5 +1,7 @@
 """The network against what the public implementation computed (tests/data, made with transformers 4.27.1)."""
 
+import copy
+
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
@@ -184,6 +186,34 @@ def test_cached_steps_equal_one_forward(name, attention, golden_model):
     assert error(last, whole[:, 7:]) < FP32_TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["base", "prefix"])
+@torch.no_grad()
+def test_derived_positions_follow_the_cache(name, golden_model):
+    """Or are refused, if what it holds is not known."""
+    model = golden_model(name)
+    ids = torch.tensor([[7, 8, 9, 500, 10, 504, 11, 12, 13, 14]])
+    expected = model(ids).logits[:, 8:9]
+    positions = model.get_position_ids(ids)
+
+    def filled() -> DynamicCache:
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :8], past_key_values=cache)
+        return cache
+
+    cache = filled()
+    model(torch.tensor([[77]]), past_key_values=cache)
+    cache.crop(-1)
+    assert error(model(ids[:, 8:9], past_key_values=cache).logits, expected) < FP32_TOLERANCE
+
+    stepped, repeated = filled(), filled()
+    model(ids[:, 8:9], position_ids=positions[..., 8:9], past_key_values=stepped)
+    with pytest.raises(ValueError, match="needs position_ids"):
+        model(ids[:, 9:], past_key_values=stepped)
+    repeated.batch_repeat_interleave(2)
+    with pytest.raises(ValueError, match="needs position_ids"):
+        model(ids[:, 8:9].expand(2, 1), past_key_values=repeated)
+
+
 def test_embeddings_in_place_of_ids(golden_model):
     model = golden_model("base")
     ids = torch.tensor([[7, 8, 501, 504, 9]])
@@ -205,6 +235,13 @@ def test_logits_to_keep_and_tuples(golden_model):
         assert error(model(ids, logits_to_keep=2).logits, whole[:, -2:]) < FP32_TOLERANCE
         assert error(model(ids, logits_to_keep=torch.tensor([0, 3])).logits, whole[:, [0, 3]]) < FP32_TOLERANCE
         assert torch.equal(model(ids, return_dict=False)[0], whole)
+        answer = model.generate(ids, do_sample=False, max_new_tokens=3)
+        model.config.return_dict = False
+        assert torch.equal(model(ids)[0], whole)
+        assert torch.equal(model.generate(ids, do_sample=False, max_new_tokens=3), answer)
+        *_, streamed = model.stream_generate(ids, do_sample=False, max_new_tokens=3)
+        assert torch.equal(streamed, answer[:, :-1])
+        model.config.return_dict = True
         assert model(ids, use_cache=False).past_key_values is None
         assert model.transformer(ids).last_hidden_state.shape == (1, 5, model.config.hidden_size)
 
@@ -302,6 +339,38 @@ def test_what_is_kept_for_the_next_answer_goes_when_the_model_moves_or_learns(go
         cuda_graphs._idle[model] = "a graph and its memory"
         change()
         assert (model in cuda_graphs._idle) == stays
+
+
+def test_a_prefix_is_not_for_steps_recorded_without(golden_model, tmp_path):
+    state = golden_model("prefix").state_dict()
+    torch.save({name: tensor for name, tensor in state.items() if "prefix_encoder" in name}, tmp_path / "prefix.bin")
+    model = golden_model("base")
+    cuda_graphs._idle[model] = "a graph and its memory"
+    model.load_prefix(tmp_path / "prefix.bin")
+    assert model not in cuda_graphs._idle
+
+
+@torch.no_grad()
+def test_the_cache_of_recorded_steps_is_a_cache(golden_model):
+    """It can be copied, and only one id is a step; without a GPU, no step is recorded here."""
+    model = golden_model("int8")
+    ids = torch.tensor([[7, 8, 9, 501, 504, 10, 11, 12]])
+    positions = model.get_position_ids(ids)
+    expected = model(ids).logits
+    cache = cuda_graphs.StepCache(model, torch.zeros(1, dtype=torch.int32))
+    model(ids[:, :5], position_ids=positions[..., :5], past_key_values=cache)
+    copied = copy.deepcopy(cache)
+    for each in (cache, copied):
+        each.set_positions(positions[..., 5], positions[..., 5] - positions[..., 4])
+        given = {"position_ids": positions[..., 5:], "past_key_values": each, "output_hidden_states": True}
+        with pytest.raises(ValueError, match="needs position_ids"):
+            model(ids[:, 5:], past_key_values=each)
+        output = model(ids[:, 5:], **given)
+        assert error(output.logits, expected[:, 5:]) < FP32_TOLERANCE
+        assert len(output.hidden_states) == model.config.num_layers + 1
+    half = torch.zeros(1, 1, dtype=torch.float16)
+    assert cache.takes_prompt(half, half, half)
+    assert not cache.takes_prompt(half.bfloat16(), half, half)
 
 
 def test_a_norm_is_left_to_its_product_only_where_nobody_looks(golden_model, monkeypatch):

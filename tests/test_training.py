@@ -144,6 +144,40 @@ def test_lora_over_int8_learns_and_leaves_the_weights_alone(golden_model):
         assert torch.equal(after[name], tensor), name
 
 
+def test_quantising_under_adapters_is_refused(golden_model):
+    peft = pytest.importorskip("peft", reason="needs peft")
+    model = golden_model("base")
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["query_key_value"]))
+    with pytest.raises(ValueError, match="call quantize before get_peft_model, or after merge_and_unload"):
+        model.quantize(8)
+    assert isinstance(tuned.merge_and_unload().quantize(8).transformer.layers[0].mlp.dense_h_to_4h, QuantizedLinear)
+
+
+@pytest.mark.parametrize("saved", [None, "lm_head", "word_embeddings"])
+def test_embeddings_that_stay_half_are_trained_in_float(saved, root):
+    """An optimizer's small steps would be lost in half, and Adam's epsilon is zero there."""
+    model = ChatGLMForConditionalGeneration.from_pretrained(root, dtype=torch.float32)
+    assert model.lm_head.weight.dtype == torch.float16
+    if saved:
+        peft = pytest.importorskip("peft", reason="needs peft")
+        given = {"target_modules": ["query_key_value"], "modules_to_save": [saved]}
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, **given))
+    model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert {parameter.dtype for parameter in trained} == {torch.float32}
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    ids = torch.tensor([[7, 8, 130001, 130004, 9, 10, 11, 130005]]) % model.config.vocab_size
+    ids[0, 2:4] = torch.tensor([model.config.gmask_token_id, model.config.bos_token_id])
+    losses = []
+    for _ in range(3):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[2] < losses[1] < losses[0]
+
+
 def test_generation_with_lora(golden_model):
     peft = pytest.importorskip("peft", reason="needs peft")
     ids = torch.tensor([[7, 8, 501, 504]])
