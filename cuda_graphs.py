@@ -350,6 +350,8 @@ def can_record(model: nn.Module) -> bool:
         return False
     if any(parameter.device != weight.device for parameter in model.parameters()):
         return False
+    if nn.modules.module._has_any_global_hook():
+        return False
     for module in model.modules():
         if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
             return False

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import stat
+import struct
 import tempfile
 import time
 from collections.abc import Callable
@@ -45,14 +46,26 @@ def _usable_folder(cache_home: str | None) -> Path:
 _kept_for_life: list[tempfile.TemporaryDirectory] = []
 
 
+def _is_whole(path: Path) -> bool:
+    """Whether compiled code has all its bytes: half a file would kill the process that loads it. (The section headers
+    of ELF files come last.)"""
+    with open(path, "rb") as file:
+        header = file.read(64)
+    if header[:6] != b"\x7fELF\x02\x01" or len(header) < 64:
+        return True  # of another format; the loader refuses what is nothing
+    (offset,), (size, count) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<HH", header, 58)
+    return offset + size * count <= path.stat().st_size
+
+
 def keep(name: str, write: Callable[[Path], None]) -> Path:
     """The path of the file `name` in the folder. If it isn't there, `write` makes it, at a path that it is given.
 
     It gets its name when it is whole and on the disk, also beside other processes that make it at the same time.
     """
     path = cache_folder() / name
-    if path.exists():
+    if path.exists() and _is_whole(path):
         return path
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # it may have been removed since
     for left in path.parent.glob("*.tmp"):  # by processes that were killed
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > 3600:
@@ -62,7 +75,7 @@ def keep(name: str, write: Callable[[Path], None]) -> Path:
     try:
         write(Path(unfinished))
         with open(unfinished, "r+b") as file:
-            os.fsync(file.fileno())  # half a library would kill its process
+            os.fsync(file.fileno())
         os.replace(unfinished, path)
     finally:
         Path(unfinished).unlink(missing_ok=True)

@@ -45,6 +45,10 @@ class CompileError(RuntimeError):
     """The C compiler failed; the message holds its command and its words."""
 
 
+class CompilerHangsError(CompileError):
+    """The C compiler was given up."""
+
+
 class Library:
     """A compiled library.
 
@@ -319,7 +323,10 @@ def compiler() -> list[str]:
     Raises:
         CompileError: there is none.
     """
-    named = shlex.split(os.environ.get("CC", ""))
+    try:
+        named = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise CompileError(f"CC={os.environ['CC']!r} is not a command: {error}") from None
     for command in [named] if named else [["cc"], ["gcc"], ["clang"]]:
         if shutil.which(command[0]):
             return command
@@ -331,8 +338,12 @@ def compiler() -> list[str]:
 def _run(command: list[str], text: str) -> str:
     """Run a compiler on a source text; what it printed."""
     try:
-        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=_TIMEOUT)
-    except (OSError, subprocess.TimeoutExpired) as error:
+        # Whatever the locale's encoding is.
+        settings = {"encoding": "utf-8", "errors": "replace", "timeout": _TIMEOUT}
+        done = subprocess.run(command, input=text, capture_output=True, **settings)
+    except subprocess.TimeoutExpired as error:
+        raise CompilerHangsError(f"{shlex.join(command)}: {error}") from None
+    except OSError as error:
         raise CompileError(f"{shlex.join(command)}: {error}") from None
     if done.returncode:
         raise CompileError(f"{shlex.join(command)} failed:\n{done.stderr.strip()}")
@@ -368,6 +379,8 @@ def _load() -> Library | None:
     try:
         try:
             library = _open(flags)
+        except CompilerHangsError:
+            raise
         except CompileError as error:
             flags = FLAGS
             library = _open(flags)

@@ -437,7 +437,7 @@ static void split_block(const struct job *j, int64_t m, int64_t block, const int
         largest = size > largest ? size : largest;
     }
     int finite = largest < 0x7f800000;
-    float lift = float_of_bits(largest) < 0x1p-60f ? 0x1p60f : 1; /* keeps the scales of tiny numbers normal */
+    float lift = float_of_bits(largest) < 0x1p-40f ? 0x1p60f : 1; /* keeps the scales of tiny numbers normal */
     float scale = largest ? float_of_bits(largest) * lift / (float)digit_max[0] : 1;
     if (scale < 0x1p-60f) scale = 0x1p-60f; /* subnormal numbers are taken for the smallest normal ones */
     for (int64_t k = 0; k < count; k++) rest[k] *= lift;

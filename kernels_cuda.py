@@ -231,6 +231,8 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
     if known is None:
         if torch.version.hip or dtype not in (torch.float16, torch.bfloat16):
             return False
+        if torch.cuda.is_current_stream_capturing():
+            return False  # modules can't be loaded now
         index = device.index if device.index is not None else torch.cuda.current_device()
         with _lock:
             known = _availability.get((index, dtype))
@@ -243,7 +245,7 @@ def _try_to_load(device: int, dtype: torch.dtype) -> bool:
     architecture, *_ = _properties(device)
     bf16 = dtype == torch.bfloat16
     turned_off = os.environ.get("CHATGLM_CUDA_KERNEL") == "0"
-    if turned_off or architecture < (80 if bf16 else 70) or torch.cuda.is_current_stream_capturing():
+    if turned_off or architecture < (80 if bf16 else 70):
         return False
     try:
         with torch.cuda.device(device):
@@ -578,6 +580,8 @@ def product(
         scale, bias: [N]; scale is None if bits = 16.
         residual: [..., N].
     """
+    if weight.get_device() != x.get_device():
+        raise RuntimeError(f"Expected x and the weight on one device, got {x.device} and {weight.device}.")
     x = x.contiguous()
     residual = residual if residual is None else residual.contiguous()
     k, n = x.shape[-1], weight.shape[0]

@@ -63,7 +63,9 @@ from .quantization import (
     autocast_dtype,
     check_bits,
     has_cpu_kernels,
+    has_hooks,
     is_plain_cpu,
+    is_traced,
     quantize_linears,
 )
 from .training_loss import TrainingOutput, causal_loss
@@ -196,7 +198,7 @@ class GrowingLayer(DynamicLayer):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Append [B, H, S, D] to each; returns all keys and values, [B, H, T + S, D]."""
-        if key_states.requires_grad or torch.compiler.is_compiling():
+        if key_states.requires_grad or is_traced():
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -272,6 +274,7 @@ class ChatGLMAttention(nn.Module):
             query, key, value = past_key_values.write_prompt(self.layer_idx, qkv, *position_embeddings)
         else:
             if has_cpu_kernels(self, qkv) and cpu_library().can_rotate(qkv, *position_embeddings):
+                qkv = qkv.clone() if has_hooks(self.query_key_value) else qkv  # who has one may have kept it
                 query, key, value = cpu_library().rotary_(qkv, *position_embeddings).chunk(3, dim=-1)
             elif can_rotate(qkv, *position_embeddings):
                 query, key, value = _Rotation.apply(qkv, *position_embeddings, False).chunk(3, dim=-1)
@@ -668,7 +671,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if input_ids.shape[1] == 0:
             raise ValueError(f"The sequences are empty: input_ids has shape {list(input_ids.shape)}. Give some text.")
         # A look at ids on a GPU means waiting for it, which a step of one token, the model's own, can't afford.
-        if (input_ids.shape[1] > 1 or input_ids.device.type == "cpu") and not torch.compiler.is_compiling():
+        if (input_ids.shape[1] > 1 or input_ids.device.type == "cpu") and not is_traced():
             low, high = input_ids.aminmax()
             if low < 0 or high >= self.config.vocab_size:
                 raise ValueError(

@@ -124,11 +124,12 @@ def _linear(
     if cuda_available(x.device, x.dtype):
         return cuda_linear(x, weight, scale, bias, bits)
     rows = x.reshape(-1, x.shape[-1])
-    if x.device.type == "cpu" and x.dtype != torch.float64 and weight.is_contiguous() and cpu_library():
+    is_double = torch.float64 in (x.dtype, scale.dtype)
+    if x.device.type == "cpu" and not is_double and weight.is_contiguous() and cpu_library():
         y = cpu_library().linear(rows, weight, scale, bias, bits)
     else:
         y = _plain_linear(rows, weight, scale, bias, bits)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _input_gradient(grad_y: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
@@ -192,6 +193,11 @@ class _Product(torch.autograd.Function):
     def backward(ctx, grad_y):
         weight, scale, _, bits = ctx.weights
         return _input_gradient(grad_y.contiguous(), weight, scale, bits), None
+
+
+def is_traced() -> bool:
+    """Whether somebody beside autograd follows what PyTorch does: kernels are called behind its back."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -263,12 +269,15 @@ class QuantizedLinear(nn.Linear):
             raise ValueError(f"Expected an activation [..., {self.in_features}], got {list(x.shape)}.")
         x = _autocast(x)
         weights = (self.weight, self.weight_scale, self.bias, self.bits)
-        if torch.compiler.is_compiling():
+        if is_traced():
             y = torch.ops.chatglm_int8.quantized_linear(x.reshape(-1, self.in_features), *weights)
             return y.view(*x.shape[:-1], self.out_features)
-        if torch.is_grad_enabled() and x.requires_grad:
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return _linear(x, *weights)
+        if cuda_available(x.device, x.dtype):
             return _Product.apply(x, weights)
-        return _linear(x, *weights)
+        # Others make rows, whose view must not come out of an autograd function: nobody could change it in place.
+        return _Product.apply(x.reshape(-1, self.in_features), weights).view(*x.shape[:-1], self.out_features)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The float weight [N, K], of the scales' dtype unless `dtype` says otherwise."""
@@ -279,22 +288,23 @@ class QuantizedLinear(nn.Linear):
 
 
 def is_plain_cpu(module: nn.Module, tensor: torch.Tensor) -> bool:
-    """Whether code that neither autograd nor torch.compile sees may work on the module's tensor, in float32.
+    """Whether code that PyTorch does not see may work on the module's tensor, in float32.
 
     Not in training, where checkpointing may compute without gradients what it computes again with them.
     """
-    is_plain = not (module.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+    is_plain = not (module.training or torch.is_grad_enabled() or is_traced())
     return is_plain and tensor.device.type == "cpu" and tensor.dtype != torch.float64
 
 
 def has_cpu_kernels(module: nn.Module, tensor: torch.Tensor) -> bool:
-    """Whether there are kernels for it that neither autograd nor torch.compile sees."""
+    """Whether there are kernels for it that PyTorch does not see."""
     return is_plain_cpu(module, tensor) and cpu_library() is not None
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """Whether somebody else sees the module's inputs or outputs."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    own = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    return bool(own or nn.modules.module._has_any_global_hook())
 
 
 def _is_plain(module: nn.Module, kind: type, x: torch.Tensor) -> bool:
@@ -302,12 +312,12 @@ def _is_plain(module: nn.Module, kind: type, x: torch.Tensor) -> bool:
     return (
         x.is_cuda
         and type(module) is kind
-        and not torch.compiler.is_compiling()
+        and not is_traced()
         and not torch.is_grad_enabled()
         # Checkpointing may compute without gradients what it computes again with them; autocast has its own dtypes.
         and not module.training
         and autocast_dtype("cuda") is None
-        and not _has_hooks(module)
+        and not has_hooks(module)
         and cuda_available(x.device, x.dtype)
     )
 
@@ -324,7 +334,7 @@ def apply_linear(
     if bits:
         return cuda_product(x, weight, scale, linear.bias, bits, gelu, residual, alpha)
     y = linear(x)
-    if gelu and has_cpu_kernels(linear, y) and y.is_contiguous():
+    if gelu and has_cpu_kernels(linear, y) and y.is_contiguous() and not has_hooks(linear):
         cpu_library().gelu_(y)
     elif gelu:
         y = nn.functional.gelu(y, approximate="tanh")
@@ -349,7 +359,7 @@ def apply_layer_norm(
         return norm(x)
     # For few rows, the linear's kernel may do it.
     deferred = before is not None and x.numel() <= MOST_FEW_ROWS * width and _is_plain(before, QuantizedLinear, x)
-    deferred = deferred and not _has_hooks(within) and cuda_takes_norm(x, before.weight, before.bits)
+    deferred = deferred and not has_hooks(within) and cuda_takes_norm(x, before.weight, before.bits)
     return cuda_layer_norm(x, weight, bias, norm.eps, deferred)
 
 
@@ -417,7 +427,8 @@ class _StaysHalf(nn.Module):
                 self._should_be_float = becomes.dtype == torch.float32
             if becomes.device.type != "cpu":
                 return fn(tensor).float() if self._should_be_float else fn(tensor)
-            return tensor.to("cpu") if self._should_be_float else fn(tensor)
+            stays = self._should_be_float and becomes.dtype != tensor.dtype
+            return tensor.to("cpu") if stays and tensor.device.type != "meta" else fn(tensor)
 
         return super()._apply(keep_half, recurse)
 
@@ -472,7 +483,7 @@ class HalfLinear(_StaysHalf, nn.Linear):
         weight = self.weight
         x = _autocast(x)
         on_cpu = x.device.type == "cpu" and weight.dtype in (torch.float16, torch.bfloat16) and x.dtype != torch.float64
-        if not on_cpu or torch.compiler.is_compiling():
+        if not on_cpu or is_traced():
             return nn.functional.linear(x, weight.to(x.dtype))
         y = _HalfProduct.apply(x.reshape(-1, self.in_features), weight)
         return y.view(*x.shape[:-1], self.out_features)

@@ -297,6 +297,7 @@ def test_extreme_scales(linear_kernels, bits, m, dtype):
     info = torch.finfo(dtype)
     largest, smallest = info.max / 2**14, info.smallest_normal * info.eps  # the smallest subnormal number
     sizes = [1.0, 0.0, smallest, info.smallest_normal, 2.0**-10, largest, 1e-30, 1e30, 1e4]
+    sizes += [2.0**-45, 2.0**-55, 2.0**-59]
     weight, scale = make_weight(9, 2100, bits), torch.full((9,), 2.0**-7)
     for shift in range(0, len(sizes), m):
         x = normal(m, 2100)
@@ -998,10 +999,37 @@ def test_a_compiler_that_fails_at_the_source_leaves_nothing(fresh, tmp_path, com
 
 def test_a_compiler_that_hangs_is_given_up(fresh, tmp_path, compiler, monkeypatch):
     monkeypatch.setattr(kernels_cpu, "_TIMEOUT", 0.2)
-    compiler("exec sleep 20")
+    calls = tmp_path / "calls"
+    compiler(f"echo >> {calls}; exec sleep 20")
     assert kernels_cpu.library() is None
     (message,) = fresh
     assert "timed out" in message
+    assert calls.read_text() == "\n"
+
+
+def test_a_locale_that_is_not_utf8(fresh, tmp_path, monkeypatch):
+    """The source has letters that it lacks, and a compiler may say what is no UTF-8."""
+    code = """if True:
+        from chatglm_int8 import kernels_cpu
+
+        with open("source", "w", encoding="utf-8") as file:
+            file.write(kernels_cpu.SOURCE)
+        assert not kernels_cpu.SOURCE.isascii()
+        kernels_cpu._run(["cmp", "source", "-"], kernels_cpu.SOURCE)
+        print(ascii(kernels_cpu._run(["printf", r"\\374"], "")))
+    """
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == r"'\ufffd'"
+
+
+def test_a_cc_that_is_no_command(fresh, monkeypatch):
+    monkeypatch.setenv("CC", "gcc '-DX=")
+    assert kernels_cpu.library() is None
+    (message,) = fresh
+    assert "No closing quotation" in message
 
 
 def test_a_compiler_without_openmp_gives_one_thread(fresh, compiler):
@@ -1064,7 +1092,7 @@ from chatglm_int8 import kernel_cache, kernels_cpu
 
 (path,) = Path(sys.argv[1]).iterdir()
 whole = path.read_bytes()
-for content in (b"", b"no library", whole[:4]):
+for content in (b"", b"no library", whole[:4], whole[:4096], whole[: len(whole) // 2], whole[:-1]):
     path.unlink(missing_ok=True)
     path.write_bytes(content)
     child = os.fork()  # which might die of it
@@ -1080,8 +1108,18 @@ def test_a_broken_library_on_disk(fresh, tmp_path):
     (path,) = cached(tmp_path)
     done = subprocess.run([sys.executable, "-c", BROKEN, path.parent], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "0 True\n" * 3
+    assert done.stdout == "0 True\n" * 6
     assert cached(tmp_path) == [path]
+
+
+def test_a_cache_that_is_removed(fresh, tmp_path):
+    library = kernels_cpu.library()
+    shutil.rmtree(tmp_path / "cache")
+    assert works(library)
+    kernels_cpu._load.cache_clear()
+    assert works(kernels_cpu.library())
+    assert len(cached(tmp_path)) == 1
+    assert not fresh
 
 
 EIGHT = r"""

@@ -14,9 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from chatglm_int8 import quantization
 from chatglm_int8.quantization import (
+    HalfEmbedding,
     QuantizedLinear,
     check_bits,
     dequantize_weight,
@@ -248,7 +252,7 @@ def test_slices_change_nothing(monkeypatch, bits):
 def test_no_norm_is_left_to_a_linear_that_is_hooked_or_elsewhere(monkeypatch):
     """As an offloaded one is, whose weight no kernel may be asked about."""
     norm, before, within = nn.LayerNorm(16), quantization.QuantizedLinear(16, 8), nn.Identity()
-    monkeypatch.setattr(quantization, "_is_plain", lambda module, kind, x: not quantization._has_hooks(module))
+    monkeypatch.setattr(quantization, "_is_plain", lambda module, kind, x: not quantization.has_hooks(module))
     monkeypatch.setattr(quantization, "cuda_layer_norm", lambda x, weight, bias, epsilon, deferred: deferred)
     monkeypatch.setattr(quantization, "cuda_takes_norm", lambda x, weight, bits: True)
     x = torch.zeros(2, 16)
@@ -436,6 +440,16 @@ def test_to_meta_and_empty():
     assert layer(torch.ones(3, 64, device="meta", dtype=torch.float16)).shape == (3, 48)
 
 
+def test_a_weight_that_stays_half_is_shared_and_made_of_nothing():
+    embedding = HalfEmbedding(5, 8, dtype=torch.float16)
+    embedding.stays_half = True
+    embedding.float()
+    assert embedding.weight.dtype == torch.float16
+    assert embedding.share_memory().weight.is_shared()
+    empty = embedding.to("meta").to_empty(device="cpu")
+    assert (empty.weight.device.type, empty.weight.dtype) == ("cpu", torch.float16)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_copies_are_equal_and_apart(bits):
     layer, x = make_layer(bits=bits), random_weight(2, 64)
@@ -528,6 +542,56 @@ def test_quantising_in_half_and_in_place_gives_the_golden_logits(golden_model, c
     with torch.no_grad():
         logits = model(cases[f"int{bits}_single.input_ids"]).logits
     assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("shape", [(3, 64), (2, 3, 64)])
+def test_an_output_may_be_changed_in_place(shape):
+    layer = QuantizedLinear.from_linear(nn.Linear(64, 32), 8)
+    x = torch.randn(shape, requires_grad=True)
+    expected = torch.autograd.grad(layer(x).relu().sum(), x)[0]
+    assert torch.equal(torch.autograd.grad(nn.functional.relu(layer(x), inplace=True).sum(), x)[0], expected)
+
+
+def test_hooks_keep_what_a_layer_gave(golden_model):
+    model, kept = golden_model("int8"), []
+
+    def keep(module, given, output):
+        if isinstance(output, torch.Tensor):
+            kept.append((output, output.clone()))
+
+    ids = torch.tensor([[7, 8, 9, 501, 504]])
+    for register in (nn.modules.module.register_module_forward_hook, model.transformer.layers[0].register_forward_hook):
+        with torch.no_grad():
+            before = model(ids).logits
+            hooks = [register(keep)]
+            hooks += [m.register_forward_hook(keep) for m in model.modules() if isinstance(m, QuantizedLinear)]
+            torch.testing.assert_close(model(ids).logits, before, rtol=1e-5, atol=1e-5)
+        for hook in hooks:
+            hook.remove()
+        assert len(kept) >= 4 * model.config.num_layers
+        assert all(torch.equal(output, then) for output, then in kept)
+        kept.clear()
+
+
+@torch.no_grad()
+def test_who_follows_what_pytorch_does(golden_model):
+    """Fake tensors, tracing and counting meet operators of PyTorch, not kernels behind its back."""
+    layer, x = QuantizedLinear.from_linear(nn.Linear(64, 32), 8).eval(), torch.randn(3, 5, 64)
+    expected = layer(x)
+    for traced in (make_fx(layer)(torch.randn(3, 5, 64)), torch.jit.trace(layer, (torch.randn(3, 5, 64),))):
+        assert torch.equal(traced(x), expected)
+    model, ids = golden_model("int8"), torch.tensor([[7, 8, 9, 501, 504]])
+    with FlopCounterMode(display=False):
+        torch.testing.assert_close(model(ids).logits, model(ids).logits)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        logits = model(mode.from_tensor(ids)).logits
+    assert logits.shape == (1, 5, model.config.vocab_size)
+
+
+def test_scales_in_float64():
+    layer = QuantizedLinear.from_linear(nn.Linear(64, 32), 8)
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(copy.deepcopy(layer).double()(x), layer(x))
 
 
 def test_compiled_layer():
