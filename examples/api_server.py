@@ -756,6 +756,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def port(text: str) -> int:
+    """A number of a port, of an argument's text."""
+    value = int(text)
+    if not 0 <= value < 65536:
+        raise ValueError
+    return value
+
+
 def positive(kind: type) -> Callable[[str], float]:
     def parse(text: str) -> float:
         value = kind(text)
@@ -775,7 +783,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Serves a ChatGLM model over HTTP.")
     add_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all networks (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=port, default=8000)
     arguments = parser.parse_args()
     # uvicorn raises the signal again once it has finished everything: here, that is the end it should have.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

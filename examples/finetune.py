@@ -15,8 +15,10 @@ the validation file, with BLEU-4 and ROUGE. `merge.py` puts adapters and prefixe
 
 import atexit
 import dataclasses
+import functools
 import json
 import os
+import re
 import sys
 import zipfile
 import zlib
@@ -127,7 +129,7 @@ def read_rows(path: str | os.PathLike) -> Iterator[tuple[str, dict]]:
 def _parsed(place: str, line: bytes) -> object:
     try:
         return json.loads(line)
-    except ValueError as error:  # a UnicodeDecodeError is one
+    except (ValueError, RecursionError) as error:  # a UnicodeDecodeError is a ValueError
         raise ValueError(f"{place} is not JSON in UTF-8 ({error}): {line.strip()[:60]!r}") from None
 
 
@@ -147,6 +149,9 @@ def as_messages(place: str, row: dict, settings: Settings) -> list[dict]:
             raise ValueError(f"{place}: the column {name!r} {what}.")
     rounds = row.get(history_column) or []
     messages = []
+    half = re.search("[\ud800-\udfff]", json.dumps([rounds, *(row[name] for name in needed)], ensure_ascii=False))
+    if half:
+        raise ValueError(f"{place} holds half a character, {half[0]!r}: an emoji was cut in two.")
     for pair in rounds if isinstance(rounds, list) else [rounds]:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise ValueError(f"{place}: expected {history_column!r} to hold pairs [question, answer], got {pair!r:.60}")
@@ -172,7 +177,14 @@ def read_examples(path: str, tokenizer: ChatGLMTokenizer, settings: Settings, qu
     examples, shortened, left_out = [], [], []
     for place, row in tqdm(read_rows(path), desc=f"reading {os.path.basename(path)}", disable=quiet):
         messages = as_messages(place, row, settings)
-        ids = tokenizer.apply_chat_template(messages, return_dict=False)
+        try:
+            ids = tokenizer.apply_chat_template(messages, return_dict=False)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+        start = ids.index(tokenizer.bos_token_id)
+        for name, count in ((settings.prompt_column, start - 1), (settings.response_column, len(ids) - start - 2)):
+            if count < 1:
+                raise ValueError(f"{place}: the column {name!r} has no text that gives tokens.")
         whole = len(ids)
         while len(ids) > settings.max_length and len(messages) > 2:
             del messages[:2]
@@ -232,12 +244,19 @@ def build_model(settings: Settings, training: TrainingArguments) -> torch.nn.Mod
                 f"{settings.model} holds INT{config.quantization_bit} weights, which --method full can't train: give "
                 "the FP16 model, or one made by `merge.py dequantize`; or train beside them with lora or ptuning."
             )
+        if config.pre_seq_len is not None:
+            raise ValueError(
+                f"{settings.model} holds a P-Tuning v2 prefix, beside which --method full would train nothing: give a "
+                "model without it."
+            )
         if dtype == "float16":
             raise ValueError("--method full can't train float16 weights: use --fp16 alone, or --dtype bfloat16.")
         dtype = "float32" if dtype == "auto" else dtype
     elif dtype == "auto":
         dtype = "float16" if training.fp16 else "bfloat16" if training.bf16 else "float32"
     if settings.method == "ptuning":
+        if settings.pre_seq_len < 1:
+            raise ValueError(f"--pre-seq-len is {settings.pre_seq_len}, expected a positive number.")
         config.pre_seq_len, config.prefix_projection = settings.pre_seq_len, settings.prefix_projection
     set_seed(training.seed)
     model = ChatGLMForConditionalGeneration.from_pretrained(
@@ -269,6 +288,11 @@ class FineTuner(Trainer):
 
     Sharded or not, a run writes the same files.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.label_smoother is not None:  # Trainer shifts labels only for models that it knows
+            self.label_smoother = functools.partial(self.label_smoother, shift_labels=True)
 
     def _save(self, output_dir=None, state_dict=None):
         config = self.accelerator.unwrap_model(self.model).config
@@ -311,11 +335,13 @@ def last_complete(folder: Path) -> Path | None:
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     for path in sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
         try:
-            json.loads((path / "trainer_state.json").read_text())
+            is_state = isinstance(json.loads((path / "trainer_state.json").read_text()), dict)
+            for file in path.glob("*.safetensors"):
+                checkpoint.read_tensors(str(file), "meta")
         except (OSError, ValueError):
             continue
-        states = list(path.glob("rng_state*.pth"))
-        if states and all(zipfile.is_zipfile(state) for state in states):
+        pickles = [file for file in path.iterdir() if file.suffix in (".pth", ".pt", ".bin")]
+        if is_state and list(path.glob("rng_state*.pth")) and all(map(zipfile.is_zipfile, pickles)):
             return path
     return None
 
@@ -324,6 +350,11 @@ def where_to_resume(settings: Settings, training: TrainingArguments) -> str | No
     """The checkpoint to go on from, if the output folder has one; raises ValueError if another run wrote it."""
     folder = Path(training.output_dir)
     if training.resume_from_checkpoint:
+        if not os.path.isdir(training.resume_from_checkpoint):
+            raise ValueError(
+                f"--resume-from-checkpoint names no folder: {training.resume_from_checkpoint}. Without it, the run "
+                "goes on from the last complete checkpoint of --output-dir."
+            )
         return training.resume_from_checkpoint
     run = {name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_DIFFER}
     run["train_file's CRC"] = zlib.crc32(Path(settings.train_file).read_bytes())
@@ -332,7 +363,10 @@ def where_to_resume(settings: Settings, training: TrainingArguments) -> str | No
     found = last_complete(folder)
     note = folder / "finetune.json"
     if found and note.is_file():
-        before = json.loads(note.read_text(encoding="utf-8"))
+        try:
+            before = dict(json.loads(note.read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{note} is damaged ({error}): give another --output-dir.") from None
         changed = [
             f"{name} was {before.get(name)!r}, is {run[name]!r}" for name in run if before.get(name) != run[name]
         ]
@@ -346,6 +380,8 @@ def where_to_resume(settings: Settings, training: TrainingArguments) -> str | No
         note.write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if found:
             print(f"going on from {found}")
+        elif list(folder.glob("checkpoint-*")):
+            print(f"starting anew: the checkpoints in {folder} were cut short, or hold the model only")
     return found and str(found)
 
 
@@ -380,7 +416,8 @@ class LossPlot(TrainerCallback):
 
 @torch.no_grad()
 def predict(trainer: Trainer, tokenizer: ChatGLMTokenizer, examples: list[dict], max_new_tokens: int) -> list[dict]:
-    """Greedy answers: the examples' `prompt` and `response`, and the model's `predicted`."""
+    """Greedy answers: the examples' `prompt` and `response`, and the model's `predicted`, with what it is `expected`
+    to be: the response as tokenizer and model would give it back."""
     arguments, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model).eval()
     size = arguments.per_device_eval_batch_size
     mine = sorted(examples, key=lambda example: len(example["input_ids"]))[
@@ -393,16 +430,18 @@ def predict(trainer: Trainer, tokenizer: ChatGLMTokenizer, examples: list[dict],
         inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         for example, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
-            row = {"prompt": example["prompt"], "response": example["response"]}
             base = model.get_base_model() if hasattr(model, "get_base_model") else model
-            rows.append({**row, "predicted": base.process_response(tokenizer.decode(ids))})
+            answer = example["input_ids"][example["input_ids"].index(tokenizer.bos_token_id) + 1 :]
+            row = {"prompt": example["prompt"], "response": example["response"]}
+            row["expected"], row["predicted"] = (base.process_response(tokenizer.decode(i)) for i in (answer, ids))
+            rows.append(row)
     return gather_object(rows)
 
 
 def answer_scores(rows: list[dict]) -> dict[str, float]:
     """BLEU-4 of characters, ROUGE-1, -2 and -L of words, as the public scripts compute them, and the share of answers
     that are right to the letter: each a mean, in percent. Without the packages, only the last."""
-    totals = {"exact": sum(row["predicted"] == row["response"] for row in rows)}
+    totals = {"exact": sum(row["predicted"] == row["expected"] for row in rows)}
     try:
         import jieba
         from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
@@ -414,7 +453,7 @@ def answer_scores(rows: list[dict]) -> dict[str, float]:
         smoothing = SmoothingFunction().method3
         totals.update(dict.fromkeys(("bleu-4", "rouge-1", "rouge-2", "rouge-l"), 0.0))
         for row in rows:
-            said, expected = row["predicted"], row["response"]
+            said, expected = row["predicted"], row["expected"]
             words = [" ".join(jieba.cut(text)) for text in (said, expected)]
             if not said.strip() or not any(word.strip(". ") for word in words[0].split()):
                 continue  # nothing said scores nothing; ROUGE refuses it
@@ -432,8 +471,11 @@ def main() -> None:
             raise ValueError(f"{PROCESSES} processes, but no GPUs: each would train alone. Give --use-cpu true.")
         if training.do_predict and not settings.validation_file:
             raise ValueError("--do-predict answers the prompts of --validation-file: give one.")
+        if training.eval_strategy != "no" and not settings.validation_file:
+            raise ValueError("--eval-strategy looks at the losses of --validation-file: give one.")
         if not os.path.isdir(settings.model):
             raise FileNotFoundError(f"There is no folder {settings.model}: give a checkpoint folder with --model.")
+        settings.model = os.path.abspath(settings.model)  # PEFT notes it, for whoever loads the adapter
         tokenizer = ChatGLMTokenizer.from_pretrained(settings.model)
         examples = read_examples(settings.train_file, tokenizer, settings, quiet)
         validation = None

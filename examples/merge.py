@@ -52,6 +52,8 @@ class Lora:
             config = json.loads(note.read_text(encoding="utf-8"))
         except ValueError as error:
             raise OSError(f"{note} is damaged ({error}).") from error
+        if not isinstance(config, dict) or not isinstance(config.get("lora_alpha", 0), int | float):
+            raise OSError(f"{note} is damaged: it holds no configuration of PEFT.")
         if config.get("peft_type") != "LORA":
             raise ValueError(f"{folder} holds {config.get('peft_type')}, not LoRA: only LoRA can be merged.")
         for feature in ("fan_in_fan_out", "enable_lora", "layer_replication"):
@@ -71,7 +73,7 @@ class Lora:
             rank = len(pair["lora_A"])
             alpha = next(
                 (value for key, value in (config.get("alpha_pattern") or {}).items() if _matches(key, name)),
-                config["lora_alpha"],
+                config.get("lora_alpha", 8),  # PEFT's default
             )
             scaling = alpha / (rank**0.5 if config.get("use_rslora") else rank)
             self.pairs[name] = pair["lora_A"], pair["lora_B"], scaling

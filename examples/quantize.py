@@ -111,8 +111,9 @@ def write_folder(
     partial = destination / ".partial"
     if destination.exists() and source.samefile(destination):
         raise OSError(f"{destination} is the source itself: give another folder for the result.")
-    # An unfinished run of this program may be written over: whatever lies beside `.partial` was moved there by it.
-    if not (overwrite or partial.exists()) and destination.is_dir() and _holds_checkpoint(destination):
+    # An unfinished run of this program may be written over: it takes config.json away before it moves anything.
+    unfinished = partial.exists() and not (destination / "config.json").exists()
+    if not (overwrite or unfinished) and destination.is_dir() and _holds_checkpoint(destination):
         raise FileExistsError(f"{destination} holds a checkpoint already: pass --overwrite to replace it.")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -144,6 +145,8 @@ def inspect_folder(source: Path) -> tuple[ChatGLMConfig, dict[str, tuple[str, to
         fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise OSError(f"{source / 'config.json'} is damaged ({error}): download it again.") from error
+    if not isinstance(fields, dict):
+        raise OSError(f"{source / 'config.json'} holds no configuration: download it again.")
     stored = {}
     for path in checkpoint.weight_files(source):
         stored.update({name: (path, tensor) for name, tensor in checkpoint.read_tensors(path, "meta").items()})

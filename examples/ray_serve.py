@@ -74,7 +74,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Serves a ChatGLM model with Ray Serve.")
     api_server.add_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all networks (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=api_server.port, default=8000)
     parser.add_argument("--min-replicas", type=api_server.positive(int), default=1)
     parser.add_argument("--max-replicas", type=api_server.positive(int), default=4)
     parser.add_argument("--target", type=api_server.positive(float), help="answers in a replica (default: --max-batch)")
@@ -86,6 +86,8 @@ def main() -> int:
     settings = api_server.settings_of(arguments)
     device = settings.device or ("cuda" if arguments.gpus else "cpu")
     settings = dataclasses.replace(settings, model=os.path.abspath(settings.model), device=device)
+    if not os.path.isdir(settings.model):
+        parser.error(f"there is no folder {settings.model}: give a checkpoint folder with --model.")
 
     # The modules beside this file travel to the other machines.
     ray.init(runtime_env={"working_dir": str(Path(__file__).resolve().parent)}, logging_level=logging.WARNING)

@@ -111,28 +111,29 @@ class Chat:
         self, query: str, rounds: list[Round], max_length: int, top_p: float, temperature: float, request: gr.Request
     ):
         """Answer a query. Yields what the page shows: text box, messages, rounds and buttons."""
-        text_box = ""  # once: then something new may be in it
         if query.strip():
-            async for step in self._answer(query, rounds, max_length, top_p, temperature, request):
-                yield text_box, *step
-                text_box = gr.skip()
+            async for step in self._answer(query, rounds, rounds, max_length, top_p, temperature, request):
+                yield step
 
     async def again(self, rounds: list[Round], max_length: int, top_p: float, temperature: float, request: gr.Request):
         """Answer the last query anew. Yields as `send` does, but for the text box."""
         if rounds:
-            async for step in self._answer(rounds[-1][0], rounds[:-1], max_length, top_p, temperature, request):
+            query, earlier = rounds[-1][0], rounds[:-1]
+            async for _, *step in self._answer(query, earlier, rounds, max_length, top_p, temperature, request):
                 yield step
 
-    async def _answer(self, query: str, rounds: list[Round], max_length, top_p, temperature, request: gr.Request):
+    async def _answer(self, query, rounds: list[Round], before: list[Round], max_length, top_p, temperature, request):
+        """Yields as `send`. A query that is refused goes back into the text box, and `before` is shown: as a round
+        without an answer it would only take room from the others."""
         tab = request.session_hash
         if tab in self._turns:
             return  # one at a time
         turn = self._turns[tab] = Turn()
         model, tokenizer = self.scheduler.model, self.scheduler.tokenizer
-        text, response = AnswerText(tokenizer, model.process_response), ""
+        text, response, refused = AnswerText(tokenizer, model.process_response), "", False
         limit = min(int(max_length), self.scheduler.max_length)
         try:
-            yield as_messages([*rounds, (query, "")]), [*rounds, (query, "")], *_buttons(running=True)
+            yield "", as_messages([*rounds, (query, "")]), [*rounds, (query, "")], *_buttons(running=True)
             inputs = await asyncio.to_thread(model.build_inputs, tokenizer, query, rounds, limit)
             prompt = inputs["input_ids"][0].tolist()
             sampling = Sampling(limit - len(prompt), temperature=temperature, top_p=top_p)
@@ -143,20 +144,19 @@ class Chat:
                 if new := text.step(token.id):
                     response += new
                     longer = [*rounds, (query, response)]
-                    if self._turns.get(tab) is turn:
-                        yield as_messages(longer), longer, *_buttons(running=True)
-        except Busy:
-            gr.Warning(BUSY)
-        except (ValueError, TimeLimit, Failed) as error:
-            gr.Warning(str(error))
+                    if self._turns.get(tab) is turn:  # something new may be in the text box by now
+                        yield gr.skip(), as_messages(longer), longer, *_buttons(running=True)
+        except (Busy, ValueError, TimeLimit, Failed) as error:
+            gr.Warning(BUSY if isinstance(error, Busy) else str(error))
+            refused = not response
         finally:
             turn.stop()
             shown = self._turns.get(tab) is turn  # else the conversation was cleared meanwhile
             if shown:
                 del self._turns[tab]
         if shown:
-            longer = [*rounds, (query, response + text.finish())]
-            yield as_messages(longer), longer, *_buttons(running=False)
+            longer = before if refused else [*rounds, (query, response + text.finish())]
+            yield query if refused else gr.skip(), as_messages(longer), longer, *_buttons(running=False)
 
 
 def _buttons(running: bool) -> tuple[gr.Button, gr.Button, gr.Button]:

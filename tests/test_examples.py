@@ -399,6 +399,9 @@ def test_overwriting(tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             quantize.quantize_folder(source, result, progress=False, overwrite=True)
     assert_is_golden(result, 4)
+    (result / ".partial").mkdir()  # left by a run that was killed, with --overwrite
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        quantize.quantize_folder(source, result, progress=False)
     quantize.quantize_folder(source, result, progress=False, overwrite=True)
     assert_is_golden(result, 8)
     assert not (result / "model.safetensors.index.json").exists()

@@ -3,10 +3,12 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -123,6 +125,10 @@ GOOD = '{"prompt": "a", "response": "b"}\n'
         ('{"content": "a", "summary": "b"}', {}, "line 1 has no column 'prompt'; its columns are 'content', 'summary'"),
         (GOOD, {"history_column": "rounds"}, "line 1 has no column 'rounds'"),
         (GOOD + '{"prompt": "a", "response": " \\n"}', {}, "line 2: the column 'response' is empty"),
+        (GOOD + '{"prompt": "a", "response": "\\u200b"}', {}, "line 2: the column 'response' has no text"),
+        (GOOD + '{"prompt": "\\u200b", "response": "a"}', {}, "line 2: the column 'prompt' has no text"),
+        (GOOD + '{"prompt": "\\ud83d", "response": "a"}', {}, r"line 2 holds half a character, '.ud83d'"),
+        (GOOD + "[" * 200000, {}, "line 2 is not JSON"),
         ('{"prompt": null, "response": "b"}', {}, "line 1: the column 'prompt' is empty"),
         ('{"prompt": ["a"], "response": "b"}', {}, r"line 1: the column 'prompt' is no text: \['a'\]"),
         ('{"prompt": "a", "response": "b", "history": [["a"]]}', {}, r"line 1: expected 'history' .* got \['a'\]"),
@@ -170,12 +176,27 @@ def test_long_dialogues(tokenizer, tmp_path, capsys):
         (["--method", "lora", "--max-length", "4096"], "max-length is 4096, but the model reads 2048"),
         (["--method", "lora", "--model", "nowhere"], "nowhere"),
         (["--method", "lora", "--do-predict"], "validation-file: give one"),
+        (["--method", "lora", "--eval-strategy", "steps"], "validation-file: give one"),
+        (["--method", "lora", "--resume-from-checkpoint", "nowhere"], "names no folder: nowhere"),
+        (["--method", "ptuning", "--pre-seq-len", "0"], "pre-seq-len is 0"),
         (["--method", "lora", "--train-file", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )
 def test_refused_arguments(arguments, message, tiny, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=f"finetune.py: .*{message}"):
         tune(monkeypatch, "--model", tiny, "--train-file", DIALOGUES, "--output-dir", tmp_path, "--seed", 1, *arguments)
+
+
+def test_full_tuning_beside_a_prefix_is_refused(tiny_float, tmp_path, monkeypatch):
+    """Only the prefix would be trained, and saved."""
+    config = ChatGLMConfig.from_pretrained(tiny_float, pre_seq_len=4)
+    model = ChatGLMForConditionalGeneration.from_pretrained(tiny_float, config=config)
+    model.save_pretrained(tmp_path / "with")
+    for name in ("ice_text.model", "tokenizer_config.json"):
+        shutil.copyfile(tiny_float / name, tmp_path / "with" / name)
+    given = ["--method", "full", "--model", tmp_path / "with", "--train-file", DIALOGUES]
+    with pytest.raises(SystemExit, match=r"finetune.py: .*holds a P-Tuning v2 prefix"):
+        tune(monkeypatch, *given, "--output-dir", tmp_path / "out")
 
 
 def test_processes_that_would_train_alone_are_refused(tiny, tmp_path, monkeypatch):
@@ -262,11 +283,46 @@ LEARN_FIFTY = {
 }
 
 
+@needs_peft
+def test_smoothed_labels_are_the_next_tokens(tiny, tmp_path, monkeypatch):
+    """Trainer shifts the labels itself when it smooths them, but only for models that it knows."""
+    given = ["--method", "lora", "--model", tiny, "--train-file", DIALOGUES, "--lora-dropout", 0, "--max-steps", 2]
+    for name, smoothing in (("plain", 0), ("smoothed", 1e-9)):
+        tune(
+            monkeypatch,
+            *given,
+            "--logging-steps",
+            1,
+            "--label-smoothing-factor",
+            smoothing,
+            "--output-dir",
+            tmp_path / name,
+        )
+    expected = [loss for _, loss in losses(tmp_path / "plain")]
+    assert [loss for _, loss in losses(tmp_path / "smoothed")] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_response_is_expected_as_the_model_can_give_it(tokenizer, tmp_path, monkeypatch):
+    """Tokenizer and `process_response` change characters, of which a right answer would seem wrong."""
+    row = {"prompt": "几点开门", "response": "（八点）…周一,休息"}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    examples = finetune.read_examples(tmp_path / "data.jsonl", tokenizer, settings(), quiet=True)
+    model = ChatGLMForConditionalGeneration.from_pretrained(ROOT).eval()
+    ids = torch.tensor([examples[0]["input_ids"]])
+    monkeypatch.setattr(model, "generate", lambda **given: ids)
+    arguments = types.SimpleNamespace(per_device_eval_batch_size=1, process_index=0, world_size=1)
+    accelerator = types.SimpleNamespace(unwrap_model=lambda model: model)
+    trainer = types.SimpleNamespace(args=arguments, accelerator=accelerator, model=model)
+    (row,) = finetune.predict(trainer, tokenizer, examples, 10)
+    assert row["response"] == "（八点）…周一,休息"
+    assert row["predicted"] == row["expected"] == "(八点)...周一，休息"
+
+
 def test_scores_of_answers():
     """Identical answers have all of everything, an empty one nothing, and the means are over both."""
     for package in ("jieba", "rouge_chinese", "nltk"):
         pytest.importorskip(package, reason="needs the packages of the extra train")
-    same = {"prompt": "", "response": "今天天气很好，我们去公园。", "predicted": "今天天气很好，我们去公园。"}
+    same = {"expected": "今天天气很好，我们去公园。", "predicted": "今天天气很好，我们去公园。"}
     nothing = {**same, "predicted": ""}
     names = {"exact", "bleu-4", "rouge-1", "rouge-2", "rouge-l"}
     assert finetune.answer_scores([same]) == pytest.approx(dict.fromkeys(names, 100.0), abs=0.01)
@@ -279,7 +335,7 @@ def test_scores_of_answers():
 
 def test_scores_without_the_packages(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "jieba", None)
-    assert finetune.answer_scores([{"response": "a", "predicted": "a"}]) == {"exact": 100}
+    assert finetune.answer_scores([{"expected": "a", "predicted": "a"}]) == {"exact": 100}
     assert "pip install jieba rouge_chinese nltk" in capsys.readouterr().out
 
 
@@ -335,12 +391,20 @@ def test_incomplete_checkpoints_are_passed_over(tiny, tmp_path, monkeypatch):
     assert finetune.last_complete(out) == out / "checkpoint-12"
     (out / "checkpoint-12" / "trainer_state.json").unlink()
     assert finetune.last_complete(out) == out / "checkpoint-8"
+    for name in ("adapter_model.safetensors", "optimizer.pt"):
+        damaged = out / "checkpoint-8" / name
+        whole = damaged.read_bytes()
+        damaged.write_bytes(whole[:500])
+        assert finetune.last_complete(out) == out / "checkpoint-4"
+        damaged.write_bytes(whole)
+    assert finetune.last_complete(out) == out / "checkpoint-8"
     random_state = out / "checkpoint-8" / "rng_state.pth"
     random_state.write_bytes(random_state.read_bytes()[:-100])
     assert finetune.last_complete(out) == out / "checkpoint-4"
     state = out / "checkpoint-4" / "trainer_state.json"
-    state.write_text(state.read_text()[:-3])
-    assert finetune.last_complete(out) is None
+    for wrong in (state.read_text()[:-3], "[]"):
+        state.write_text(wrong)
+        assert finetune.last_complete(out) is None
     assert finetune.last_complete(tmp_path / "nowhere") is None
 
 
@@ -636,8 +700,9 @@ def test_adapters_that_do_not_fit(tiny, tiny_float, tmp_path):
     config = json.loads(note.read_text())
     note.write_text(json.dumps({**config, "peft_type": "IA3"}))
     assert "holds IA3, not LoRA" in refused(adapter)
-    note.write_text("{")
-    assert "damaged" in refused(adapter)
+    for wrong in ("{", "[]", json.dumps({**config, "lora_alpha": "x"})):
+        note.write_text(wrong)
+        assert "damaged" in refused(adapter)
     assert "lm_head" in refused(peft_folder(tiny, tmp_path / "head", target_modules=["lm_head"]))
 
 

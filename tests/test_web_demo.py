@@ -295,7 +295,12 @@ def test_settings_and_troubles(browser, site):
         for query, told in (("too long", "9999"), ("busy", "busy"), ("broken", "failed to compute")):
             page.ask(query)
             page.page.get_by_text(told).last.wait_for()
-            page.wait_for(page.is_idle)
+            page.wait_for(lambda query=query: page.is_idle() and page.box.input_value() == query)
+            assert page.messages("user") == ["hello"]  # what was refused is no round
+        page.ask("next")
+        page.wait_for(lambda: len(page.messages("bot")) == 2 and page.is_idle())
+        ((_, rounds),) = [asked for asked in scripted.asked if asked[0] == "next"]
+        assert [query for query, _ in rounds] == ["hello"]
         count = len(scripted.asked)
         page.ask("   ")
         page.page.wait_for_timeout(500)
