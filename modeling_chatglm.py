@@ -63,9 +63,9 @@ from .quantization import (
     autocast_dtype,
     check_bits,
     has_cpu_kernels,
-    has_hooks,
     is_plain_cpu,
     is_traced,
+    may_keep_output,
     quantize_linears,
 )
 from .training_loss import TrainingOutput, causal_loss
@@ -111,6 +111,8 @@ class PrefixEncoder(nn.Module):
         else:
             self.embedding = nn.Embedding(config.pre_seq_len, width)
             self.trans = nn.Identity()
+        for module in self.modules():
+            module.is_prefix = True  # for `_init_weights`, which sees each module alone
 
     def forward(self, prefix_tokens: torch.Tensor) -> torch.Tensor:
         """int64 [B, P] → float [B, P, 2·L·hidden]."""
@@ -274,7 +276,7 @@ class ChatGLMAttention(nn.Module):
             query, key, value = past_key_values.write_prompt(self.layer_idx, qkv, *position_embeddings)
         else:
             if has_cpu_kernels(self, qkv) and cpu_library().can_rotate(qkv, *position_embeddings):
-                qkv = qkv.clone() if has_hooks(self.query_key_value) else qkv  # who has one may have kept it
+                qkv = qkv.clone() if may_keep_output(self.query_key_value) else qkv
                 query, key, value = cpu_library().rotary_(qkv, *position_embeddings).chunk(3, dim=-1)
             elif can_rotate(qkv, *position_embeddings):
                 query, key, value = _Rotation.apply(qkv, *position_embeddings, False).chunk(3, dim=-1)
@@ -435,17 +437,20 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
                     parameter.requires_grad_(False)
 
     def _init_weights(self, module: nn.Module) -> None:
+        is_new = not getattr(getattr(module, "weight", None), "_is_hf_initialized", False)
         if isinstance(module, QuantizedLinear):
-            if not getattr(module.weight, "_is_hf_initialized", False):
+            if is_new:
                 module.weight.data.random_(-128, 128)
                 # Evenly spread integers up to ±q have a standard deviation of q/√3.
                 largest = 2 ** (module.bits - 1)
                 init.constant_(module.weight_scale, self.config.initializer_range * math.sqrt(3) / largest)
                 init.zeros_(module.bias)
             return
+        if hasattr(module, "is_prefix"):
+            if is_new and hasattr(module, "reset_parameters"):
+                module.reset_parameters()  # P-Tuning v2 starts from torch's defaults: N(0, 1) for the embedding
+            return
         super()._init_weights(module)
-        if isinstance(module, PrefixEncoder):
-            init.normal_(module.embedding.weight)  # P-Tuning v2 starts from torch's default, N(0, 1)
 
     def _answer_start(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Column [B, 1] of the first `<sop>`, or S."""

@@ -307,6 +307,11 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(own or nn.modules.module._has_any_global_hook())
 
 
+def may_keep_output(module: nn.Module) -> bool:
+    """Whether a hook may have kept what the module gave, so that it is not to be changed."""
+    return bool(module._forward_hooks or nn.modules.module._has_any_global_hook())
+
+
 def _is_plain(module: nn.Module, kind: type, x: torch.Tensor) -> bool:
     """Whether calling the module does nothing beyond the forward of `kind`, and the GPU's kernels can do it."""
     return (
@@ -334,7 +339,7 @@ def apply_linear(
     if bits:
         return cuda_product(x, weight, scale, linear.bias, bits, gelu, residual, alpha)
     y = linear(x)
-    if gelu and has_cpu_kernels(linear, y) and y.is_contiguous() and not has_hooks(linear):
+    if gelu and has_cpu_kernels(linear, y) and y.is_contiguous() and not may_keep_output(linear):
         cpu_library().gelu_(y)
     elif gelu:
         y = nn.functional.gelu(y, approximate="tanh")

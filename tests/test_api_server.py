@@ -299,6 +299,81 @@ def test_a_failed_step_fails_its_answers_alone(error, golden_model, monkeypatch)
         assert scheduler.healthy
 
 
+@pytest.mark.parametrize(
+    ("error", "counts"), [(RuntimeError("secret"), True), (torch.OutOfMemoryError("secret"), False)]
+)
+def test_a_prompt_that_fails(error, counts, golden_model, monkeypatch):
+    """Its client is told; three in a row that are not for want of memory, and the scheduler is broken."""
+    job = ([7, 8, 501, 504], Sampling(4, seed=1, min_new_tokens=4))
+    with scheduling(golden_model("base", attention="sdpa")) as scheduler:
+        prefill = scheduler._prefill
+
+        def fail(group):
+            raise error
+
+        monkeypatch.setattr(scheduler, "_prefill", fail)
+        for i in range(3):
+            with pytest.raises(Failed) as failure:
+                answers_of(scheduler, [job])
+            assert "secret" not in str(failure.value)
+            assert scheduler.healthy == (i < 2 or not counts)
+        monkeypatch.setattr(scheduler, "_prefill", prefill)
+        assert len(answers_of(scheduler, [job])[0]) == 4
+        assert scheduler.healthy
+
+
+def test_broken_scores_give_a_fixed_id(golden_model):
+    model = golden_model("base", attention="sdpa")
+    model.transformer.final_layernorm.weight.data[0] = float("nan")
+    with scheduling(model) as scheduler:
+        for temperature in (0, 1.0):
+            (ids,) = ids_of(answers_of(scheduler, [([7, 8, 501, 504], Sampling(3, temperature=temperature))]))
+            assert ids == [5, 5, 5]
+
+
+def test_without_a_seed_answers_differ(golden_model):
+    job = ([7, 8, 501, 504], Sampling(8, temperature=2.0, top_p=1.0, min_new_tokens=8))
+    with scheduling(golden_model("base", attention="sdpa")) as scheduler:
+        assert len(set(map(tuple, ids_of(answers_of(scheduler, [job] * 4))))) > 1
+
+
+def test_an_answer_ends_where_the_room_does(golden_model):
+    model = golden_model("base", attention="sdpa")
+    model.config.eos_token_id = -1
+
+    async def run() -> tuple[int, str]:
+        (answer,) = scheduler.submit([7, 8, 501, 504], [Sampling(10_000, temperature=0)])
+        return len([token async for token in answer]), answer.finish_reason
+
+    with scheduling(model, max_length=20) as scheduler:
+        assert asyncio.run(run()) == (16, "length")
+
+
+def test_those_who_wait_may_leave_or_be_late(golden_model):
+    model = golden_model("base", attention="sdpa")
+    model.config.eos_token_id = -1
+    prompt = [7, 8, 501, 504]
+
+    async def run() -> None:
+        (first,) = scheduler.submit(prompt, [Sampling(1500)])
+        async for _ in first:
+            break
+        (gone,) = scheduler.submit(prompt, [Sampling(5)])
+        scheduler.time_limit = 0.05
+        (late,) = scheduler.submit(prompt, [Sampling(5)])
+        gone.cancel()
+        assert [token async for token in gone] == []
+        assert gone.finish_reason == "cancelled"
+        with pytest.raises(TimeLimit):
+            async for _ in late:
+                pass
+        assert (scheduler.waiting, scheduler.running, first.finish_reason) == (0, 1, None)
+        first.cancel()
+
+    with scheduling(model, max_batch=1) as scheduler:
+        asyncio.run(run())
+
+
 def test_rows_leave_nothing_behind(golden_model):
     """NaN in a row that left must not reach the one that takes its place."""
     model = golden_model("base", attention="sdpa")

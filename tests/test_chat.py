@@ -226,6 +226,41 @@ def test_empty_query(query, embedded):
         next(model.stream_chat(tokenizer, query))
 
 
+def test_room_for_an_answer_and_no_more(embedded):
+    model, tokenizer = embedded
+    history = [(f"q{i}", "word " * i) for i in range(8)]
+    whole = model.build_inputs(tokenizer, "last?", history)["input_ids"].shape[1]
+    for limit in range(20, whole + 3):
+        length = model.build_inputs(tokenizer, "last?", history, limit)["input_ids"].shape[1]
+        assert length < limit
+        assert (length == whole) == (whole < limit)
+    with pytest.raises(ValueError, match="is 2048"):
+        model.chat(tokenizer, "很长的问题 " * 3000, max_length=10**6)
+
+
+def test_half_a_character_at_the_end_of_a_stream(embedded, monkeypatch):
+    model, tokenizer = embedded
+    letter, byte = tokenizer.convert_tokens_to_ids(["▁a", "<0xE4>"])
+    ids = [torch.tensor([[letter]]), torch.tensor([[letter, byte]])]
+    monkeypatch.setattr(model, "stream_generate", lambda *args, **kwargs: iter(ids))
+    *_, (response, _) = model.stream_chat(tokenizer, "你好")
+    assert response == "a\ufffd"
+
+
+def test_processors_of_ones_own(embedded):
+    model, tokenizer = embedded
+    seen = []
+    given = {
+        "do_sample": False,
+        "max_new_tokens": 3,
+        "logits_processor": [lambda ids, scores: seen.append(1) or scores],
+    }
+    model.chat(tokenizer, "你好", **given)
+    assert len(seen) == 3
+    list(model.stream_chat(tokenizer, "你好", **given))
+    assert len(seen) == 6
+
+
 def test_another_models_tokenizer(embedded, release):
     model, _ = embedded
     with pytest.raises(ValueError, match=r"\[gMASK\] and <sop> at \[130001, 130004\]"):

@@ -478,9 +478,12 @@ def test_shards_of_mixed_dtypes(tmp_path):
     }
     layout = {name: tensor.to("meta") for name, tensor in tensors.items()}
     quantize.write_shards(tmp_path, layout, tensors.items(), progress=False)
-    got = load_file(tmp_path / "model.safetensors")
+    got, data = load_file(tmp_path / "model.safetensors"), (tmp_path / "model.safetensors").read_bytes()
     assert got.keys() == tensors.keys()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
     for name, tensor in tensors.items():
+        assert (start + header[name]["data_offsets"][0]) % tensor.itemsize == 0, "not every reader takes this"
         assert got[name].dtype == tensor.dtype
         assert torch.equal(got[name], tensor)
     with pytest.raises(ValueError, match="Expected a"):

@@ -187,6 +187,20 @@ def test_refused_arguments(arguments, message, tiny, tmp_path, monkeypatch):
         tune(monkeypatch, "--model", tiny, "--train-file", DIALOGUES, "--output-dir", tmp_path, "--seed", 1, *arguments)
 
 
+@needs_peft
+@pytest.mark.parametrize("half", [[], ["--bf16"]])
+def test_frozen_weights_are_half_with_bf16(half, tiny, tmp_path, monkeypatch):
+    given = ["--method", "lora", "--model", tiny, "--train-file", DIALOGUES, "--output-dir", tmp_path, *half]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, given), "--use-cpu", "true"])
+    arguments, training = finetune.parse_arguments()
+    assert training.learning_rate == 1e-3
+    model = finetune.build_model(arguments, training)
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert {dtype for name, dtype in dtypes.items() if "lora_" in name} == {torch.float32}
+    expected = torch.bfloat16 if half else torch.float32
+    assert {dtype for name, dtype in dtypes.items() if "layernorm" in name} == {expected}
+
+
 def test_full_tuning_beside_a_prefix_is_refused(tiny_float, tmp_path, monkeypatch):
     """Only the prefix would be trained, and saved."""
     config = ChatGLMConfig.from_pretrained(tiny_float, pre_seq_len=4)

@@ -3,6 +3,7 @@
 import copy
 import logging
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -108,23 +109,18 @@ def test_eight_threads_answer_as_one(golden_model):
     model = golden_model("int8", attention="sdpa")
     prompts = [torch.tensor([[7 + i, 8, 9 + 2 * i] + [11] * i + [501, 504]]) for i in range(8)]
     expected = [model.generate(prompt, do_sample=False, max_new_tokens=20) for prompt in prompts]
-    got = [None] * 8
     barrier = threading.Barrier(8)
 
     def work(i: int) -> None:
         barrier.wait()
         for _ in range(3):
-            got[i] = model.generate(prompts[i], do_sample=False, max_new_tokens=20)
+            got = model.generate(prompts[i], do_sample=False, max_new_tokens=20)
             *_, streamed = model.stream_generate(prompts[i], do_sample=False, max_new_tokens=20)
-            assert torch.equal(streamed, got[i][:, : streamed.shape[1]])
+            assert torch.equal(got, expected[i])
+            assert torch.equal(streamed, got[:, : streamed.shape[1]])
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for one, other in zip(got, expected, strict=True):
-        assert torch.equal(one, other)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
 
 
 def test_going_on_from_a_returned_cache(golden_model):
@@ -223,6 +219,29 @@ def test_outputs_processors_and_criteria(golden_model):
     assert [ids.shape[1] for ids in model.stream_generate(PROMPT, do_sample=False, stopping_criteria=criteria)] == [6]
 
 
+@pytest.mark.parametrize("early", [False, True, "never"])
+@pytest.mark.parametrize("penalty", [1.0, 2.0])
+def test_beams_are_scored_over_prompt_and_answer_without_the_end(penalty, early, golden_model):
+    """As when the model was published."""
+    model = golden_model("base")
+    given = {"num_beams": 4, "num_return_sequences": 4, "do_sample": False, "max_new_tokens": 8}
+    ends = model.generate(PROMPT, eos_token_id=511, **given)[:, 5:].unique().tolist()
+    given |= {"early_stopping": early, "length_penalty": penalty, "return_dict_in_generate": True}
+    ended = 0
+    for end in ends:
+        model.config.eos_token_id = end
+        output = model.generate(PROMPT, eos_token_id=end, pad_token_id=3, output_scores=True, **given)
+        for ids, score in zip(output.sequences, output.sequences_scores, strict=True):
+            is_end = ids[5:] == end
+            ids = ids[: 6 + is_end.nonzero()[0, 0]] if is_end.any() else ids[ids != 3]
+            with torch.no_grad():
+                logprobs = model(ids[None]).logits[0, 4:-1].log_softmax(dim=-1)
+            total, length = logprobs.gather(1, ids[5:, None]).sum().item(), len(ids) - int(is_end.any())
+            assert score.item() == pytest.approx(total / length**penalty, rel=1e-4)
+            ended += int(is_end.any())
+    assert ended > 0
+
+
 def test_length_by_default_is_the_models(golden_model):
     model = golden_model("base")
     model.config.max_sequence_length = 40
@@ -243,14 +262,15 @@ def test_a_stream_can_be_left_in_the_middle(golden_model):
     assert torch.equal(model.generate(PROMPT, do_sample=False, max_new_tokens=10), expected)
 
 
-def test_broken_scores_give_a_fixed_id_and_one_warning(caplog, golden_model):
+def test_broken_scores_give_a_fixed_id_and_one_warning(caplog, golden_model, monkeypatch):
     model = golden_model("base")
     model.transformer.final_layernorm.weight.data[0] = float("nan")
-    logger = logging.getLogger("transformers")
-    logger.propagate = True
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    logging.Logger.warning_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         ids = model.generate(PROMPT, do_sample=False, max_new_tokens=4, logits_processor=[FiniteScores()])
     assert ids[0, 5:].tolist() == [5, 5, 5, 5]
+    assert len([message for message in caplog.messages if "NaN or infinite" in message]) == 1
     infinite = float("inf")
     fine = torch.tensor([[0.0] * 8, [-infinite] * 3 + [1.0] * 5])
     assert torch.equal(FiniteScores()(None, fine), fine)
@@ -286,6 +306,8 @@ def test_what_reads_from_left_to_right_is_refused(golden_model):
         model.generate(inputs_embeds=torch.zeros(1, 3, 64))
     with pytest.raises(ValueError, match="prefill_chunk_size"):
         model.generate(PROMPT, prefill_chunk_size=2)
+    with pytest.raises(ValueError, match="prefill_chunk_size"):
+        model.generate(PROMPT, generation_config=GenerationConfig(prefill_chunk_size=2, max_new_tokens=2))
     with pytest.raises(NotImplementedError, match="left-padded"):
         model.generate_batch([[7, 501, 504]])
     filled = model.generate(PROMPT, do_sample=False, max_new_tokens=2, return_dict_in_generate=True)

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from chatglm_int8 import ChatGLMForConditionalGeneration, kernel_cache, kernels_cpu, quantization
+from chatglm_int8 import ChatGLMForConditionalGeneration, cuda_graphs, kernel_cache, kernels_cpu, quantization
 from chatglm_int8.kernels_cpu import FLAGS, OPENMP, WITHOUT_AMX, Library
 from chatglm_int8.kernels_cpu_source import SOURCE
 from chatglm_int8.modeling_chatglm import GrowingLayer, apply_rotary, rotary_embedding
@@ -1112,6 +1112,36 @@ def test_a_broken_library_on_disk(fresh, tmp_path):
     assert cached(tmp_path) == [path]
 
 
+def test_another_processor_makes_another_file(fresh, monkeypatch):
+    """Of homes that machines share: -march=native says in macros what it means."""
+    run, first = kernels_cpu._run, kernels_cpu.build()
+    other = "#define ANOTHER 1\n"
+    monkeypatch.setattr(kernels_cpu, "_run", lambda command, text: run(command, text) + other * ("-dM" in command))
+    assert kernels_cpu.build() != first
+
+
+def test_amx_that_the_system_refuses(fresh, monkeypatch):
+    tried = []
+
+    def open_one(flags):
+        tried.append(flags)
+        return types.SimpleNamespace(allowed=len(tried) > 1)
+
+    monkeypatch.setattr(kernels_cpu, "_open", open_one)
+    assert kernels_cpu.library().allowed
+    usual = (*FLAGS, OPENMP)
+    assert tried == [usual, (*usual, *WITHOUT_AMX)]
+
+
+def test_unfinished_files_of_others_stay(fresh, tmp_path):
+    folder = kernel_cache.cache_folder()
+    for name, age in (("young.tmp", 0), ("old.tmp", 7200)):
+        (folder / name).touch()
+        os.utime(folder / name, (time.time() - age,) * 2)
+    kernel_cache.keep("new", lambda path: path.write_text("x"))
+    assert [path.name for path in cached(tmp_path)] == ["new", "young.tmp"]
+
+
 def test_a_cache_that_is_removed(fresh, tmp_path):
     library = kernels_cpu.library()
     shutil.rmtree(tmp_path / "cache")
@@ -1347,9 +1377,9 @@ def test_generate_with_a_growing_cache(golden_model, monkeypatch, settings, gold
     assert torch.equal(*found)
 
 
-def both_caches():
+def both_caches(kind: type = GrowingLayer):
     caches = DynamicCache(), DynamicCache()
-    caches[0].layers.append(GrowingLayer())
+    caches[0].layers.append(kind())
     return caches
 
 
@@ -1360,9 +1390,11 @@ def append(caches, count: int, seed: int, batch: int = 2) -> None:
     assert caches[0].get_seq_length() == caches[1].get_seq_length()
 
 
-def test_growing_layer_does_what_a_dynamic_layer_does(monkeypatch):
+@pytest.mark.parametrize("kind", [GrowingLayer, cuda_graphs._Layer])
+def test_growing_layers_do_what_a_dynamic_layer_does(kind, monkeypatch):
     monkeypatch.setattr(GrowingLayer, "_room", 4)
-    caches = both_caches()
+    monkeypatch.setattr(cuda_graphs, "_GROWTH", 4)
+    caches = both_caches(kind)
     for step, count in enumerate((5, 1, 1, 7, 1, 1, 1, 30, 1)):
         append(caches, count, seed=step)
     for change in (
@@ -1378,11 +1410,11 @@ def test_growing_layer_does_what_a_dynamic_layer_does(monkeypatch):
     for cache in caches:
         cache.batch_repeat_interleave(2)
     append(caches, 1, seed=70, batch=4)
-    for cache in caches:
-        cache.batch_select_indices(torch.tensor([2]))
-    append(caches, 2, seed=80, batch=1)
     for cache in caches:  # a view of the buffer's first sequences
         cache.layers[0].keys, cache.layers[0].values = cache.layers[0].keys[:1], cache.layers[0].values[:1]
+    append(caches, 2, seed=80, batch=1)
+    for cache in caches:
+        cache.batch_select_indices(torch.tensor([0]))
     append(caches, 2, seed=90, batch=1)
 
 

@@ -575,7 +575,7 @@ def test_a_fresh_prefix_over_a_release(make_folder, tmp_path, bits, projection, 
     state, files = model.state_dict(), stored(folder)
     assert all(torch.equal(state[name], files[name]) for name in state if encoder not in name)
     assert state[encoder + "embedding.weight"].isfinite().all()
-    assert state[encoder + "embedding.weight"].std() > 0
+    assert state[encoder + "embedding.weight"].float().std().item() == pytest.approx(1, rel=0.2)  # as torch has them
 
     logits = logits_of(model, folder)
     assert logits.isfinite().all()

@@ -235,6 +235,7 @@ def test_logits_to_keep_and_tuples(golden_model):
         assert error(model(ids, logits_to_keep=2).logits, whole[:, -2:]) < FP32_TOLERANCE
         assert error(model(ids, logits_to_keep=torch.tensor([0, 3])).logits, whole[:, [0, 3]]) < FP32_TOLERANCE
         assert torch.equal(model(ids, return_dict=False)[0], whole)
+        assert model(ids, labels=ids, logits_to_keep=2).logits.shape[1] == 2
         answer = model.generate(ids, do_sample=False, max_new_tokens=3)
         model.config.return_dict = False
         assert torch.equal(model(ids)[0], whole)
@@ -290,10 +291,31 @@ def test_large_scores_do_not_overflow_in_half():
         torch.manual_seed(0)
         model = ChatGLMForConditionalGeneration(config).half().eval()
         model.set_attn_implementation(attention)
-        for block in model.transformer.layers:
-            block.attention.query_key_value.bias.data.fill_(60.0)
-        with torch.no_grad():
-            assert model(torch.tensor([[1, 2, 13, 10, 3]])).logits.isfinite().all()
+        for bias in (60.0, 120.0):  # of 120 only half the scores are below the limit, as in layer 1
+            model.transformer.layers[0].attention.query_key_value.bias.data.fill_(60.0)
+            model.transformer.layers[1].attention.query_key_value.bias.data.fill_(bias)
+            logits = model(torch.tensor([[1, 2, 13, 10, 3]])).logits  # without gradients, a CPU has float32
+            assert logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_4d_mask_leaves_the_prefix_to_be_seen(golden_model):
+    model, ids = golden_model("prefix"), torch.tensor([[7, 8, 501, 504, 9]])
+    expected = model(ids).logits
+    assert error(model(ids, attention_mask=model.get_masks(ids)).logits, expected) < FP32_TOLERANCE
+
+
+def test_gradients_through_a_cache(golden_model):
+    ids, found = torch.tensor([[7, 8, 9, 501, 504, 10, 11]]), []
+    for ends in ((7,), (5, 6, 7)):
+        model, parts, start = golden_model("base"), [], 0
+        cache = DynamicCache(config=model.config)
+        for end in ends:
+            parts.append(model(ids[:, start:end], past_key_values=cache).logits)
+            start = end
+        torch.cat(parts, dim=1).square().sum().backward()
+        found.append(model.transformer.layers[0].attention.query_key_value.weight.grad)
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
 
 
 def test_a_new_model_has_sane_weights():

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from chatglm_int8 import quantization
 from chatglm_int8.quantization import (
     HalfEmbedding,
+    HalfLinear,
     QuantizedLinear,
     check_bits,
     dequantize_weight,
@@ -264,6 +265,9 @@ def test_no_norm_is_left_to_a_linear_that_is_hooked_or_elsewhere(monkeypatch):
         handle = module.register_forward_pre_hook(lambda module, args: None)
         assert not quantization.apply_layer_norm(norm, x, within, before)
         handle.remove()
+        module.forward = module.forward  # as accelerate does
+        assert not quantization.apply_layer_norm(norm, x, within, before)
+        del module.forward
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -592,6 +596,20 @@ def test_scales_in_float64():
     layer = QuantizedLinear.from_linear(nn.Linear(64, 32), 8)
     x = torch.randn(3, 64)
     torch.testing.assert_close(copy.deepcopy(layer).double()(x), layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_of_a_half_head(dtype):
+    torch.manual_seed(0)
+    head, x, grad = HalfLinear(16, 33, dtype=dtype), torch.randn(5, 16, requires_grad=True), torch.randn(5, 33)
+    head(x).backward(grad)
+    torch.testing.assert_close(x.grad, grad @ head.weight.float())
+    torch.testing.assert_close(head.weight.grad.float(), grad.T @ x.detach(), rtol=2**-7, atol=1e-2)
+
+
+def test_embeddings_are_half_after_quantising(golden_model):
+    model = golden_model("base", torch.float16).quantize(8).float()
+    assert model.lm_head.weight.dtype == model.get_input_embeddings().weight.dtype == torch.float16
 
 
 def test_compiled_layer():

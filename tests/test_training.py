@@ -408,7 +408,7 @@ def gradients(model: nn.Module, samples: list[torch.Tensor]) -> torch.Tensor:
 
 @pytest.mark.parametrize("method", ["lora", "prefix"])
 def test_gradients_over_int8_against_float64(method, root):
-    """1e-3 in fp32; in fp16 what the same weights in FP16 have, but for the chance in a few samples' rounding."""
+    """Rounding in fp32; in fp16 what the same weights in FP16 have, but for the chance in a few samples' rounding."""
     torch.manual_seed(0)
     fields = {"pre_seq_len": 8} if method == "prefix" else {}
     model = ChatGLMForConditionalGeneration.from_pretrained(root, dtype=torch.float32, **fields)
@@ -422,5 +422,5 @@ def test_gradients_over_int8_against_float64(method, root):
     def error(tuned: nn.Module) -> float:
         return ((gradients(tuned, list(samples)) - exact).norm(dim=1) / exact.norm(dim=1)).square().mean().sqrt().item()
 
-    assert error(wrap(copy.deepcopy(model))) < 1e-3
+    assert error(wrap(copy.deepcopy(model))) < 1e-5
     assert error(wrap(model.half())) < 1.25 * error(wrap(wide.half()))
