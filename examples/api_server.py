@@ -744,35 +744,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="such as cpu, cuda or cuda:1 (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default=default.dtype)
     parser.add_argument("--name", default=default.name, help="the model's name in the API (default: %(default)s)")
-    parser.add_argument("--max-batch", type=positive(int), default=default.max_batch, help="answers decoded together")
-    parser.add_argument("--max-queue", type=positive(int), default=default.max_queue, help="answers that may wait")
-    parser.add_argument("--max-length", type=positive(int), help="tokens of prompt and answer (default: the model's)")
-    parser.add_argument("--max-body", type=positive(int), default=default.max_body, help="bytes of a request")
-    parser.add_argument("--time-limit", type=positive(float), default=default.time_limit, help="seconds of a request")
+    parser.add_argument(
+        "--max-batch", type=cli_demo.positive(int), default=default.max_batch, help="answers decoded together"
+    )
+    parser.add_argument(
+        "--max-queue", type=cli_demo.positive(int), default=default.max_queue, help="answers that may wait"
+    )
+    parser.add_argument(
+        "--max-length", type=cli_demo.positive(int), help="tokens of prompt and answer (default: the model's)"
+    )
+    parser.add_argument("--max-body", type=cli_demo.positive(int), default=default.max_body, help="bytes of a request")
+    parser.add_argument(
+        "--time-limit", type=cli_demo.positive(float), default=default.time_limit, help="seconds of a request"
+    )
     parser.add_argument(
         "--api-key",
         default=os.environ.get("CHATGLM_API_KEY") or None,
         help="ask clients for this key (default: the environment's CHATGLM_API_KEY, which other users can't list)",
     )
-
-
-def port(text: str) -> int:
-    """A number of a port, of an argument's text."""
-    value = int(text)
-    if not 0 <= value < 65536:
-        raise ValueError
-    return value
-
-
-def positive(kind: type) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not value > 0:
-            raise ValueError
-        return value
-
-    parse.__name__ = f"positive {kind.__name__}"  # argparse shows it
-    return parse
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
@@ -783,7 +772,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Serves a ChatGLM model over HTTP.")
     add_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all networks (default: %(default)s)")
-    parser.add_argument("--port", type=port, default=8000)
+    parser.add_argument("--port", type=cli_demo.port, default=8000)
     arguments = parser.parse_args()
     # uvicorn raises the signal again once it has finished everything: here, that is the end it should have.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 try:
@@ -128,6 +129,27 @@ def prepare_streams() -> None:
         except UnicodeEncodeError:
             encoding = "utf-8"
         stream.reconfigure(encoding=encoding, errors="replace")
+
+
+def port(text: str) -> int:
+    """A number of a port, of an argument's text."""
+    value = int(text)
+    if not 0 <= value < 65536:
+        raise ValueError
+    return value
+
+
+def positive(kind: type) -> Callable[[str], float]:
+    """What makes a positive number, an int or a float, of an argument's text."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not value > 0:
+            raise ValueError
+        return value
+
+    parse.__name__ = f"positive {kind.__name__}"  # argparse shows it
+    return parse
 
 
 def main() -> int:

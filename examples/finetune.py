@@ -13,6 +13,7 @@ have had. OUTPUT_DIR gets the adapter, prefix or model, `loss.png`, and with `--
 the validation file, with BLEU-4 and ROUGE. `merge.py` puts adapters and prefixes into model folders.
 """
 
+import argparse
 import atexit
 import dataclasses
 import functools
@@ -89,9 +90,12 @@ def parse_arguments() -> tuple[Settings, TrainingArguments]:
         logging_nan_inf_filter=False,
         prediction_loss_only=True,
         dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
     )
-    method = parser.parse_known_args()[0].method
-    parser.set_defaults(learning_rate=LEARNING_RATES[method], remove_unused_columns=False)
+    first = argparse.ArgumentParser(add_help=False)  # of them all, whose --help is to show this
+    first.add_argument("--method")
+    method = first.parse_known_args()[0].method
+    parser.set_defaults(learning_rate=LEARNING_RATES.get(method, f"that of the method: {LEARNING_RATES}"))
     settings, training = parser.parse_args_into_dataclasses()
     if training.ddp_find_unused_parameters is None:
         training.ddp_find_unused_parameters = False

@@ -21,6 +21,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray starts
 
 try:
     import api_server
+    import cli_demo
     import ray
     from ray import serve
 except ModuleNotFoundError as error:
@@ -74,10 +75,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Serves a ChatGLM model with Ray Serve.")
     api_server.add_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all networks (default: %(default)s)")
-    parser.add_argument("--port", type=api_server.port, default=8000)
-    parser.add_argument("--min-replicas", type=api_server.positive(int), default=1)
-    parser.add_argument("--max-replicas", type=api_server.positive(int), default=4)
-    parser.add_argument("--target", type=api_server.positive(float), help="answers in a replica (default: --max-batch)")
+    parser.add_argument("--port", type=cli_demo.port, default=8000)
+    parser.add_argument("--min-replicas", type=cli_demo.positive(int), default=1)
+    parser.add_argument("--max-replicas", type=cli_demo.positive(int), default=4)
+    parser.add_argument("--target", type=cli_demo.positive(float), help="answers in a replica (default: --max-batch)")
     parser.add_argument("--cpus", type=float, default=1, help="for each replica (default: 1)")
     parser.add_argument("--gpus", type=float, default=0, help="for each replica; 0.5 lets two share one (default: 0)")
     arguments = parser.parse_args()

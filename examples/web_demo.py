@@ -239,11 +239,16 @@ def main() -> int:
     parser.add_argument("--device", help="such as cpu, cuda or cuda:1 (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all networks (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--port", type=cli_demo.port, default=7860)
+    parser.add_argument("--max-batch", type=cli_demo.positive(int), default=16, help="answers decoded together")
+    parser.add_argument(
+        "--max-length", type=cli_demo.positive(int), help="tokens of prompt and answer (default: the model's)"
+    )
     arguments = parser.parse_args()
     try:
         model, tokenizer = cli_demo.load(arguments.model, arguments.device, arguments.dtype)
-        launch(Chat(Scheduler(model, tokenizer)), server_name=arguments.host, server_port=arguments.port)
+        scheduler = Scheduler(model, tokenizer, arguments.max_batch, max_length=arguments.max_length)
+        launch(Chat(scheduler), server_name=arguments.host, server_port=arguments.port)
     except (OSError, ValueError) as error:
         print(f"web_demo.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

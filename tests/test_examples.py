@@ -366,8 +366,11 @@ def test_killed_run_is_finished_by_the_same_command(tmp_path):
     assert_is_golden(result, 8)
 
 
-def test_run_stopped_while_files_move_up(tmp_path, monkeypatch):
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_run_stopped_while_files_move_up(overwrite, tmp_path, monkeypatch):
     source, result = write_source(tmp_path / "source"), tmp_path / "result"
+    if overwrite:
+        quantize.quantize_folder(source, result, bits=4, shard_size=50_000, progress=False)
     calls, genuine = [], os.replace
 
     class Stopped(BaseException):
@@ -382,7 +385,7 @@ def test_run_stopped_while_files_move_up(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", stopping)
         with pytest.raises(Stopped):
-            quantize.quantize_folder(source, result, shard_size=50_000, progress=False)
+            quantize.quantize_folder(source, result, shard_size=50_000, progress=False, overwrite=overwrite)
     assert not (result / "config.json").exists()
     quantize.quantize_folder(source, result, shard_size=100_000, progress=False)
     assert_is_golden(result, 8)

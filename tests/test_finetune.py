@@ -298,22 +298,14 @@ LEARN_FIFTY = {
 
 
 @needs_peft
-def test_smoothed_labels_are_the_next_tokens(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", [["--label-smoothing-factor", 1e-9], ["--gradient-checkpointing"]])
+def test_smoothing_and_checkpointing_change_no_loss(how, tiny, tmp_path, monkeypatch):
     """Trainer shifts the labels itself when it smooths them, but only for models that it knows."""
     given = ["--method", "lora", "--model", tiny, "--train-file", DIALOGUES, "--lora-dropout", 0, "--max-steps", 2]
-    for name, smoothing in (("plain", 0), ("smoothed", 1e-9)):
-        tune(
-            monkeypatch,
-            *given,
-            "--logging-steps",
-            1,
-            "--label-smoothing-factor",
-            smoothing,
-            "--output-dir",
-            tmp_path / name,
-        )
+    for name, more in (("plain", []), ("other", how)):
+        tune(monkeypatch, *given, "--logging-steps", 1, *more, "--output-dir", tmp_path / name)
     expected = [loss for _, loss in losses(tmp_path / "plain")]
-    assert [loss for _, loss in losses(tmp_path / "smoothed")] == pytest.approx(expected, rel=1e-4)
+    assert [loss for _, loss in losses(tmp_path / "other")] == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_response_is_expected_as_the_model_can_give_it(tokenizer, tmp_path, monkeypatch):
@@ -364,6 +356,27 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 RUN = ["--max-steps", 12, "--save-steps", 4, "--logging-steps", 1, "--per-device-train-batch-size", 3, "--seed", 5]
 
 
+WAITING = """
+import sys
+import time
+
+sys.path.insert(0, sys.argv.pop(1))
+import finetune
+
+step = finetune.FineTuner.training_step
+
+
+def step_until_the_seventh(self, *args, **kwargs):
+    if self.state.global_step == 6:
+        time.sleep(1000)
+    return step(self, *args, **kwargs)
+
+
+finetune.FineTuner.training_step = step_until_the_seventh
+finetune.main()
+"""
+
+
 @needs_peft
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 @pytest.mark.parametrize(
@@ -375,12 +388,13 @@ RUN = ["--max-steps", 12, "--save-steps", 4, "--logging-steps", 1, "--per-device
     ],
 )
 def test_killed_and_resumed(method, arguments, tiny, tiny_float, tmp_path, monkeypatch, capfd):
-    """The losses, with dropout, are those of a run that was let be."""
+    """The losses, with dropout, are those of a run that was let be. It waits for the kill, so as not to end before."""
     model = tiny_float if method == "full" else tiny
     common = ["--method", method, "--model", model, "--train-file", DIALOGUES, *RUN, *arguments]
     tune(monkeypatch, *common, "--output-dir", tmp_path / "whole")
     killed = tmp_path / "killed"
-    command = [sys.executable, SCRIPT, *map(str, common), "--output-dir", str(killed), "--use-cpu", "true"]
+    command = [sys.executable, "-c", WAITING, ROOT / "examples", *map(str, common), "--output-dir", killed]
+    command += ["--use-cpu", "true"]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     end = time.monotonic() + 300
     while not (killed / "checkpoint-4" / "trainer_state.json").exists():
@@ -389,7 +403,7 @@ def test_killed_and_resumed(method, arguments, tiny, tiny_float, tmp_path, monke
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (killed / "trainer_state.json").exists(), "it ended before it was killed"
+    assert not (killed / "trainer_state.json").exists()
     capfd.readouterr()
     tune(monkeypatch, *common, "--output-dir", killed)
     assert "going on from" in capfd.readouterr().out
@@ -440,11 +454,16 @@ def test_a_run_that_is_done_stays_as_it_is(tiny, tmp_path, monkeypatch):
 
 @needs_peft
 def test_another_run_is_not_continued(tiny, tmp_path, monkeypatch):
-    out = tmp_path / "out"
+    out, other = tmp_path / "out", first_dialogues(tmp_path / "data.jsonl", 20)
     arguments = ["--method", "lora", "--model", tiny, "--train-file", DIALOGUES, *RUN, "--output-dir", out]
     tune(monkeypatch, *arguments)
-    with pytest.raises(SystemExit, match=r"another run .lora_rank was 8, is 4.*give another --output-dir"):
-        tune(monkeypatch, *arguments, "--lora-rank", 4)
+    for given, changed in (
+        (["--lora-rank", 4], "lora_rank was 8, is 4"),
+        (["--learning-rate", 1e-5], "learning_rate was 0.001, is 1e-05"),
+        (["--train-file", other], "train_file's CRC was"),
+    ):
+        with pytest.raises(SystemExit, match=rf"another run .{changed}.*give another --output-dir"):
+            tune(monkeypatch, *arguments, *given)
 
 
 @needs_peft
