@@ -292,15 +292,20 @@ def test_settings_and_troubles(browser, site):
         page.wait_for(lambda: page.messages("bot") and page.is_idle())
         (sampling,) = scripted.samplings
         assert (sampling.max_new_tokens, sampling.top_p, sampling.temperature) == (497, 0.3, 0)
-        for query, told in (("too long", "9999"), ("busy", "busy"), ("broken", "failed to compute")):
+        for query, told in (("too long", "9999"), ("busy", "busy")):
             page.ask(query)
             page.page.get_by_text(told).last.wait_for()
             page.wait_for(lambda query=query: page.is_idle() and page.box.input_value() == query)
             assert page.messages("user") == ["hello"]  # what was refused is no round
+        page.ask("broken")
+        page.page.get_by_text("failed to compute").last.wait_for()
+        page.wait_for(page.is_idle)
         page.ask("next")
-        page.wait_for(lambda: len(page.messages("bot")) == 2 and page.is_idle())
-        ((_, rounds),) = [asked for asked in scripted.asked if asked[0] == "next"]
-        assert [query for query, _ in rounds] == ["hello"]
+        page.wait_for(lambda: len(page.messages("bot")) == 3 and page.is_idle())
+        query, rounds = scripted.asked[-1]
+        assert query == "next"
+        assert [query for query, _ in rounds] == ["hello", "broken"]
+        assert rounds[1][1] == "partly"
         count = len(scripted.asked)
         page.ask("   ")
         page.page.wait_for_timeout(500)
