@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import inspect
 import json
 import os
 import random
@@ -32,6 +33,8 @@ import schemathesis  # noqa: E402
 import uvicorn  # noqa: E402
 from batching import AnswerText, Busy, Failed, RowCache, Sampling, Scheduler, TimeLimit  # noqa: E402
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper  # noqa: E402
+
+from chatglm_int8 import ChatGLMForConditionalGeneration  # noqa: E402
 
 CHAT = "/v1/chat/completions"
 QUERIES = ["你好", "Hello", "What can you do?", "中国的首都是哪里？", "Tell me a joke", "你是谁", "Thank you", "谢谢"]
@@ -708,6 +711,23 @@ def test_errors_have_one_form(small_server, method, path, content, status):
     response = small_server.http.request(method, path, content=content, headers=headers)
     assert response.status_code == status, response.text
     body_of(response)
+
+
+def test_defaults_are_those_of_chat():
+    arguments = inspect.signature(ChatGLMForConditionalGeneration.chat).parameters
+    for form in (api_server.ChatForm, api_server.CompletionForm, api_server.PublicForm):
+        for name in ("temperature", "top_p"):
+            assert form.model_fields[name].default == arguments[name].default
+    assert api_server.PublicForm.model_fields["max_length"].default == arguments["max_length"].default
+
+
+def test_a_body_that_does_not_arrive(small_server, monkeypatch):
+    monkeypatch.setattr(api_server, "BODY_SECONDS", 0.2)
+    host, port = small_server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+        connection.sendall(head.encode() + b'{"model"')
+        assert b" 408 " in connection.recv(1000).split(b"\r\n")[0]
 
 
 def test_arguments_that_contradict(small_server):

@@ -225,6 +225,9 @@ def test_embeddings_in_place_of_ids(golden_model):
         model(inputs_embeds=embeddings)
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         model(ids, inputs_embeds=embeddings)
+    model = golden_model("pos1d")
+    with pytest.raises(ValueError, match="pass a 4-D attention_mask"):
+        model(inputs_embeds=model.get_input_embeddings()(ids), position_ids=model.get_position_ids(ids))
 
 
 def test_logits_to_keep_and_tuples(golden_model):
@@ -244,6 +247,8 @@ def test_logits_to_keep_and_tuples(golden_model):
         assert torch.equal(streamed, answer[:, :-1])
         model.config.return_dict = True
         assert model(ids, use_cache=False).past_key_values is None
+        model.config.use_cache = False
+        assert model(ids).past_key_values is None
         assert model.transformer(ids).last_hidden_state.shape == (1, 5, model.config.hidden_size)
 
 

@@ -218,7 +218,8 @@ def test_trainer_overfits_one_example(tmp_path, golden_model):
 
 @pytest.mark.parametrize("rows", [1, 3, 100], ids=["one row at a time", "three", "all"])
 @pytest.mark.parametrize(
-    "given", [{}, {"num_items_in_batch": 7}, {"num_items_in_batch": torch.tensor(7)}, {"shifted": 1}]
+    "given",
+    [{}, {"num_items_in_batch": 7}, {"num_items_in_batch": torch.tensor(7)}, {"shifted": 1}, {"ignore_index": 0}],
 )
 def test_loss_in_chunks_is_that_of_transformers(rows, given, monkeypatch):
     vocab_size, width = 50, 8
@@ -227,7 +228,8 @@ def test_loss_in_chunks_is_that_of_transformers(rows, given, monkeypatch):
     head = nn.Linear(width, vocab_size)
     hidden = torch.randn(2, 9, width, generator=generator)
     labels = torch.randint(0, vocab_size, (2, 9), generator=generator)
-    labels[0, :4] = labels[1, 6:] = -100
+    ignored = given.get("ignore_index", -100)
+    labels[0, :4] = labels[1, 6:] = ignored
     given = dict(given)
     if given.pop("shifted", None):
         given["shift_labels"] = labels
@@ -246,7 +248,7 @@ def test_loss_in_chunks_is_that_of_transformers(rows, given, monkeypatch):
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other)
     assert max(seen) <= rows
-    labelled = (given.get("shift_labels", labels[:, 1:]) != -100).sum()
+    labelled = (given.get("shift_labels", labels[:, 1:]) != ignored).sum()
     assert sum(seen) == 2 * labelled  # once more for the gradients, and rows without a label not at all
 
 
