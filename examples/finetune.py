@@ -467,7 +467,7 @@ def answer_scores(rows: list[dict]) -> dict[str, float]:
     return {name: round(100 * total / len(rows), 4) for name, total in totals.items()}
 
 
-def main() -> None:
+def main() -> Trainer:
     settings, training = parse_arguments()
     quiet = training.process_index > 0
     try:
@@ -523,13 +523,15 @@ def main() -> None:
         trainer.save_metrics("eval", metrics)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+    return trainer
 
 
 if __name__ == "__main__":
-    main()
+    trainer = main()
     if PROCESSES > 1:
-        # DTensor's caches keep gloo's threads alive, which let go of tensors some time after a collective is done. One
-        # that does so while the interpreter shuts down is ended by it, and aborts the process. So this one ends here.
+        # gloo's threads let go of tensors some time after a collective is done, for which they need the interpreter.
+        # While it waits for them, as it does when the trainer goes, that is a deadlock; while it shuts down, it ends
+        # them, and that aborts the process. So this one ends here, with the trainer alive.
         atexit._run_exitfuncs()
         sys.stdout.flush()
         os._exit(0)
