@@ -427,17 +427,19 @@ def predict(trainer: Trainer, tokenizer: ChatGLMTokenizer, examples: list[dict],
     mine = sorted(examples, key=lambda example: len(example["input_ids"]))[
         arguments.process_index :: arguments.world_size
     ]
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     rows = []
     for start in tqdm(range(0, len(mine), size), desc="answering", disable=arguments.process_index > 0):
         batch = mine[start : start + size]
-        prompts = [ids[: ids.index(tokenizer.bos_token_id) + 1] for ids in (example["input_ids"] for example in batch)]
+        ends = [example["input_ids"].index(tokenizer.bos_token_id) + 1 for example in batch]
+        prompts = [example["input_ids"][:end] for example, end in zip(batch, ends, strict=True)]
         inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        for example, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
-            base = model.get_base_model() if hasattr(model, "get_base_model") else model
-            answer = example["input_ids"][example["input_ids"].index(tokenizer.bos_token_id) + 1 :]
+        answers = output[:, inputs["input_ids"].shape[1] :].tolist()
+        for example, end, ids in zip(batch, ends, answers, strict=True):
             row = {"prompt": example["prompt"], "response": example["response"]}
-            row["expected"], row["predicted"] = (base.process_response(tokenizer.decode(i)) for i in (answer, ids))
+            for name, said in (("expected", example["input_ids"][end:]), ("predicted", ids)):
+                row[name] = base.process_response(tokenizer.decode(said))
             rows.append(row)
     return gather_object(rows)
 

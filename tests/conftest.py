@@ -54,3 +54,21 @@ def golden_model():
         return model.eval()
 
     return make
+
+
+@pytest.fixture
+def learn():
+    """A function that trains what of a model requires gradients on one batch, and gives the loss of each step."""
+
+    def train(model, ids: torch.Tensor, labels: torch.Tensor, lr: float, steps: int, **given) -> list[float]:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+        losses = []
+        for _ in range(steps):
+            loss = model(input_ids=ids, labels=labels, **given).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    return train

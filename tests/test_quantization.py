@@ -635,7 +635,7 @@ def lora(model, **kwargs):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_lora_trains_over_int8(golden_model, cases, checkpointing):
+def test_lora_trains_over_int8(golden_model, cases, learn, checkpointing):
     base = golden_model("int8")
     frozen = {name: p.detach().clone() for name, p in base.named_parameters()}
     if checkpointing:
@@ -646,14 +646,7 @@ def test_lora_trains_over_int8(golden_model, cases, checkpointing):
     assert trainable
     assert all("lora_" in name for name in trainable)
     ids, labels = cases["base_labels.input_ids"], cases["base_labels.labels"]
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(12):
-        loss = model(input_ids=ids, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = learn(model, ids, labels, 1e-2, 12)
     assert losses[-1] < 0.9 * losses[0]
     after = {name.replace(".base_layer", ""): p for name, p in base.named_parameters() if "lora_" not in name}
     assert set(after) == set(frozen)

@@ -114,7 +114,7 @@ def test_loss_is_shifted_and_skips_minus_100(golden_model):
     assert torch.allclose(model(ids, labels=labels, num_items_in_batch=4).loss, expected / 2)
 
 
-def test_lora_over_int8_learns_and_leaves_the_weights_alone(golden_model):
+def test_lora_over_int8_learns_and_leaves_the_weights_alone(golden_model, learn):
     peft = pytest.importorskip("peft", reason="needs peft")
     torch.manual_seed(0)
     model = golden_model("int8")
@@ -128,16 +128,9 @@ def test_lora_over_int8_learns_and_leaves_the_weights_alone(golden_model):
     trainable = [name for name, parameter in tuned.named_parameters() if parameter.requires_grad]
     assert trainable
     assert all("lora_" in name for name in trainable)
-    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-2)
     ids = torch.tensor([[7, 8, 501, 504, 9, 10, 11, 505]])
     labels = torch.tensor([[-100, -100, -100, -100, 9, 10, 11, 505]])
-    losses = []
-    for _ in range(20):
-        loss = tuned(input_ids=ids, labels=labels, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = learn(tuned, ids, labels, 1e-2, 20, use_cache=False)
     assert losses[-1] < 0.7 * losses[0]
     after = tuned.unload().state_dict()
     for name, tensor in before.items():
@@ -154,7 +147,7 @@ def test_quantising_under_adapters_is_refused(golden_model):
 
 
 @pytest.mark.parametrize("saved", [None, "lm_head", "word_embeddings"])
-def test_embeddings_that_stay_half_are_trained_in_float(saved, root):
+def test_embeddings_that_stay_half_are_trained_in_float(saved, root, learn):
     """An optimizer's small steps would be lost in half, and Adam's epsilon is zero there."""
     model = ChatGLMForConditionalGeneration.from_pretrained(root, dtype=torch.float32)
     assert model.lm_head.weight.dtype == torch.float16
@@ -163,18 +156,10 @@ def test_embeddings_that_stay_half_are_trained_in_float(saved, root):
         given = {"target_modules": ["query_key_value"], "modules_to_save": [saved]}
         model = peft.get_peft_model(model, peft.LoraConfig(r=4, **given))
     model.train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert {parameter.dtype for parameter in trained} == {torch.float32}
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    ids = torch.tensor([[7, 8, 130001, 130004, 9, 10, 11, 130005]]) % model.config.vocab_size
-    ids[0, 2:4] = torch.tensor([model.config.gmask_token_id, model.config.bos_token_id])
-    losses = []
-    for _ in range(3):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
+    config = model.config
+    ids = torch.tensor([[7, 8, config.gmask_token_id, config.bos_token_id, 9, 10, 11, config.eos_token_id]])
+    losses = learn(model, ids, ids, 1e-4, 3)
     assert losses[2] < losses[1] < losses[0]
 
 
