@@ -475,11 +475,11 @@ def _few_shape(m: int, n: int, k: int, bits: int, device: int) -> tuple[int, int
     _, processors, shared_of_all, _ = _properties(device)
     tokens = next(tokens for tokens in FEW_TOKENS if m <= tokens)
     blocks = -(-n // 128)
-    split = max((split for split in FEW_SPLITS if split * 64 <= k and blocks * split <= processors), default=1)
-    beside = few_bytes(tokens, split, 0, 0)
-    stages = min((shared_of_all // 2 - 2048 - beside) // (tokens * 128 + 1024 * bits), MOST_STAGES)
-    shared = few_bytes(tokens, split, stages, 1024 * bits)
-    return tokens, split, stages, shared_of_all // 2 if blocks * split <= processors else shared
+    split = max((split for split in FEW_SPLITS if split * 128 <= k and blocks * split <= processors), default=1)
+    is_alone = blocks * split <= processors
+    room = shared_of_all // 2 - (0 if is_alone else 3072) - few_bytes(tokens, split, 0, 0)
+    stages = min(room // (tokens * 256 + 2048 * bits), MOST_STAGES)
+    return tokens, split, stages, shared_of_all // 2 if is_alone else few_bytes(tokens, split, stages, 2048 * bits)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -512,7 +512,8 @@ def _hopper_launch(kernel: str, m: int, n: int, k: int, weight: int, rows: int, 
     """All of a launch that does not depend on x: what `_launch` takes between x and the arguments; and of these the
     tensor map of the weight [rows, row_bytes] at the address `weight`, rows of x of a block, and steps under way."""
     bits = 8 if kernel == "gradient" else row_bytes * 8 // k
-    box = (64, 128) if kernel == "gradient" else (128, 8 * bits)  # rows and bytes that a step takes of the weight
+    # Rows and bytes that a step takes of the weight.
+    box = {"gradient": (64, 128), "many_rows": (128, 8 * bits), "few_rows": (128, 16 * bits)}[kernel]
     tiles = -(-n // 128)
     if kernel == "few_rows":
         tokens, split, stages, shared = _few_shape(m, n, k, bits, device)
@@ -667,6 +668,46 @@ def layer_norm(
     arguments = _pack("PPPPfi", x, weight, bias, y, epsilon, k)
     _launch(x, "prompt", "layer_norm", (x.numel() // k, 1, 1), 512, k * 2, arguments)
     return y
+
+
+def _eights(k: int) -> int:
+    """How many eights of a row a thread has room for."""
+    return 1 if k <= 4096 else 2 if k <= 8192 else 4
+
+
+def training_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilon: float, rounded_to: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """LayerNorm over the last of x's dimensions, K; K ≤ 16384 and a multiple of 8.
+
+    Args:
+        x: float32 or `rounded_to` [..., K].
+        weight, bias: [K], both float32 or both `rounded_to`.
+
+    Returns:
+        the result in float32; the same rounded; and what `training_norm_gradient` needs of the moments, float32 [M, 2].
+    """
+    x = x.contiguous()
+    k = x.shape[-1]
+    y, rounded = x.new_empty(x.shape, dtype=torch.float32), x.new_empty(x.shape, dtype=rounded_to)
+    moments = x.new_empty(x.numel() // k, 2, dtype=torch.float32)
+    are_float = x.dtype == torch.float32, weight.dtype == torch.float32
+    arguments = _pack("PPPPPPfiii", x, weight, bias, y, rounded, moments, epsilon, *are_float, k)
+    if x.numel():
+        _launch(rounded, "training", f"norm_forward_{_eights(k)}", (len(moments), 1, 1), 512, 0, arguments)
+    return y, rounded, moments
+
+
+def training_norm_gradient(x, weight, moments, grad_y: torch.Tensor, grad_rounded: torch.Tensor) -> torch.Tensor:
+    """The gradient of x, of its dtype, for those of the first two results of `training_norm`."""
+    x, grad_y, grad_rounded = x.contiguous(), grad_y.contiguous(), grad_rounded.contiguous()
+    grad_x = torch.empty_like(x)
+    are_float = x.dtype == torch.float32, weight.dtype == torch.float32
+    k = x.shape[-1]
+    arguments = _pack("PPPPPPiii", x, weight, moments, grad_y, grad_rounded, grad_x, *are_float, k)
+    if x.numel():
+        _launch(grad_rounded, "training", f"norm_backward_{_eights(k)}", (len(moments), 1, 1), 512, 0, arguments)
+    return grad_x
 
 
 def begin_step(ids, embedding, positions, frequencies, head_dim: int) -> tuple:

@@ -24,7 +24,7 @@ SPLITS = (1, 2)
 # The same of the modules hopper_few_…, of which a launch says how many steps are under way.
 FEW_TOKENS = (8, 16, 32)
 FEW_SPLITS = (1, 2, 3)  # clusters of four leave many multiprocessors alone
-MOST_STAGES = 20
+MOST_STAGES = 10
 
 
 def hopper_bytes(tokens: int, weight_bytes: int) -> int:
@@ -35,7 +35,7 @@ def hopper_bytes(tokens: int, weight_bytes: int) -> int:
 
 def few_bytes(tokens: int, split: int, stages: int, weight_bytes: int) -> int:
     """Dynamic shared memory of a block that multiplies few rows: as above, and sums of the blocks of a cluster."""
-    return 1024 + stages * (tokens * 128 + weight_bytes) + (split > 1) * split * -(-8 // split) * tokens * 64
+    return 1024 + stages * (tokens * 256 + weight_bytes) + (split > 1) * split * -(-8 // split) * tokens * 64
 
 
 # A block has tiles of 128 columns of y and TOKENS rows, one after the other and, as one of SPLIT blocks of a cluster, a
@@ -94,6 +94,11 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int byte,
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
         " [%0], [%1, {%3, %4}], [%2];"
         :: "r"(to), "l"(&map), "r"(barrier), "r"(byte), "r"(row) : "memory");
+}
+
+__device__ __forceinline__ void prefetch_box(const TensorMap& map, int byte, int row) {   // into the L2 cache
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];"
+        :: "l"(&map), "r"(byte), "r"(row) : "memory");
 }
 
 // 16 columns of rows of 128 swizzled bytes, for the tensor cores; 1024 bytes lead from 8 rows to the next 8.
@@ -163,12 +168,12 @@ __device__ __forceinline__ void store_to(u32 address, int block, const float* v)
 constexpr int ROWS = 128, WARPS = 8;   // columns of y; warps that multiply
 constexpr int PITCH = 48, STAGING = 32 * PITCH;   // bytes from token to token and of a warp, in the end
 
-// Barriers of each stage of a ring: `full` after so many arrivals, `free` when each of WARPS has left it.
-__device__ __forceinline__ void init_ring(u32 full, u32 free, const int& stages, u32 arrivals) {
+// Barriers of each stage of a ring: `full` when weights and x are there, `free` when so many have left it.
+__device__ __forceinline__ void init_ring(u32 full, u32 free, const int& stages, u32 leaving = WARPS) {
     if (threadIdx.x == 0) {
         for (int i = 0; i < stages; i++) {
-            init_barrier(full + i * 8, arrivals);
-            init_barrier(free + i * 8, WARPS);
+            init_barrier(full + i * 8, 2);
+            init_barrier(free + i * 8, leaving);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
@@ -180,6 +185,8 @@ template <int BITS, bool TRANSPOSED, int TOKENS, int SPLIT, int STAGES> struct M
     static constexpr int X_BYTES = TOKENS * 128, STAGE = X_BYTES + ROWS * ROW_BYTES;
     static constexpr int SCALE_BYTES = TRANSPOSED ? 128 : 0;
     static constexpr int COUNT = TOKENS / 2 / SPLIT;   // sums of a thread that this block finishes
+    // Lanes that say so when a warp has left a stage: of those that read a scale, compute-sanitizer follows the last.
+    static constexpr int LEAVING = TRANSPOSED ? 4 : 1;
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);   // so that the compiler knows: a warp has one
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     u32 ring;   // stages; then their scales; then what `write` needs
@@ -292,7 +299,7 @@ template <int BITS, bool TRANSPOSED, int TOKENS, int SPLIT, int STAGES> struct M
         const int steps = (c.K + 63) / 64, begin = steps * part / SPLIT, end = steps * (part + 1) / SPLIT;
         const u32 full = address_of(barriers), free = full + 8 * STAGES;   // of each stage
         ring = (address_of(shared) + 1023) / 1024 * 1024;
-        init_ring(full, free, STAGES, 2);
+        init_ring(full, free, STAGES, WARPS * LEAVING);
         start_next();
         u32 parity = warp >= WARPS;   // those who fill a ring need not wait in its first turn
         int stage = 0;
@@ -326,7 +333,10 @@ template <int BITS, bool TRANSPOSED, int TOKENS, int SPLIT, int STAGES> struct M
         char* at = (char*)shared + (ring - address_of(shared));
         char* staging = at + STAGES * (STAGE + SCALE_BYTES) + warp * STAGING;
         const Epilogue e = {c.scale, c.bias, c.residual, c.alpha, c.gelu, c.y}, bare = {0, 0, 0, 0, 0, c.y};
-        auto leave = [&](int s) { if (lane == 0) arrive(free + s * 8); };
+        auto leave = [&](int s) {
+            __syncwarp();   // every lane has read what it needs
+            if (lane >= 32 - LEAVING) arrive(free + s * 8);
+        };
         u32 a[2][8];
         for (int tile = first; tile < tiles; tile += stride) {
             float sums[TOKENS / 2];
@@ -385,46 +395,55 @@ extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(384, 
 )
 
 # 2 to 32 rows: a block owns 128 columns of y, up to TOKENS rows, and as one of SPLIT blocks of a cluster a part of K.
-# One warp has the copy engine bring weights, 64 columns a step, another has it bring x; the other eight take 16 columns
-# of y each. As the order of the columns of K is free in a product, a thread takes 16 columns that lie side by side, of
-# the weight and of x. In the end each block of a cluster finishes the columns of y of some of its warps.
+# One warp has the copy engine bring weights, 128 columns a step (the engine takes as long for a row of 64), another has
+# it bring x; the other eight take 16 columns of y each. As the order of the columns of K is free in a product, a thread
+# takes 16 columns that lie side by side, of the weight and of x. In the end each block of a cluster finishes the
+# columns of y of some of its warps.
 #
-# Grid: a multiple of SPLIT; block: 320. Tensor maps as for `many_rows`. There is a step for each of SPLIT blocks.
+# Grid: a multiple of SPLIT; block: 320. Tensor maps of bytes: x with boxes of TOKENS rows of 128 bytes, of which a step
+# takes two; the weight with 128 rows of 128 bytes (INT4: 64); swizzled.
 FEW_ROWS_ON_HOPPER = f"\n#define MOST_STAGES {MOST_STAGES}\n" + (
     r"""template <int BITS, int TOKENS, int SPLIT> struct FewRows {
-    static constexpr int ROW_BYTES = 8 * BITS, X_BYTES = TOKENS * 128, STAGE = X_BYTES + ROWS * ROW_BYTES;
+    static constexpr int STEP = 128, ROW_BYTES = 16 * BITS, BOX = TOKENS * 128;   // bytes of 64 columns of x
+    static constexpr int X_BYTES = 2 * BOX, STAGE = X_BYTES + ROWS * ROW_BYTES;
     static constexpr int TILES = TOKENS / 8, OWN = (WARPS + SPLIT - 1) / SPLIT;   // warps that a block finishes
-    static constexpr int AHEAD = 8;   // steps before the last one is fetched, the next kernel may start
+    static constexpr int AHEAD = 4;   // steps before the last one is fetched, the next kernel may start
+    static constexpr int BEYOND = 2;   // steps beyond the ring that the L2 cache fetches early
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 
-    // sums += 64 columns, as of `multiply`.
+    // sums += 128 columns, as of `multiply`.
     __device__ __forceinline__ void multiply_step(u32 stage, float (&sums)[TILES][4]) const {
-        u32 a[2][8];   // pairs, of rows g and g + 8 of the weight
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const u32 row = stage + X_BYTES + (warp * 16 + r * 8 + g) * ROW_BYTES;
-            if (BITS == 8) {
-                const uint4 v = shared_uint4(row + (t ^ g / 2) * 16);
-                widen8(v.x, a[r]); widen8(v.y, a[r] + 2); widen8(v.z, a[r] + 4); widen8(v.w, a[r] + 6);
-            } else {
-                const uint2 v = shared_uint2(row + (t / 2 ^ g / 4) * 16 + t % 2 * 8);
-                widen4(v.x, a[r]); widen4(v.y, a[r] + 4);
+        for (int half = 0; half < 2; half++) {
+            // This thread's 16 columns, counted so. Eight threads that read together find theirs in different banks.
+            const int sixteen = BITS == 8 ? 2 * t + (half ^ t / 2) : t + (half ? 2 : t / 2 * 4);
+            u32 a[2][8];   // pairs, of rows g and g + 8 of the weight
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const u32 row = stage + X_BYTES + (warp * 16 + r * 8 + g) * ROW_BYTES;
+                if (BITS == 8) {
+                    const uint4 v = shared_uint4(row + (sixteen ^ g) * 16);
+                    widen8(v.x, a[r]); widen8(v.y, a[r] + 2); widen8(v.z, a[r] + 4); widen8(v.w, a[r] + 6);
+                } else {
+                    const uint2 v = shared_uint2(row + (sixteen / 2 ^ g / 2) * 16 + sixteen % 2 * 8);
+                    widen4(v.x, a[r]); widen4(v.y, a[r] + 4);
+                }
             }
-        }
-        uint4 x[TILES][2];
+            uint4 x[TILES][2];
 #pragma unroll
-        for (int i = 0; i < TILES; i++) {
-            const u32 row = stage + (i * 8 + g) * 128;
-            x[i][0] = shared_uint4(row + (2 * t ^ g) * 16);
-            x[i][1] = shared_uint4(row + ((2 * t + 1) ^ g) * 16);
-        }
-#pragma unroll
-        for (int j = 0; j < 8; j += 2)
-#pragma unroll
-            for (int i = 0; i < TILES; i++) {   // in turn: products that are added to the same sums wait
-                const uint4 v = x[i][j / 4];
-                multiply(sums[i], a[0][j], a[1][j], a[0][j + 1], a[1][j + 1], j % 4 ? v.z : v.x, j % 4 ? v.w : v.y);
+            for (int i = 0; i < TILES; i++) {
+                const u32 row = stage + sixteen / 4 * BOX + (i * 8 + g) * 128;
+                x[i][0] = shared_uint4(row + (sixteen % 4 * 2 ^ g) * 16);
+                x[i][1] = shared_uint4(row + ((sixteen % 4 * 2 + 1) ^ g) * 16);
             }
+#pragma unroll
+            for (int j = 0; j < 8; j += 2)
+#pragma unroll
+                for (int i = 0; i < TILES; i++) {   // in turn: products that are added to the same sums wait
+                    const uint4 v = x[i][j / 4];
+                    multiply(sums[i], a[0][j], a[1][j], a[0][j + 1], a[1][j + 1], j % 4 ? v.z : v.x, j % 4 ? v.w : v.y);
+                }
+        }
     }
 
     __device__ __forceinline__ void run(const Call& c) {
@@ -432,10 +451,10 @@ FEW_ROWS_ON_HOPPER = f"\n#define MOST_STAGES {MOST_STAGES}\n" + (
         __shared__ unsigned long long barriers[2 * MOST_STAGES];
         const int part = blockIdx.x % SPLIT;
         const int first_n = blockIdx.x / SPLIT * ROWS;
-        const int steps = (c.K + 63) / 64, begin = steps * part / SPLIT, end = steps * (part + 1) / SPLIT;
+        const int steps = (c.K + STEP - 1) / STEP, begin = steps * part / SPLIT, end = steps * (part + 1) / SPLIT;
         const u32 full = address_of(barriers), free = full + 8 * MOST_STAGES;   // of each stage
         const u32 ring = (address_of(shared) + 1023) / 1024 * 1024, received = ring + c.stages * STAGE;
-        init_ring(full, free, c.stages, 2);
+        init_ring(full, free, c.stages);
         if (SPLIT > 1) cluster_arrive();   // this block is there
 
         float sums[TILES][4];
@@ -452,14 +471,18 @@ FEW_ROWS_ON_HOPPER = f"\n#define MOST_STAGES {MOST_STAGES}\n" + (
         if (warp >= WARPS) {
             const bool weights = warp == WARPS;   // else x, which may have been written just before
             const TensorMap& map = weights ? c.weight : c.x;
-            const int bytes = weights ? STAGE - X_BYTES : X_BYTES, step_bytes = weights ? ROW_BYTES : 128;
+            const int bytes = weights ? STAGE - X_BYTES : X_BYTES, step_bytes = weights ? ROW_BYTES : 256;
             asm volatile("prefetch.tensormap [%0];" :: "l"(&map) : "memory");
             if (!weights) wait();
             for (int step = begin; step < end && lane == 0; step++, advance()) {
                 const u32 barrier = full + stage * 8;
+                // The ring is full, maybe long before x is there.
+                if (weights && step == begin + c.stages)
+                    for (int i = step; i < min(step + BEYOND, end); i++) prefetch_box(map, i * step_bytes, first_n);
                 wait_for(free + stage * 8, parity);
                 announce(barrier, bytes);
                 copy_box(ring + stage * STAGE + weights * X_BYTES, map, step * step_bytes, weights * first_n, barrier);
+                if (!weights) copy_box(ring + stage * STAGE + BOX, map, step * step_bytes + 128, 0, barrier);
                 // Not before: blocks of the next kernel fetch weights as soon as they are there.
                 if (weights && step == max(end - 1 - AHEAD, begin)) start_next();
             }

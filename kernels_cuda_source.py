@@ -475,10 +475,125 @@ extern "C" __global__ void rotate(const u16* __restrict__ qkv, const u16* __rest
 }
 """
 
+# LayerNorm in training under autocast: a row is float32, the LayerNorm's result too, and what a product takes of it is
+# rounded to 16 bits. A block a row of K numbers, K % 8 == 0; a thread has every 512th eight of them, at most MOST.
+_TRAINING = r"""
+__device__ __forceinline__ void load8(const void* p, size_t i, bool is_float, float (&v)[8]) {
+    if (is_float) {
+        const float4 a = ((const float4*)p)[2 * i], b = ((const float4*)p)[2 * i + 1];
+        v[0] = a.x; v[1] = a.y; v[2] = a.z; v[3] = a.w; v[4] = b.x; v[5] = b.y; v[6] = b.z; v[7] = b.w;
+    } else {
+        const uint4 a = ((const uint4*)p)[i];
+        v[0] = low(a.x); v[1] = high(a.x); v[2] = low(a.y); v[3] = high(a.y);
+        v[4] = low(a.z); v[5] = high(a.z); v[6] = low(a.w); v[7] = high(a.w);
+    }
+}
+__device__ __forceinline__ void store8(void* p, size_t i, bool is_float, const float (&v)[8]) {
+    if (is_float) {
+        ((float4*)p)[2 * i] = make_float4(v[0], v[1], v[2], v[3]);
+        ((float4*)p)[2 * i + 1] = make_float4(v[4], v[5], v[6], v[7]);
+    } else {
+        ((uint4*)p)[i] = make_uint4(pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7]));
+    }
+}
+
+// y and `rounded`: LayerNorm of x. moments: of each row, its mean and the inverse of its standard deviation.
+template <int MOST>
+__device__ __forceinline__ void norm_forward(const void* x, const void* weight, const void* bias, float* y,
+        u16* rounded, float2* moments, float epsilon, bool x_is_float, bool weight_is_float, int K) {
+    __shared__ float sums[32];
+    const size_t row = (size_t)blockIdx.x * (K / 8);
+    float v[MOST][8], sum = 0;
+#pragma unroll
+    for (int j = 0; j < MOST; j++) {
+        const int i = threadIdx.x + j * 512;
+        if (i < K / 8) {
+            load8(x, row + i, x_is_float, v[j]);
+#pragma unroll
+            for (int e = 0; e < 8; e++) sum += v[j][e];
+        }
+    }
+    const float mean = block_sum(sum, sums) / K;
+    sum = 0;
+#pragma unroll
+    for (int j = 0; j < MOST; j++)
+        if (threadIdx.x + j * 512 < K / 8)
+#pragma unroll
+            for (int e = 0; e < 8; e++) sum += (v[j][e] - mean) * (v[j][e] - mean);
+    const float scale = rsqrtf(block_sum(sum, sums + 16) / K + epsilon);
+    if (threadIdx.x == 0) moments[blockIdx.x] = make_float2(mean, scale);
+#pragma unroll
+    for (int j = 0; j < MOST; j++) {
+        const int i = threadIdx.x + j * 512;
+        if (i < K / 8) {
+            float w[8], b[8];
+            load8(weight, i, weight_is_float, w);
+            load8(bias, i, weight_is_float, b);
+#pragma unroll
+            for (int e = 0; e < 8; e++) v[j][e] = (v[j][e] - mean) * scale * w[e] + b[e];
+            store8(y, row + i, true, v[j]);
+            store8(rounded, row + i, false, v[j]);
+        }
+    }
+}
+
+// The gradient of x, for those of y and of `rounded`.
+template <int MOST>
+__device__ __forceinline__ void norm_backward(const void* x, const void* weight, const float2* moments,
+        const float* grad_y, const u16* grad_rounded, void* grad_x, bool x_is_float, bool weight_is_float, int K) {
+    __shared__ float sums[32];
+    const size_t row = (size_t)blockIdx.x * (K / 8);
+    const float2 m = moments[blockIdx.x];
+    float v[MOST][8], g[MOST][8], sum = 0, product = 0;
+#pragma unroll
+    for (int j = 0; j < MOST; j++) {
+        const int i = threadIdx.x + j * 512;
+        if (i < K / 8) {
+            float w[8], r[8];
+            load8(x, row + i, x_is_float, v[j]);
+            load8(grad_y, row + i, true, g[j]);
+            load8(grad_rounded, row + i, false, r);
+            load8(weight, i, weight_is_float, w);
+#pragma unroll
+            for (int e = 0; e < 8; e++) {
+                v[j][e] = (v[j][e] - m.x) * m.y;
+                g[j][e] = (g[j][e] + r[e]) * w[e];
+                sum += g[j][e];
+                product += g[j][e] * v[j][e];
+            }
+        }
+    }
+    sum = block_sum(sum, sums) / K;
+    product = block_sum(product, sums + 16) / K;
+#pragma unroll
+    for (int j = 0; j < MOST; j++) {
+        const int i = threadIdx.x + j * 512;
+        if (i < K / 8) {
+#pragma unroll
+            for (int e = 0; e < 8; e++) g[j][e] = (g[j][e] - sum - v[j][e] * product) * m.y;
+            store8(grad_x, row + i, x_is_float, g[j]);
+        }
+    }
+}
+#define NORMS(MOST) \
+extern "C" __global__ void __launch_bounds__(512, 4 / MOST) norm_forward_##MOST(const void* x, const void* weight, \
+        const void* bias, float* y, u16* rounded, float2* moments, float epsilon, int x_is_float, \
+        int weight_is_float, int K) { \
+    norm_forward<MOST>(x, weight, bias, y, rounded, moments, epsilon, x_is_float, weight_is_float, K); \
+} \
+extern "C" __global__ void __launch_bounds__(512, 4 / MOST) norm_backward_##MOST(const void* x, const void* weight, \
+        const float2* moments, const float* grad_y, const u16* grad_rounded, void* grad_x, int x_is_float, \
+        int weight_is_float, int K) { \
+    norm_backward<MOST>(x, weight, moments, grad_y, grad_rounded, grad_x, x_is_float, weight_is_float, K); \
+}
+NORMS(1) NORMS(2) NORMS(4)
+"""
+
 HEAD_DIMS = (16, 32, 64, 128)
 SOURCES = {
     "rows": _COMMON + ONE_ROW + ROW_KERNELS + ROWS,
     "prompt": _COMMON + ONE_ROW + EXPAND + _PROMPT,
+    "training": _COMMON + ONE_ROW + _TRAINING,
 }
 for _head_dim in HEAD_DIMS:
     _defined = f"#define HEAD_DIM {_head_dim}\n"

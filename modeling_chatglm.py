@@ -148,16 +148,13 @@ class _Rotation(torch.autograd.Function):
     """`apply_rotary` to the queries and keys of qkv [B, S, H, 3·D] by one kernel, and its gradient likewise."""
 
     @staticmethod
-    def forward(qkv, cos, sin, back):
+    def forward(ctx, qkv, cos, sin, back):  # a setup_context beside it would take longer than the launch
+        ctx.angles, ctx.back = (cos, sin), back
         return rotate(qkv, cos, sin, back)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, ctx.cos, ctx.sin, ctx.back = inputs
-
-    @staticmethod
     def backward(ctx, grad):
-        return _Rotation.apply(grad, ctx.cos, ctx.sin, not ctx.back), None, None, None
+        return _Rotation.apply(grad, *ctx.angles, not ctx.back), None, None, None
 
 
 def eager_attention_forward(

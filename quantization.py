@@ -23,6 +23,8 @@ from .kernels_cuda import layer_norm as cuda_layer_norm
 from .kernels_cuda import linear as cuda_linear
 from .kernels_cuda import product as cuda_product
 from .kernels_cuda import takes_norm as cuda_takes_norm
+from .kernels_cuda import training_norm as cuda_training_norm
+from .kernels_cuda import training_norm_gradient as cuda_training_norm_gradient
 
 # On a CPU the float copy of a weight is made in slices of at most this many numbers: 8 MB of fp32 stay in the cache,
 # and are memory that the allocator has at hand. Elsewhere slices are 32 times as large, to keep launches few.
@@ -211,7 +213,34 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 def _autocast(x: torch.Tensor) -> torch.Tensor:
     """What torch's own linear would make of its input: autocast's dtype, but float64 stays."""
     dtype = autocast_dtype(x.device.type)
-    return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
+    if dtype is None or x.dtype == torch.float64:
+        return x
+    if x.is_cuda and not is_traced():
+        rounded, version = x.__dict__.get(_ROUNDED, (None, 0))
+        if rounded is not None and rounded.dtype == dtype and version == x._version:
+            return rounded
+    return x.to(dtype)
+
+
+# Of a tensor that `_TrainingNorm` has made: the same numbers rounded, and the version that they are of.
+_ROUNDED = "_chatglm_int8_rounded"
+
+
+class _TrainingNorm(torch.autograd.Function):
+    """LayerNorm under autocast, in float32, and the same rounded for the product that follows."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, epsilon, dtype):
+        normed, rounded, moments = cuda_training_norm(x, weight, bias, epsilon, dtype)
+        ctx.save_for_backward(x)
+        ctx.others = weight, moments  # small or the model's: not for checkpointing, whose hooks take time
+        return normed, rounded
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_normed, grad_rounded):
+        (x,) = ctx.saved_tensors
+        return cuda_training_norm_gradient(x, *ctx.others, grad_normed, grad_rounded), None, None, None, None
 
 
 class QuantizedLinear(nn.Linear):
@@ -350,6 +379,30 @@ def apply_linear(
     return torch.add(y, residual, alpha=alpha)
 
 
+def _may_round(norm: nn.Module, x: torch.Tensor, dtype: torch.dtype, before: nn.Module | None) -> bool:
+    """Whether `_TrainingNorm` can stand for `norm(x)` under autocast to `dtype`: a frozen LayerNorm, kernels for it,
+    and a quantised linear, maybe with an adapter around it, that takes the rounded result."""
+    weight, bias = norm.weight, norm.bias
+    return (
+        x.is_cuda
+        and isinstance(getattr(before, "base_layer", before), QuantizedLinear)  # the name that PEFT has for it
+        and type(norm) is nn.LayerNorm
+        and not has_hooks(norm)
+        and not is_traced()
+        and not torch.is_inference_mode_enabled()  # whose tensors don't tell whether they were changed
+        and bias is not None
+        and not (weight.requires_grad or bias.requires_grad)
+        and weight.device == bias.device == x.device
+        and x.dtype in (torch.float32, dtype)
+        and weight.dtype == bias.dtype
+        and weight.dtype in (torch.float32, dtype)
+        and x.shape[-1] % 8 == 0
+        and x.shape[-1] <= 16384
+        and (x.data_ptr() | weight.data_ptr() | bias.data_ptr()) % 16 == 0
+        and cuda_available(x.device, dtype)
+    )
+
+
 def apply_layer_norm(
     norm: nn.Module, x: torch.Tensor, within: nn.Module | None = None, before: nn.Module | None = None
 ) -> torch.Tensor:
@@ -358,6 +411,11 @@ def apply_layer_norm(
     The module `within` takes the result next, and does nothing with it before it applies the linear `before` to it.
     """
     width, weight, bias = x.shape[-1], norm.weight, norm.bias
+    rounded_to = autocast_dtype(x.device.type)
+    if rounded_to is not None and _may_round(norm, x, rounded_to, before):
+        normed, rounded = _TrainingNorm.apply(x, weight, bias, norm.eps, rounded_to)
+        setattr(normed, _ROUNDED, (rounded, normed._version))
+        return normed
     if width % 8 or width > 16384 or not _is_plain(norm, nn.LayerNorm, x) or weight.dtype != x.dtype or bias is None:
         return norm(x)
     if (x.data_ptr() | weight.data_ptr() | bias.data_ptr()) % 16:

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModel, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from chatglm_int8 import cuda_graphs, modeling_chatglm
+from chatglm_int8 import cuda_graphs, modeling_chatglm, quantization
 from chatglm_int8.cuda_graphs import StepCache, StepGraph
 from chatglm_int8.quantization import QuantizedLinear
 
@@ -345,3 +345,42 @@ def test_autocast_in_training(dtype, golden_model, cases):
         assert loss.dtype == torch.float32
         assert abs(loss.cpu() - exact) < 8 * torch.finfo(dtype).eps * exact
         assert model.get_input_embeddings().weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_norms_in_training_give_what_the_product_takes(reentrant, golden_model, cases, monkeypatch):
+    peft = pytest.importorskip("peft")
+    ids, labels = (cases[f"base_labels.{name}"].cuda() for name in ("input_ids", "labels"))
+    count = []
+    norm = quantization.cuda_training_norm
+    monkeypatch.setattr(quantization, "cuda_training_norm", lambda *given: count.append(0) or norm(*given))
+
+    def gradients(stored: torch.dtype, autocast: bool, change=None) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = golden_model("int8", stored).cuda().train()
+        if reentrant is not None:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        lora = peft.LoraConfig(r=4, target_modules=["query_key_value"], init_lora_weights=False)
+        adapted = peft.get_peft_model(model, lora)
+        adapted.enable_input_require_grads()
+        if change is not None:
+            for block in model.transformer.layers:
+                block.mlp.register_forward_pre_hook(change)
+        with torch.autocast("cuda", torch.float16, enabled=autocast):
+            loss = adapted(input_ids=ids, labels=labels, use_cache=False).loss
+        (1024 * loss).backward()
+        return [parameter.grad for parameter in adapted.parameters() if parameter.requires_grad]
+
+    def far(some: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+        return max(distance(a, b.cpu()) for a, b in zip(some, others, strict=True))
+
+    exact = gradients(torch.float32, False)
+    assert not count
+    for stored in (torch.float16, torch.float32):
+        assert far(gradients(stored, True), exact) < 2e-2
+        assert count
+
+    def double(module, given):  # what somebody changes on the way is not what was rounded
+        given[0].detach().mul_(2)
+
+    assert far(gradients(torch.float16, True, double), gradients(torch.float32, False, double)) < 2e-2
