@@ -283,7 +283,7 @@ _DEPENDENT = _LaunchAttribute(6, 0, 1)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREA
 
 
 _MOST_ARGUMENTS = 16
-_CALL = struct.Struct("<128s128sQQQQfiiiii8x")  # `Call` in `kernels_cuda_hopper`; its size is a multiple of 64
+_CALL = struct.Struct("<128s128sQQQQfiiiiii4x")  # `Call` in `kernels_cuda_hopper`; its size is a multiple of 64
 
 
 class _Arguments(threading.local):
@@ -539,7 +539,8 @@ def _multiply_on_hopper(
     )
     x_map = _tensor_map(x.data_ptr(), m, k * 2, tokens, 128)
     pointers = [0 if tensor is None else tensor.data_ptr() for tensor in (scale, bias, residual, y)]
-    _CALL.pack_into(_arguments.call, 0, weight_map, x_map, *pointers, alpha, gelu, m, n, k, stages)
+    wide = y.dtype == torch.float32
+    _CALL.pack_into(_arguments.call, 0, weight_map, x_map, *pointers, alpha, gelu, m, n, k, stages, wide)
     _launch(x, *launch, [_arguments.call])
     return y
 
@@ -573,13 +574,13 @@ def product(
     residual: torch.Tensor | None = None,
     alpha: float = 1.0,
 ) -> torch.Tensor:
-    """x · (q · scale)ᵀ + bias, then GELU (tanh form) or + alpha · residual: [..., N] of x's dtype.
+    """x · (q · scale)ᵀ + bias, then GELU (tanh form) or + alpha · residual: [..., N] of the dtype of x or the residual.
 
     Args:
         x: float16 or bfloat16 [..., K] on a GPU, M rows in all.
         weight: int8 [N, K]; INT4: [N, K/2] (see `quantization`); bits = 16: [N, K] of x's dtype.
         scale, bias: [N]; scale is None if bits = 16.
-        residual: [..., N].
+        residual: [..., N] of x's dtype or, without gelu, float32.
     """
     if weight.get_device() != x.get_device():
         raise RuntimeError(f"Expected x and the weight on one device, got {x.device} and {weight.device}.")
@@ -587,6 +588,9 @@ def product(
     residual = residual if residual is None else residual.contiguous()
     k, n = x.shape[-1], weight.shape[0]
     m = x.numel() // k
+    if residual is not None and residual.dtype != x.dtype:
+        if not (m > MOST_FEW_ROWS and bits < 16 and _suits_hopper(m, x, weight, n, residual)):
+            return product(x, weight, scale, bias, bits).add(residual, alpha=alpha)
     scale = scale if scale is None or scale.dtype == x.dtype else scale.to(x.dtype)
     bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
     norm, _local.norm = getattr(_local, "norm", None), None
@@ -596,7 +600,8 @@ def product(
     if m == 0:
         return x.new_empty(shape)
     if bits < 16 and norm is None and _suits_hopper(m, x, weight, n, residual):
-        kernel, y = "few_rows" if m <= MOST_FEW_ROWS else "many_rows", x.new_empty(shape)
+        kernel = "few_rows" if m <= MOST_FEW_ROWS else "many_rows"
+        y = x.new_empty(shape, dtype=x.dtype if residual is None else residual.dtype)
         return _multiply_on_hopper(kernel, m, x, weight, y, scale, bias, residual, alpha, gelu)
     aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0 and weight.is_contiguous()
     plan = _plan(m, n, k, bits, x.get_device()) if aligned else None
@@ -629,13 +634,6 @@ def product(
     given = (weight, x, scale, bias, residual, alpha, gelu, y, *scratch, m, n, k)
     _launch(x, module, name, grid, block, shared, _pack("PPPPPfiP" + "P" * len(scratch) + "iii", *given))
     return y
-
-
-def linear(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, bits: int
-) -> torch.Tensor:
-    """x · (q · scale)ᵀ + bias [..., N] for x [..., K]; see `product`."""
-    return product(x, weight, scale, bias, bits)
 
 
 def input_gradient(grad_y: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
@@ -677,7 +675,7 @@ def _eights(k: int) -> int:
 
 def training_norm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilon: float, rounded_to: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """LayerNorm over the last of x's dimensions, K; K ≤ 16384 and a multiple of 8.
 
     Args:
@@ -685,28 +683,29 @@ def training_norm(
         weight, bias: [K], both float32 or both `rounded_to`.
 
     Returns:
-        the result in float32; the same rounded; and what `training_norm_gradient` needs of the moments, float32 [M, 2].
+        the result in float32, and the same rounded.
     """
     x = x.contiguous()
     k = x.shape[-1]
     y, rounded = x.new_empty(x.shape, dtype=torch.float32), x.new_empty(x.shape, dtype=rounded_to)
-    moments = x.new_empty(x.numel() // k, 2, dtype=torch.float32)
     are_float = x.dtype == torch.float32, weight.dtype == torch.float32
-    arguments = _pack("PPPPPPfiii", x, weight, bias, y, rounded, moments, epsilon, *are_float, k)
+    arguments = _pack("PPPPPfiii", x, weight, bias, y, rounded, epsilon, *are_float, k)
     if x.numel():
-        _launch(rounded, "training", f"norm_forward_{_eights(k)}", (len(moments), 1, 1), 512, 0, arguments)
-    return y, rounded, moments
+        _launch(rounded, "training", f"norm_forward_{_eights(k)}", (x.numel() // k, 1, 1), 512, 0, arguments)
+    return y, rounded
 
 
-def training_norm_gradient(x, weight, moments, grad_y: torch.Tensor, grad_rounded: torch.Tensor) -> torch.Tensor:
-    """The gradient of x, of its dtype, for those of the first two results of `training_norm`."""
+def training_norm_gradient(
+    x: torch.Tensor, weight: torch.Tensor, epsilon: float, grad_y: torch.Tensor, grad_rounded: torch.Tensor
+) -> torch.Tensor:
+    """The gradient of x, of its dtype, for those of the results of `training_norm`."""
     x, grad_y, grad_rounded = x.contiguous(), grad_y.contiguous(), grad_rounded.contiguous()
     grad_x = torch.empty_like(x)
     are_float = x.dtype == torch.float32, weight.dtype == torch.float32
     k = x.shape[-1]
-    arguments = _pack("PPPPPPiii", x, weight, moments, grad_y, grad_rounded, grad_x, *are_float, k)
+    arguments = _pack("PPPPPfiii", x, weight, grad_y, grad_rounded, grad_x, epsilon, *are_float, k)
     if x.numel():
-        _launch(grad_rounded, "training", f"norm_backward_{_eights(k)}", (len(moments), 1, 1), 512, 0, arguments)
+        _launch(grad_rounded, "training", f"norm_backward_{_eights(k)}", (x.numel() // k, 1, 1), 512, 0, arguments)
     return grad_x
 
 

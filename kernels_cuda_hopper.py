@@ -67,6 +67,7 @@ struct Call {
     float alpha;
     int gelu, M, N, K;
     int stages;   // of few rows
+    int wide;     // of many rows: residual and y are float32; what is added to the residual is rounded before
 };
 
 __device__ __forceinline__ u32 address_of(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -252,9 +253,9 @@ template <int BITS, bool TRANSPOSED, int TOKENS, int SPLIT, int STAGES> struct M
     }
 
     // y from column first_n and row first_m on. A warp turns its numbers round in shared memory, 16 tokens at a time,
-    // to write 32 bytes of a row of y; the residual is added there. `staging`: STAGING bytes of the warp's own.
-    __device__ __forceinline__ void write(const Epilogue& e, float (&total)[COUNT], int first_m, int first_n, int M,
-                                          int N, char* staging) const {
+    // to write 16 columns of a row of y; the residual is added there. `staging`: STAGING bytes of the warp's own.
+    __device__ __forceinline__ void write(const Epilogue& e, bool wide, float (&total)[COUNT], int first_m, int first_n,
+                                          int M, int N, char* staging) const {
         const Epilogue first = {e.scale, e.bias, nullptr, 0, 0, nullptr};
         const int my_n = first_n + warp * 16 + g;
         const Finish ends[2] = {prepare(first, 0, my_n, M, N), prepare(first, 0, my_n + 8, M, N)};
@@ -281,6 +282,18 @@ template <int BITS, bool TRANSPOSED, int TOKENS, int SPLIT, int STAGES> struct M
             }
             if (m >= M || n >= N) continue;
             const size_t place = (size_t)m * N + n;
+            if (wide) {
+                const float4* r = (const float4*)((const float*)e.residual + place);
+                float4* y = (float4*)((float*)e.output + place);
+                auto add = [&](u32 a, u32 b, float4 r) {
+                    return make_float4(low(a) + e.alpha * r.x, high(a) + e.alpha * r.y, low(b) + e.alpha * r.z,
+                                       high(b) + e.alpha * r.w);
+                };
+                const float4 first = r[0], second = r[1];
+                y[0] = add(v.x, v.y, first);
+                y[1] = add(v.z, v.w, second);
+                continue;
+            }
             if (e.residual) {
                 const uint4 r = *(const uint4*)(e.residual + place);
                 auto add = [&](u32 y, u32 r) { return pack(low(y) + e.alpha * low(r), high(y) + e.alpha * high(r)); };
@@ -372,13 +385,13 @@ template <int BITS, bool TRANSPOSED, int TOKENS, int SPLIT, int STAGES> struct M
             leave(before);
             const int first_n = tile / columns * ROWS, first_m = tile % columns * TOKENS + part * (TOKENS / SPLIT);
             if constexpr (SPLIT == 1) {
-                write(TRANSPOSED ? bare : e, sums, first_m, first_n, c.M, c.N, staging);
+                write(TRANSPOSED ? bare : e, c.wide, sums, first_m, first_n, c.M, c.N, staging);
             } else {
                 cluster_arrive();   // all warps have left the ring
                 cluster_wait();
                 float total[COUNT];
                 add_up(sums, total, (float4*)at);
-                write(TRANSPOSED ? bare : e, total, first_m, first_n, c.M, c.N, staging);
+                write(TRANSPOSED ? bare : e, c.wide, total, first_m, first_n, c.M, c.N, staging);
                 return;   // the ring is gone
             }
         }

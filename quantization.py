@@ -20,7 +20,6 @@ from .kernels_cuda import MOST_FEW_ROWS
 from .kernels_cuda import available as cuda_available
 from .kernels_cuda import input_gradient as cuda_input_gradient
 from .kernels_cuda import layer_norm as cuda_layer_norm
-from .kernels_cuda import linear as cuda_linear
 from .kernels_cuda import product as cuda_product
 from .kernels_cuda import takes_norm as cuda_takes_norm
 from .kernels_cuda import training_norm as cuda_training_norm
@@ -124,7 +123,7 @@ def _linear(
 ) -> torch.Tensor:
     """x [..., K] → x · (q · scale)ᵀ + bias [..., N], by a kernel where there is one; no float weight outlives it."""
     if cuda_available(x.device, x.dtype):
-        return cuda_linear(x, weight, scale, bias, bits)
+        return cuda_product(x, weight, scale, bias, bits)
     rows = x.reshape(-1, x.shape[-1])
     is_double = torch.float64 in (x.dtype, scale.dtype)
     if x.device.type == "cpu" and not is_double and weight.is_contiguous() and cpu_library():
@@ -197,6 +196,23 @@ class _Product(torch.autograd.Function):
         return _input_gradient(grad_y.contiguous(), weight, scale, bits), None
 
 
+class _ResidualProduct(torch.autograd.Function):
+    """The same of x [..., K] on a GPU, + alpha · residual, float32 [..., N]."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weights, alpha):
+        ctx.weights, ctx.alpha, ctx.dtype = weights, alpha, x.dtype
+        return cuda_product(x, *weights, residual=residual, alpha=alpha)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        weight, scale, _, bits = ctx.weights
+        needs_x, needs_residual, *_ = ctx.needs_input_grad
+        rounded = grad_y.to(ctx.dtype).contiguous()
+        grad_x = cuda_input_gradient(rounded, weight, scale, bits) if needs_x else None
+        return grad_x, grad_y * ctx.alpha if needs_residual else None, None, None
+
+
 def is_traced() -> bool:
     """Whether somebody beside autograd follows what PyTorch does: kernels are called behind its back."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
@@ -231,10 +247,9 @@ class _TrainingNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, epsilon, dtype):
-        normed, rounded, moments = cuda_training_norm(x, weight, bias, epsilon, dtype)
         ctx.save_for_backward(x)
-        ctx.others = weight, moments  # small or the model's: not for checkpointing, whose hooks take time
-        return normed, rounded
+        ctx.others = weight, epsilon
+        return cuda_training_norm(x, weight, bias, epsilon, dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -356,6 +371,20 @@ def _is_plain(module: nn.Module, kind: type, x: torch.Tensor) -> bool:
     )
 
 
+def _may_add(linear: nn.Module, x: torch.Tensor, residual: torch.Tensor) -> bool:
+    """Whether `_ResidualProduct` can stand for `linear(x)` under autocast and what is added to it then."""
+    dtype = autocast_dtype("cuda") if x.is_cuda else None
+    return (
+        dtype is not None
+        and type(linear) is QuantizedLinear
+        and residual.dtype == torch.float32
+        and x.dtype in (torch.float32, dtype)
+        and not has_hooks(linear)
+        and not is_traced()
+        and cuda_available(x.device, dtype)
+    )
+
+
 def apply_linear(
     linear: nn.Module, x: torch.Tensor, gelu: bool = False, residual: torch.Tensor | None = None, alpha: float = 1.0
 ) -> torch.Tensor:
@@ -367,6 +396,9 @@ def apply_linear(
         weight, scale, bits = linear.weight, None, 16
     if bits:
         return cuda_product(x, weight, scale, linear.bias, bits, gelu, residual, alpha)
+    if residual is not None and _may_add(linear, x, residual):
+        weights = (linear.weight, linear.weight_scale, linear.bias, linear.bits)
+        return _ResidualProduct.apply(_autocast(x), residual, weights, alpha)
     y = linear(x)
     if gelu and has_cpu_kernels(linear, y) and y.is_contiguous() and not may_keep_output(linear):
         cpu_library().gelu_(y)
@@ -379,14 +411,14 @@ def apply_linear(
     return torch.add(y, residual, alpha=alpha)
 
 
-def _may_round(norm: nn.Module, x: torch.Tensor, dtype: torch.dtype, before: nn.Module | None) -> bool:
+def _may_round(norm: nn.Module, weight, bias, x: torch.Tensor, dtype: torch.dtype, before: nn.Module | None) -> bool:
     """Whether `_TrainingNorm` can stand for `norm(x)` under autocast to `dtype`: a frozen LayerNorm, kernels for it,
     and a quantised linear, maybe with an adapter around it, that takes the rounded result."""
-    weight, bias = norm.weight, norm.bias
     return (
         x.is_cuda
-        and isinstance(getattr(before, "base_layer", before), QuantizedLinear)  # the name that PEFT has for it
         and type(norm) is nn.LayerNorm
+        # The second is PEFT's name for what an adapter is around.
+        and (isinstance(before, QuantizedLinear) or isinstance(getattr(before, "base_layer", None), QuantizedLinear))
         and not has_hooks(norm)
         and not is_traced()
         and not torch.is_inference_mode_enabled()  # whose tensors don't tell whether they were changed
@@ -412,7 +444,7 @@ def apply_layer_norm(
     """
     width, weight, bias = x.shape[-1], norm.weight, norm.bias
     rounded_to = autocast_dtype(x.device.type)
-    if rounded_to is not None and _may_round(norm, x, rounded_to, before):
+    if rounded_to is not None and _may_round(norm, weight, bias, x, rounded_to, before):
         normed, rounded = _TrainingNorm.apply(x, weight, bias, norm.eps, rounded_to)
         setattr(normed, _ROUNDED, (rounded, normed._version))
         return normed
