@@ -424,39 +424,71 @@ FEW_ROWS_ON_HOPPER = f"\n#define MOST_STAGES {MOST_STAGES}\n" + (
     static constexpr int BEYOND = 2;   // steps beyond the ring that the L2 cache fetches early
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 
-    // sums += 128 columns, as of `multiply`.
-    __device__ __forceinline__ void multiply_step(u32 stage, float (&sums)[TILES][4]) const {
+    // What a thread takes of a step is loaded at once, and halves of its columns have sums of their own, if there are
+    // registers for that.
+    static constexpr bool AT_ONCE = TOKENS <= 16;
+    static constexpr int SUMS = AT_ONCE ? 2 : 1;
+    // Where its 16 columns of each half are, from the beginning of a stage on: those of row g; of x, in two pieces.
+    u32 weight_at[2], x_at[2][2];
+
+    __device__ __forceinline__ FewRows() {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            // This thread's 16 columns, counted so. Eight threads that read together find theirs in different banks.
+            // Eight threads that read together find theirs in different banks.
             const int sixteen = BITS == 8 ? 2 * t + (half ^ t / 2) : t + (half ? 2 : t / 2 * 4);
-            u32 a[2][8];   // pairs, of rows g and g + 8 of the weight
+            weight_at[half] = X_BYTES + (warp * 16 + g) * ROW_BYTES
+                + (BITS == 8 ? (sixteen ^ g) * 16 : (sixteen / 2 ^ g / 2) * 16 + sixteen % 2 * 8);
+            for (int i = 0; i < 2; i++)
+                x_at[half][i] = sixteen / 4 * BOX + g * 128 + ((sixteen % 4 * 2 + i) ^ g) * 16;
+            // Not to be computed again at every step.
+            asm volatile("" : "+r"(weight_at[half]), "+r"(x_at[half][0]), "+r"(x_at[half][1]));
+        }
+    }
+
+    // sums += 128 columns, as of `multiply`.
+    __device__ __forceinline__ void multiply_step(u32 stage, float (&sums)[SUMS][TILES][4]) const {
+        uint4 w[2][2], x[2][TILES][2];   // of INT4, only half of w
+        auto load = [&](int half) {
 #pragma unroll
-            for (int r = 0; r < 2; r++) {
-                const u32 row = stage + X_BYTES + (warp * 16 + r * 8 + g) * ROW_BYTES;
+            for (int r = 0; r < 2; r++) {   // rows g, g + 8
+                const u32 at = stage + weight_at[half] + r * 8 * ROW_BYTES;
                 if (BITS == 8) {
-                    const uint4 v = shared_uint4(row + (sixteen ^ g) * 16);
-                    widen8(v.x, a[r]); widen8(v.y, a[r] + 2); widen8(v.z, a[r] + 4); widen8(v.w, a[r] + 6);
+                    w[half][r] = shared_uint4(at);
                 } else {
-                    const uint2 v = shared_uint2(row + (sixteen / 2 ^ g / 2) * 16 + sixteen % 2 * 8);
-                    widen4(v.x, a[r]); widen4(v.y, a[r] + 4);
+                    const uint2 v = shared_uint2(at);
+                    w[half][r].x = v.x; w[half][r].y = v.y;
                 }
             }
-            uint4 x[TILES][2];
 #pragma unroll
-            for (int i = 0; i < TILES; i++) {
-                const u32 row = stage + sixteen / 4 * BOX + (i * 8 + g) * 128;
-                x[i][0] = shared_uint4(row + (sixteen % 4 * 2 ^ g) * 16);
-                x[i][1] = shared_uint4(row + ((sixteen % 4 * 2 + 1) ^ g) * 16);
+            for (int i = 0; i < TILES; i++)
+#pragma unroll
+                for (int j = 0; j < 2; j++) x[half][i][j] = shared_uint4(stage + x_at[half][j] + i * 8 * 128);
+        };
+        auto multiply_half = [&](int half) {
+            u32 a[2][8];   // pairs
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const uint4 v = w[half][r];
+                if (BITS == 8) {
+                    widen8(v.x, a[r]); widen8(v.y, a[r] + 2); widen8(v.z, a[r] + 4); widen8(v.w, a[r] + 6);
+                } else {
+                    widen4(v.x, a[r]); widen4(v.y, a[r] + 4);
+                }
             }
 #pragma unroll
             for (int j = 0; j < 8; j += 2)
 #pragma unroll
                 for (int i = 0; i < TILES; i++) {   // in turn: products that are added to the same sums wait
-                    const uint4 v = x[i][j / 4];
-                    multiply(sums[i], a[0][j], a[1][j], a[0][j + 1], a[1][j + 1], j % 4 ? v.z : v.x, j % 4 ? v.w : v.y);
+                    const uint4 v = x[half][i][j / 4];
+                    multiply(sums[half % SUMS][i], a[0][j], a[1][j], a[0][j + 1], a[1][j + 1], j % 4 ? v.z : v.x,
+                             j % 4 ? v.w : v.y);
                 }
-        }
+        };
+        load(0);
+        if (AT_ONCE) load(1);
+        multiply_half(0);
+        if (!AT_ONCE) load(1);
+        multiply_half(1);
     }
 
     __device__ __forceinline__ void run(const Call& c) {
@@ -465,16 +497,13 @@ FEW_ROWS_ON_HOPPER = f"\n#define MOST_STAGES {MOST_STAGES}\n" + (
         const int part = blockIdx.x % SPLIT;
         const int first_n = blockIdx.x / SPLIT * ROWS;
         const int steps = (c.K + STEP - 1) / STEP, begin = steps * part / SPLIT, end = steps * (part + 1) / SPLIT;
-        const u32 full = address_of(barriers), free = full + 8 * MOST_STAGES;   // of each stage
-        const u32 ring = (address_of(shared) + 1023) / 1024 * 1024, received = ring + c.stages * STAGE;
+        u32 ring = (address_of(shared) + 1023) / 1024 * 1024, full = address_of(barriers);
+        asm volatile("" : "+r"(ring), "+r"(full));   // not to be computed again at every step
+        const u32 free = full + 8 * MOST_STAGES, received = ring + c.stages * STAGE;
         init_ring(full, free, c.stages);
         if (SPLIT > 1) cluster_arrive();   // this block is there
 
-        float sums[TILES][4];
-#pragma unroll
-        for (int i = 0; i < TILES; i++)
-#pragma unroll
-            for (int j = 0; j < 4; j++) sums[i][j] = 0;
+        float all_sums[SUMS][TILES][4] = {}, (&sums)[TILES][4] = all_sums[0];
         const int owner = warp / OWN, n = first_n + warp * 16 + g, m = t * 2;
         const bool finishes = owner == part && warp < WARPS;
         u32 scale_bias[2], residual[TILES][2];   // two numbers each: of rows g and g + 8; of two tokens
@@ -520,12 +549,14 @@ FEW_ROWS_ON_HOPPER = f"\n#define MOST_STAGES {MOST_STAGES}\n" + (
                 }
             for (int step = begin; step < end; step++, advance()) {
                 wait_for(full + stage * 8, parity);
-                multiply_step(ring + stage * STAGE, sums);
+                multiply_step(ring + stage * STAGE, all_sums);
                 __syncwarp();
                 if (lane == 0) arrive(free + stage * 8);
             }
         }
 
+#pragma unroll
+        for (int i = 0; i < TILES * 4 && AT_ONCE; i++) sums[i / 4][i % 4] += all_sums[SUMS - 1][i / 4][i % 4];
         if (SPLIT > 1) {
             auto place = [&](int block, int i) {   // of what a block sends to a warp
                 return received + (((block * OWN + warp % OWN) * TILES + i) * 32 + lane) * 16;
