@@ -668,6 +668,12 @@ def layer_norm(
     return y
 
 
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers side by side, from an address on of which 16 bytes can be read at a time."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
 def _eights(k: int) -> int:
     """How many eights of a row a thread has room for."""
     return 1 if k <= 4096 else 2 if k <= 8192 else 4
@@ -685,7 +691,7 @@ def training_norm(
     Returns:
         the result in float32, and the same rounded.
     """
-    x = x.contiguous()
+    x = _aligned(x)
     k = x.shape[-1]
     y, rounded = x.new_empty(x.shape, dtype=torch.float32), x.new_empty(x.shape, dtype=rounded_to)
     are_float = x.dtype == torch.float32, weight.dtype == torch.float32
@@ -699,7 +705,7 @@ def training_norm_gradient(
     x: torch.Tensor, weight: torch.Tensor, epsilon: float, grad_y: torch.Tensor, grad_rounded: torch.Tensor
 ) -> torch.Tensor:
     """The gradient of x, of its dtype, for those of the results of `training_norm`."""
-    x, grad_y, grad_rounded = x.contiguous(), grad_y.contiguous(), grad_rounded.contiguous()
+    x, grad_y, grad_rounded = _aligned(x), _aligned(grad_y), _aligned(grad_rounded)
     grad_x = torch.empty_like(x)
     are_float = x.dtype == torch.float32, weight.dtype == torch.float32
     k = x.shape[-1]
@@ -809,8 +815,7 @@ def rotate(qkv: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, back: 
     """qkv [B, S, H, 3 · D] with its queries and keys rotated by `rotary_embedding` of its dtype, [B, S, 1, R, D / R];
     or rotated back, as gradients are."""
     batch, length, heads, triple = qkv.shape
-    qkv = qkv.contiguous()
-    qkv = qkv.clone() if qkv.data_ptr() % 16 else qkv  # 16 bytes are read at a time
+    qkv = _aligned(qkv)
     out = torch.empty_like(qkv)
     blocks = -(-qkv.numel() // 16 // 256)
     sizes = (batch * length, heads, triple // 3, cosines.shape[-2])

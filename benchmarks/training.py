@@ -41,6 +41,8 @@ KINDS = {  # a piece of a kernel's name to what it does, first match
     "softmax": "loss",
     "nll_loss": "loss",
     "layer_norm": "LayerNorm",
+    "norm_forward": "LayerNorm",
+    "norm_backward": "LayerNorm",
     "nccl": "between GPUs",
     "Memcpy": "copies",
 }

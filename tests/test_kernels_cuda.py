@@ -431,6 +431,8 @@ class TestOperations:
         normed, rounded = kernels_cuda.training_norm(x, weight, bias, 1e-5, dtype)
         assert distance(normed, expected) < 2e-6
         assert torch.equal(rounded, normed.to(dtype))
+        odd = torch.empty(x.numel() + 1, dtype=x.dtype, device="cuda")[1:].view_as(x).copy_(x)
+        assert torch.equal(kernels_cuda.training_norm(odd, weight, bias, 1e-5, dtype)[0], normed)
         grads = torch.randn_like(normed), torch.randn_like(rounded)
         expected.backward(grads[0].double() + grads[1].double())
         poison()
