@@ -305,7 +305,10 @@ def _layout(kinds: str) -> struct.Struct:
 
 def _pack(kinds: str, *values) -> list:
     """Arguments as `_launch` takes them: P, a pointer to a tensor or None; i, an int; f, a float."""
-    numbers = [value.data_ptr() if isinstance(value, torch.Tensor) else value or 0 for value in values]
+    numbers = [
+        0 if value is None else value.data_ptr() if kind == "P" else value
+        for kind, value in zip(kinds, values, strict=True)
+    ]
     _layout(kinds).pack_into(_arguments.memory, 0, *numbers)
     return _arguments.places[: len(kinds)]
 
@@ -496,15 +499,21 @@ def _tensor_map(address: int, rows: int, row_bytes: int, box_rows: int, box_byte
     return tensor_map.raw
 
 
-def _suits_hopper(m: int, x: torch.Tensor, weight: torch.Tensor, n: int, *others: torch.Tensor | None) -> bool:
-    """Whether the kernels for Hopper multiply M rows of x, several, with this weight to a product of n columns."""
-    k, row_bytes = x.shape[-1], weight.shape[1]
-    if m == 1 or k < 64 or _properties(x.get_device())[0] != 90 or not weight.is_contiguous():
+@functools.cache
+def _hopper_has(n: int, k: int, row_bytes: int, device: int) -> bool:
+    """Whether there is a kernel for Hopper for a product of these widths there."""
+    architecture, *_ = _properties(device)
+    return architecture == 90 and k >= 64 and (row_bytes | k * 2 | n * 2) % 16 == 0
+
+
+def _suits_hopper(m: int, x: torch.Tensor, weight: torch.Tensor, n: int, other: torch.Tensor | None = None) -> bool:
+    """Whether the kernels for Hopper multiply M rows of x, several, with this weight to a product of n columns.
+
+    `other` is what else is read 16 bytes at a time.
+    """
+    if m == 1 or not _hopper_has(n, x.shape[-1], weight.shape[1], x.get_device()) or not weight.is_contiguous():
         return False
-    bits = x.data_ptr() | weight.data_ptr() | row_bytes | k * 2 | n * 2  # of addresses and row lengths
-    for other in others:
-        bits |= 0 if other is None else other.data_ptr()
-    return bits % 16 == 0
+    return (x.data_ptr() | weight.data_ptr() | (0 if other is None else other.data_ptr())) % 16 == 0
 
 
 @functools.lru_cache(maxsize=4096)
@@ -588,9 +597,10 @@ def product(
     residual = residual if residual is None else residual.contiguous()
     k, n = x.shape[-1], weight.shape[0]
     m = x.numel() // k
-    if residual is not None and residual.dtype != x.dtype:
-        if not (m > MOST_FEW_ROWS and bits < 16 and _suits_hopper(m, x, weight, n, residual)):
-            return product(x, weight, scale, bias, bits).add(residual, alpha=alpha)
+    on_hopper = bits < 16 and m > 0 and _suits_hopper(m, x, weight, n, residual)
+    is_wide = residual is not None and residual.dtype != x.dtype
+    if is_wide and not (on_hopper and m > MOST_FEW_ROWS):
+        return product(x, weight, scale, bias, bits).add(residual, alpha=alpha)
     scale = scale if scale is None or scale.dtype == x.dtype else scale.to(x.dtype)
     bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
     norm, _local.norm = getattr(_local, "norm", None), None
@@ -599,9 +609,9 @@ def product(
     shape = (*x.shape[:-1], n)
     if m == 0:
         return x.new_empty(shape)
-    if bits < 16 and norm is None and _suits_hopper(m, x, weight, n, residual):
+    if on_hopper and norm is None:
         kernel = "few_rows" if m <= MOST_FEW_ROWS else "many_rows"
-        y = x.new_empty(shape, dtype=x.dtype if residual is None else residual.dtype)
+        y = torch.empty_like(residual) if is_wide else x.new_empty(shape)
         return _multiply_on_hopper(kernel, m, x, weight, y, scale, bias, residual, alpha, gelu)
     aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0 and weight.is_contiguous()
     plan = _plan(m, n, k, bits, x.get_device()) if aligned else None
@@ -640,7 +650,7 @@ def input_gradient(grad_y: torch.Tensor, weight: torch.Tensor, scale: torch.Tens
     """The gradient [..., K] of a `linear`'s input, for that of its output [..., N]; both half or bfloat16."""
     n, k = weight.shape
     m = grad_y.numel() // n
-    scale = scale.to(grad_y.dtype)
+    scale = scale if scale.dtype == grad_y.dtype else scale.to(grad_y.dtype)
     if bits == 8 and m > MOST_FEW_ROWS and n % 64 == 0 and _suits_hopper(m, grad_y, weight, k, scale):
         grad_x = grad_y.new_empty(*grad_y.shape[:-1], k)
         return _multiply_on_hopper("gradient", m, grad_y, weight, grad_x, scale)
@@ -674,9 +684,15 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
     return x.clone() if x.data_ptr() % 16 else x
 
 
-def _eights(k: int) -> int:
-    """How many eights of a row a thread has room for."""
-    return 1 if k <= 4096 else 2 if k <= 8192 else 4
+def _launch_norm(name: str, tensors: tuple, epsilon: float, like: torch.Tensor) -> None:
+    """Launch a kernel of `training_norm`; the first two tensors are x and the weight."""
+    x, weight, *_ = tensors
+    k, numel = x.shape[-1], x.numel()
+    if numel:
+        eights = 1 if k <= 4096 else 2 if k <= 8192 else 4  # of a row, for which a thread has room
+        are_float = x.dtype == torch.float32, weight.dtype == torch.float32
+        arguments = _pack("PPPPPfiii", *tensors, epsilon, *are_float, k)
+        _launch(like, "training", f"{name}_{eights}", (numel // k, 1, 1), 512, 0, arguments)
 
 
 def training_norm(
@@ -692,12 +708,8 @@ def training_norm(
         the result in float32, and the same rounded.
     """
     x = _aligned(x)
-    k = x.shape[-1]
-    y, rounded = x.new_empty(x.shape, dtype=torch.float32), x.new_empty(x.shape, dtype=rounded_to)
-    are_float = x.dtype == torch.float32, weight.dtype == torch.float32
-    arguments = _pack("PPPPPfiii", x, weight, bias, y, rounded, epsilon, *are_float, k)
-    if x.numel():
-        _launch(rounded, "training", f"norm_forward_{_eights(k)}", (x.numel() // k, 1, 1), 512, 0, arguments)
+    y, rounded = torch.empty_like(x, dtype=torch.float32), torch.empty_like(x, dtype=rounded_to)
+    _launch_norm("norm_forward", (x, weight, bias, y, rounded), epsilon, rounded)
     return y, rounded
 
 
@@ -707,11 +719,7 @@ def training_norm_gradient(
     """The gradient of x, of its dtype, for those of the results of `training_norm`."""
     x, grad_y, grad_rounded = _aligned(x), _aligned(grad_y), _aligned(grad_rounded)
     grad_x = torch.empty_like(x)
-    are_float = x.dtype == torch.float32, weight.dtype == torch.float32
-    k = x.shape[-1]
-    arguments = _pack("PPPPPfiii", x, weight, grad_y, grad_rounded, grad_x, epsilon, *are_float, k)
-    if x.numel():
-        _launch(grad_rounded, "training", f"norm_backward_{_eights(k)}", (x.numel() // k, 1, 1), 512, 0, arguments)
+    _launch_norm("norm_backward", (x, weight, grad_y, grad_rounded, grad_x), epsilon, grad_rounded)
     return grad_x
 
 

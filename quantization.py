@@ -252,7 +252,6 @@ class _TrainingNorm(torch.autograd.Function):
         return cuda_training_norm(x, weight, bias, epsilon, dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_normed, grad_rounded):
         (x,) = ctx.saved_tensors
         return cuda_training_norm_gradient(x, *ctx.others, grad_normed, grad_rounded), None, None, None, None
@@ -312,7 +311,7 @@ class QuantizedLinear(nn.Linear):
         if x.shape[-1] != self.in_features:
             raise ValueError(f"Expected an activation [..., {self.in_features}], got {list(x.shape)}.")
         x = _autocast(x)
-        weights = (self.weight, self.weight_scale, self.bias, self.bits)
+        weights = self.weights()
         if is_traced():
             y = torch.ops.chatglm_int8.quantized_linear(x.reshape(-1, self.in_features), *weights)
             return y.view(*x.shape[:-1], self.out_features)
@@ -322,6 +321,14 @@ class QuantizedLinear(nn.Linear):
             return _Product.apply(x, weights)
         # Others make rows, whose view must not come out of an autograd function: nobody could change it in place.
         return _Product.apply(x.reshape(-1, self.in_features), weights).view(*x.shape[:-1], self.out_features)
+
+    def weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int]:
+        """Weight, scale, bias and bits."""
+        parameters = self._parameters
+        try:  # an attribute is looked for in other places first, which takes as long as half a launch
+            return parameters["weight"], parameters["weight_scale"], parameters["bias"], self.bits
+        except KeyError:  # somebody has put something else in their place
+            return self.weight, self.weight_scale, self.bias, self.bits
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The float weight [N, K], of the scales' dtype unless `dtype` says otherwise."""
@@ -371,14 +378,15 @@ def _is_plain(module: nn.Module, kind: type, x: torch.Tensor) -> bool:
     )
 
 
-def _may_add(linear: nn.Module, x: torch.Tensor, residual: torch.Tensor) -> bool:
-    """Whether `_ResidualProduct` can stand for `linear(x)` under autocast and what is added to it then."""
+def _is_bare(linear: nn.Module, x: torch.Tensor) -> bool:
+    """Whether under autocast calling the module does nothing beyond the product of a QuantizedLinear, and the GPU's
+    kernels can do it."""
     dtype = autocast_dtype("cuda") if x.is_cuda else None
     return (
         dtype is not None
         and type(linear) is QuantizedLinear
-        and residual.dtype == torch.float32
         and x.dtype in (torch.float32, dtype)
+        and x.shape[-1] == linear.in_features
         and not has_hooks(linear)
         and not is_traced()
         and cuda_available(x.device, dtype)
@@ -396,9 +404,8 @@ def apply_linear(
         weight, scale, bits = linear.weight, None, 16
     if bits:
         return cuda_product(x, weight, scale, linear.bias, bits, gelu, residual, alpha)
-    if residual is not None and _may_add(linear, x, residual):
-        weights = (linear.weight, linear.weight_scale, linear.bias, linear.bits)
-        return _ResidualProduct.apply(_autocast(x), residual, weights, alpha)
+    if residual is not None and residual.dtype == torch.float32 and _is_bare(linear, x):
+        return _ResidualProduct.apply(_autocast(x), residual, linear.weights(), alpha)
     y = linear(x)
     if gelu and has_cpu_kernels(linear, y) and y.is_contiguous() and not may_keep_output(linear):
         cpu_library().gelu_(y)
