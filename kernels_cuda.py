@@ -180,9 +180,19 @@ def _module(name: str, bf16: bool, architecture: int):
 
 
 @functools.cache
+def _compile_family(family: str, bf16: bool, architecture: int) -> None:
+    """Compile modules side by side that differ in the parts of K alone: a model that needs one will need others."""
+    names = [name for name in SOURCES if name.rpartition("_")[0] == family]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda name: _module(name, bf16, architecture), names))
+
+
+@functools.cache
 def _function(name: str, module: str, bf16: bool, device: int, much_shared: bool):
     """A `KernelFunction` for one device, the current one; `much_shared`: of more shared memory than is had unasked."""
     architecture, *_ = _properties(device)
+    if module.startswith("hopper"):
+        _compile_family(module.rpartition("_")[0], bf16, architecture)
     function = load_launcher().KernelFunction(_module(module, bf16, architecture), name)
     prepare, handle = function._prepare_func, function._prepare_func()
 
@@ -251,7 +261,7 @@ def _try_to_load(device: int, dtype: torch.dtype) -> bool:
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()
             load_launcher()
-            needed = ("rows", "prompt", "step_128")
+            needed = ("row_8", "row_16", "prompt", "step_128")
             with ThreadPoolExecutor() as pool:  # NVRTC compiles side by side
                 list(pool.map(lambda name: _module(name, bf16, architecture), needed))
             for name in needed:
@@ -421,7 +431,8 @@ def _plan(m: int, n: int, k: int, bits: int, device: int) -> tuple | None:
         shared = ring * 8192 + padded * 2
         resident = max(1, min(2, shared_of_all // (shared + 4096)))
         grid = (min(-(-n // 16), processors * resident), 1, 1)
-        return ("rows", f"row_{bits}", grid, 256, shared, None) if shared + 4096 <= shared_of_one else None
+        name = f"row_{bits}"
+        return (name, name, grid, 256, shared, None) if shared + 4096 <= shared_of_one else None
     width = next(width for width in (8, 16, 32, 64) if m <= width or width == 64)
     shared = 65536 + width * 2560
     if width in FEW_WIDTHS and k <= 4096 and bits < 16 and architecture >= 80 and shared <= shared_of_one:
@@ -429,7 +440,7 @@ def _plan(m: int, n: int, k: int, bits: int, device: int) -> tuple | None:
     shared = m * (padded + 8) * 2
     if m <= 8 and bits < 16 and shared <= shared_of_all // 2 - 12 * 1024:
         grid = (min(-(-n // (16 * height)), processors * 2), 1, 1)
-        return "rows", f"rows_{bits}", grid, 256, shared, None
+        return f"rows_{bits}", f"rows_{bits}", grid, 256, shared, None
     if bits == 16:
         return None
     # Where the widest tiles don't fit into shared memory, several narrower ones read the weights as often.

@@ -516,10 +516,12 @@ FEW_ROWS_ON_HOPPER = f"\n#define MOST_STAGES {MOST_STAGES}\n" + (
             const int bytes = weights ? STAGE - X_BYTES : X_BYTES, step_bytes = weights ? ROW_BYTES : 256;
             asm volatile("prefetch.tensormap [%0];" :: "l"(&map) : "memory");
             if (!weights) wait();
+#pragma unroll 1
             for (int step = begin; step < end && lane == 0; step++, advance()) {
                 const u32 barrier = full + stage * 8;
                 // The ring is full, maybe long before x is there.
                 if (weights && step == begin + c.stages)
+#pragma unroll 1
                     for (int i = step; i < min(step + BEYOND, end); i++) prefetch_box(map, i * step_bytes, first_n);
                 wait_for(free + stage * 8, parity);
                 announce(barrier, bytes);

@@ -179,14 +179,11 @@ template <int BITS> __device__ __forceinline__ void linear(const Operation& op) 
     }
 }
 """
-ROW_KERNELS = r"""
+ROW_KERNEL = r"""
 #define ROW(BITS) \
 extern "C" __global__ void __launch_bounds__(256, 2) row_##BITS(const __grid_constant__ Operation op) { \
     linear<BITS>(op); \
 }
-ROW(8)
-ROW(4)
-ROW(16)
 """
 
 # 2 to 8 rows: likewise, with 16 · HEIGHT weight rows to a block.
@@ -301,8 +298,6 @@ extern "C" __global__ void __launch_bounds__(256, 2) NAME(const unsigned char* w
     const Epilogue e = {scale, bias, residual, alpha, use_gelu, y}; \
     rows<BITS, HEIGHT>(weight, x, e, M, N, K); \
 }
-ROWS(rows_8, 8, 1)
-ROWS(rows_4, 4, 2)
 """
 
 # Many rows: a block owns 64 · HEIGHT weight rows (blockIdx.x), MT rows of x (blockIdx.z), and a part of K (blockIdx.y).

@@ -4,7 +4,7 @@ Letters as there.
 """
 
 from .kernels_cuda_hopper import FEW_ROWS_ON_HOPPER, FEW_SPLITS, FEW_TOKENS, MANY_ROWS, SPLITS, STAGES
-from .kernels_cuda_linear import EXPAND, FEW_ROWS, FEW_WIDTHS, ONE_ROW, ROW_KERNELS, ROWS, TILE_SHAPES, TILES
+from .kernels_cuda_linear import EXPAND, FEW_ROWS, FEW_WIDTHS, ONE_ROW, ROW_KERNEL, ROWS, TILE_SHAPES, TILES
 
 # Types and the two operations that every kernel needs: eight bytes or nibbles to numbers, and a product of 16 × 16
 # weights with 16 × 8 activations on the tensor cores. No header is included, which makes NVRTC twice as fast.
@@ -593,10 +593,13 @@ NORMS(1) NORMS(2) NORMS(4)
 
 HEAD_DIMS = (16, 32, 64, 128)
 SOURCES = {
-    "rows": _COMMON + ONE_ROW + ROW_KERNELS + ROWS,
     "prompt": _COMMON + ONE_ROW + EXPAND + _PROMPT,
     "training": _COMMON + ONE_ROW + _TRAINING,
 }
+for _bits in (8, 4, 16):
+    SOURCES[f"row_{_bits}"] = _COMMON + ONE_ROW + ROW_KERNEL + f"ROW({_bits})\n"
+for _bits, _height in ((8, 1), (4, 2)):
+    SOURCES[f"rows_{_bits}"] = _COMMON + ONE_ROW + ROWS + f"ROWS(rows_{_bits}, {_bits}, {_height})\n"
 for _head_dim in HEAD_DIMS:
     _defined = f"#define HEAD_DIM {_head_dim}\n"
     SOURCES[f"step_{_head_dim}"] = _defined + _COMMON + ONE_ROW + _ATTENTION + _STEP_KERNELS
