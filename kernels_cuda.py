@@ -610,7 +610,7 @@ def product(
     m = x.numel() // k
     on_hopper = bits < 16 and m > 0 and _suits_hopper(m, x, weight, n, residual)
     is_wide = residual is not None and residual.dtype != x.dtype
-    if is_wide and not (on_hopper and m > MOST_FEW_ROWS):
+    if is_wide and not (on_hopper and m > MOST_FEW_ROWS and residual.dtype == torch.float32):
         return product(x, weight, scale, bias, bits).add(residual, alpha=alpha)
     scale = scale if scale is None or scale.dtype == x.dtype else scale.to(x.dtype)
     bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)

@@ -182,6 +182,15 @@ def _gradient(ctx, grad_y):
 _quantized_linear.register_autograd(_gradient, setup_context=_keep_for_gradient)
 
 
+def _check_first_derivative(grad: torch.Tensor) -> None:
+    """Raise where somebody asks for gradients of gradients that kernels on a GPU compute: they would lack a part."""
+    if torch.is_grad_enabled() and cuda_available(grad.device, grad.dtype):
+        raise RuntimeError(
+            "The CUDA kernels have no second derivatives: leave out create_graph=True, or set CHATGLM_CUDA_KERNEL=0 in "
+            "the environment, with which PyTorch computes them."
+        )
+
+
 class _Product(torch.autograd.Function):
     """What the operator does, for eager training: calling an operator takes several times as long as the launches."""
 
@@ -192,6 +201,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y):
+        _check_first_derivative(grad_y)
         weight, scale, _, bits = ctx.weights
         return _input_gradient(grad_y.contiguous(), weight, scale, bits), None
 
@@ -209,6 +219,7 @@ class _ResidualProduct(torch.autograd.Function):
         weight, scale, _, bits = ctx.weights
         needs_x, needs_residual, *_ = ctx.needs_input_grad
         rounded = grad_y.to(ctx.dtype).contiguous()
+        _check_first_derivative(rounded)
         grad_x = cuda_input_gradient(rounded, weight, scale, bits) if needs_x else None
         return grad_x, grad_y * ctx.alpha if needs_residual else None, None, None
 
@@ -253,6 +264,7 @@ class _TrainingNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_normed, grad_rounded):
+        _check_first_derivative(grad_rounded)
         (x,) = ctx.saved_tensors
         return cuda_training_norm_gradient(x, *ctx.others, grad_normed, grad_rounded), None, None, None, None
 

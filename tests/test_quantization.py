@@ -669,3 +669,18 @@ def test_checkpointing_does_not_change_lora_gradients(golden_model, cases):
     for name, grad in grads[0].items():
         assert grad.abs().max() > 0
         torch.testing.assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-7)
+
+
+def test_second_derivatives_are_refused_by_kernels_that_lack_them(monkeypatch):
+    layer = QuantizedLinear.from_linear(nn.Linear(8, 4), 8)
+    x = torch.randn(3, 8, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)  # in plain PyTorch there are some
+    grad.sum().backward()
+    assert x.grad.abs().sum() > 0
+    monkeypatch.setattr(quantization, "cuda_available", lambda device, dtype: True)
+    monkeypatch.setattr(quantization, "cuda_product", quantization._plain_linear)
+    monkeypatch.setattr(quantization, "cuda_input_gradient", quantization._plain_input_gradient)
+    (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
+    torch.testing.assert_close(expected, grad.detach())
+    with pytest.raises(RuntimeError, match="no second derivatives.*create_graph"):
+        torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
