@@ -408,9 +408,9 @@ extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(384, 
 )
 
 # 2 to 32 rows: a block owns 128 columns of y, up to TOKENS rows, and as one of SPLIT blocks of a cluster a part of K.
-# One warp has the copy engine bring weights, 128 columns a step, another has it bring x; the other eight take 16 columns
-# of y each. As the order of the columns of K is free in a product, a thread takes 16 columns that lie side by side, of
-# the weight and of x. In the end each block of a cluster finishes the columns of y of some of its warps.
+# One warp has the copy engine bring weights, 128 columns of K a step, another has it bring x; the other eight take 16
+# columns of y each. As the order of the columns of K is free in a product, a thread takes 16 columns that lie side by
+# side, of the weight and of x. In the end each block of a cluster finishes the columns of y of some of its warps.
 #
 # Grid: a multiple of SPLIT; block: 320. Tensor maps of bytes: x with boxes of TOKENS rows of 128 bytes, of which a step
 # takes two; the weight with 128 rows of 128 bytes (INT4: 64); swizzled.

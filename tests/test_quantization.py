@@ -682,5 +682,5 @@ def test_second_derivatives_are_refused_by_kernels_that_lack_them(monkeypatch):
     monkeypatch.setattr(quantization, "cuda_input_gradient", quantization._plain_input_gradient)
     (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
     torch.testing.assert_close(expected, grad.detach())
-    with pytest.raises(RuntimeError, match="no second derivatives.*create_graph"):
+    with pytest.raises(RuntimeError, match=r"no second derivatives.*create_graph"):
         torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
