@@ -740,9 +740,7 @@ def create_app(settings: Settings, scheduler: Scheduler | None = None) -> FastAP
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `Settings`."""
     default = Settings()
-    parser.add_argument("--model", default=default.model, metavar="FOLDER", help="checkpoint (default: %(default)s)")
-    parser.add_argument("--device", help="such as cpu, cuda or cuda:1 (default: cuda if there is one)")
-    parser.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default=default.dtype)
+    cli_demo.add_model_arguments(parser)
     parser.add_argument("--name", default=default.name, help="the model's name in the API (default: %(default)s)")
     parser.add_argument(
         "--max-batch", type=cli_demo.positive(int), default=default.max_batch, help="answers decoded together"

@@ -104,6 +104,13 @@ def chat(model, tokenizer, settings: dict) -> None:
         print()
 
 
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `load` is given: --model, --device and --dtype."""
+    parser.add_argument("--model", default=str(ROOT), metavar="FOLDER", help="checkpoint folder (default: %(default)s)")
+    parser.add_argument("--device", help="such as cpu, cuda or cuda:1 (default: cuda if there is one)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto")
+
+
 def load(folder: str, device: str | None, dtype: str) -> tuple:
     """The model and tokenizer of a folder. Raises OSError or ValueError with what is wrong."""
     if not os.path.isdir(folder):
@@ -155,9 +162,7 @@ def positive(kind: type) -> Callable[[str], float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Chats with a ChatGLM model in the terminal.")
     parser.add_argument("query", nargs="?", metavar="QUERY", help="answer this one query and end")
-    parser.add_argument("--model", default=str(ROOT), metavar="FOLDER", help="checkpoint folder (default: %(default)s)")
-    parser.add_argument("--device", help="such as cpu, cuda or cuda:1 (default: cuda if there is one)")
-    parser.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto")
+    add_model_arguments(parser)
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token instead of sampling")
     parser.add_argument("--max-length", type=int, default=2048, help="tokens of prompt and answer (default: 2048)")
     parser.add_argument("--top-p", type=float, default=0.7, help="share of likely tokens to sample (default: 0.7)")

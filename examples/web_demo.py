@@ -233,11 +233,7 @@ def launch(chat: Chat, **options):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Chats with a ChatGLM model in the browser.")
-    parser.add_argument(
-        "--model", default=str(cli_demo.ROOT), metavar="FOLDER", help="checkpoint folder (default: %(default)s)"
-    )
-    parser.add_argument("--device", help="such as cpu, cuda or cuda:1 (default: cuda if there is one)")
-    parser.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto")
+    cli_demo.add_model_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all networks (default: %(default)s)")
     parser.add_argument("--port", type=cli_demo.port, default=7860)
     parser.add_argument("--max-batch", type=cli_demo.positive(int), default=16, help="answers decoded together")
