@@ -842,14 +842,22 @@ def test_a_failure_inside_is_500_without_details(monkeypatch):
 
 
 def test_metrics(small_server):
-    small_server.chat("Hello", max_tokens=5)
-    lines = dict(
-        line.rsplit(" ", 1) for line in small_server.http.get("/metrics").text.splitlines() if not line.startswith("#")
-    )
-    assert float(lines[f'chatglm_requests_total{{path="{CHAT}",status="200"}}']) >= 1
-    assert float(lines["chatglm_tokens_total"]) >= 5
-    assert float(lines["chatglm_first_text_seconds_count"]) >= 1
-    assert lines["chatglm_running"] == lines["chatglm_waiting"] == "0.0"
+    def shown() -> dict[str, float]:
+        text = small_server.http.get("/metrics").text
+        lines = (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        return {name: float(value) for name, value in lines}
+
+    small_server.chat("Hello", max_tokens=5)  # makes the counters with labels
+    before = shown()
+    usage = small_server.chat("Hello", max_tokens=5).json()["usage"]
+    after = shown()
+    added = {name: value - before.get(name, 0) for name, value in after.items()}
+    assert added[f'chatglm_requests_total{{path="{CHAT}",status="200"}}'] == 1
+    assert added["chatglm_prompt_tokens_total"] == usage["prompt_tokens"] > 0
+    assert added["chatglm_tokens_total"] == usage["completion_tokens"] > 0
+    assert added["chatglm_first_text_seconds_count"] == added["chatglm_answer_seconds_count"] == 1
+    assert 0 < added["chatglm_first_text_seconds_sum"] <= added["chatglm_answer_seconds_sum"]
+    assert after["chatglm_running"] == after["chatglm_waiting"] == 0
 
 
 def mutated(generator: random.Random) -> bytes:

@@ -92,7 +92,8 @@ def test_examples_are_what_chat_asks_and_the_answer(form, history, tokenizer, tm
     names = {"prompt_column": "content", "response_column": "summary"}
     if form == "chat":
         row, names = {"prompt": row["content"], "response": row["summary"]}, {}
-    row["history"] = history
+    row["rounds" if form == "list" else "history"] = history
+    names |= {"history_column": "rounds"} if form == "list" else {}
     text = json.dumps([row, row] if form == "list" else row, ensure_ascii=False)
     path = tmp_path / "data.json"
     path.write_text("\ufeff" + (text if form == "list" else f"{text}\n\n{text}"), encoding="utf-8")
@@ -783,6 +784,24 @@ def test_prefix_out_and_in_again(projection, suffix, tiny, tmp_path, monkeypatch
         command = [sys.executable, "-c", LOAD_WITHOUT_THE_PACKAGE, str(new)]
         done = subprocess.run(command, env=environment, capture_output=True, timeout=300, cwd=tmp_path)
         assert done.returncode == 0, done.stderr.decode()[-2000:]
+
+
+def test_a_prefix_takes_the_place_of_another(tiny, tmp_path):
+    torch.manual_seed(0)
+    shapes = {"embedding.weight": (3, 32), "trans.0.weight": (32, 32), "trans.0.bias": (32,)}
+    shapes |= {"trans.2.weight": (2 * 2 * 32, 32), "trans.2.bias": (2 * 2 * 32,)}
+    projected = {name: torch.randn(shape) for name, shape in shapes.items()}
+    direct = {"embedding.weight": torch.randn(4, 2 * 2 * 32)}
+    merge.rewrite_folder(tiny, tmp_path / "one", prefix=projected, progress=False)
+    merge.rewrite_folder(tmp_path / "one", tmp_path / "two", prefix=direct, progress=False)
+    merge.rewrite_folder(tmp_path / "two", tmp_path / "three", prefix=projected, progress=False)
+    for folder, prefix in (("one", projected), ("two", direct), ("three", projected)):
+        got = merge.checkpoint.read_prefix(tmp_path / folder)
+        assert got.keys() == prefix.keys()
+        assert all(torch.equal(got[name], prefix[name]) for name in prefix)
+        config = AutoModel.from_pretrained(tmp_path / folder).config
+        assert config.pre_seq_len == len(prefix["embedding.weight"])
+        assert config.prefix_projection == (prefix is projected)
 
 
 def test_prefixes_that_do_not_fit(tiny, tmp_path, monkeypatch):
