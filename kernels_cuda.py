@@ -179,10 +179,8 @@ def _module(name: str, bf16: bool, architecture: int):
     return load_launcher().LazyKernelCModule(_module_code(load_libraries().nvrtc, name, bf16, architecture))
 
 
-@functools.cache
-def _compile_family(family: str, bf16: bool, architecture: int) -> None:
-    """Compile modules side by side that differ in the parts of K alone: a model that needs one will need others."""
-    names = [name for name in SOURCES if name.rpartition("_")[0] == family]
+def _compile(names: list[str], bf16: bool, architecture: int) -> None:
+    """Compile the modules that are in no cache, side by side."""
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda name: _module(name, bf16, architecture), names))
 
@@ -191,8 +189,9 @@ def _compile_family(family: str, bf16: bool, architecture: int) -> None:
 def _function(name: str, module: str, bf16: bool, device: int, much_shared: bool):
     """A `KernelFunction` for one device, the current one; `much_shared`: of more shared memory than is had unasked."""
     architecture, *_ = _properties(device)
-    if module.startswith("hopper"):
-        _compile_family(module.rpartition("_")[0], bf16, architecture)
+    if module.startswith("hopper"):  # a model that needs it will need those with other parts of K
+        family = module.rpartition("_")[0]
+        _compile([other for other in SOURCES if other.rpartition("_")[0] == family], bf16, architecture)
     function = load_launcher().KernelFunction(_module(module, bf16, architecture), name)
     prepare, handle = function._prepare_func, function._prepare_func()
 
@@ -261,9 +260,8 @@ def _try_to_load(device: int, dtype: torch.dtype) -> bool:
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()
             load_launcher()
-            needed = ("row_8", "row_16", "prompt", "step_128")
-            with ThreadPoolExecutor() as pool:  # NVRTC compiles side by side
-                list(pool.map(lambda name: _module(name, bf16, architecture), needed))
+            needed = ["row_8", "row_16", "prompt", "step_128"]
+            _compile(needed, bf16, architecture)
             for name in needed:
                 _module(name, bf16, architecture).get_module()  # can't be done while a graph is captured
     except Exception as error:
@@ -658,7 +656,7 @@ def product(
 
 
 def input_gradient(grad_y: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """The gradient [..., K] of a `linear`'s input, for that of its output [..., N]; both half or bfloat16."""
+    """The gradient [..., K] of a `product`'s x, for that of its output [..., N]; both half or bfloat16."""
     n, k = weight.shape
     m = grad_y.numel() // n
     scale = scale if scale.dtype == grad_y.dtype else scale.to(grad_y.dtype)

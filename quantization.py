@@ -237,6 +237,10 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return None
 
 
+# Of a tensor that `_TrainingNorm` has made: the same numbers rounded, and the version that they are of.
+_ROUNDED = "_chatglm_int8_rounded"
+
+
 def _autocast(x: torch.Tensor) -> torch.Tensor:
     """What torch's own linear would make of its input: autocast's dtype, but float64 stays."""
     dtype = autocast_dtype(x.device.type)
@@ -247,10 +251,6 @@ def _autocast(x: torch.Tensor) -> torch.Tensor:
         if rounded is not None and rounded.dtype == dtype and version == x._version:
             return rounded
     return x.to(dtype)
-
-
-# Of a tensor that `_TrainingNorm` has made: the same numbers rounded, and the version that they are of.
-_ROUNDED = "_chatglm_int8_rounded"
 
 
 class _TrainingNorm(torch.autograd.Function):
@@ -375,32 +375,32 @@ def may_keep_output(module: nn.Module) -> bool:
     return bool(module._forward_hooks or nn.modules.module._has_any_global_hook())
 
 
+def _is_only(module: nn.Module, kind: type) -> bool:
+    """Whether calling the module does nothing beyond the forward of `kind`, and nobody follows it."""
+    return type(module) is kind and not is_traced() and not has_hooks(module)
+
+
 def _is_plain(module: nn.Module, kind: type, x: torch.Tensor) -> bool:
-    """Whether calling the module does nothing beyond the forward of `kind`, and the GPU's kernels can do it."""
+    """Whether the GPU's kernels can do what calling the module does, the forward of `kind` without gradients."""
     return (
         x.is_cuda
-        and type(module) is kind
-        and not is_traced()
         and not torch.is_grad_enabled()
+        and _is_only(module, kind)
         # Checkpointing may compute without gradients what it computes again with them; autocast has its own dtypes.
         and not module.training
         and autocast_dtype("cuda") is None
-        and not has_hooks(module)
         and cuda_available(x.device, x.dtype)
     )
 
 
-def _is_bare(linear: nn.Module, x: torch.Tensor) -> bool:
-    """Whether under autocast calling the module does nothing beyond the product of a QuantizedLinear, and the GPU's
-    kernels can do it."""
+def _may_add(linear: nn.Module, x: torch.Tensor) -> bool:
+    """Whether `_ResidualProduct` can stand for `linear(x)` under autocast and what is added to it then."""
     dtype = autocast_dtype("cuda") if x.is_cuda else None
     return (
         dtype is not None
-        and type(linear) is QuantizedLinear
+        and _is_only(linear, QuantizedLinear)
         and x.dtype in (torch.float32, dtype)
         and x.shape[-1] == linear.in_features
-        and not has_hooks(linear)
-        and not is_traced()
         and cuda_available(x.device, dtype)
     )
 
@@ -409,14 +409,14 @@ def apply_linear(
     linear: nn.Module, x: torch.Tensor, gelu: bool = False, residual: torch.Tensor | None = None, alpha: float = 1.0
 ) -> torch.Tensor:
     """`linear(x)`, then GELU (tanh form), or + alpha · residual: one kernel where there is one. [..., K] → [..., N]."""
-    bits = 0
+    weights = None
     if _is_plain(linear, QuantizedLinear, x):
-        weight, scale, bits = linear.weight, linear.weight_scale, linear.bits
+        weights = linear.weights()
     elif _is_plain(linear, HalfLinear, x) and x.numel() == x.shape[-1] and linear.weight.dtype == x.dtype:
-        weight, scale, bits = linear.weight, None, 16
-    if bits:
-        return cuda_product(x, weight, scale, linear.bias, bits, gelu, residual, alpha)
-    if residual is not None and residual.dtype == torch.float32 and _is_bare(linear, x):
+        weights = linear.weight, None, linear.bias, 16
+    if weights is not None:
+        return cuda_product(x, *weights, gelu, residual, alpha)
+    if residual is not None and residual.dtype == torch.float32 and _may_add(linear, x):
         return _ResidualProduct.apply(_autocast(x), residual, linear.weights(), alpha)
     y = linear(x)
     if gelu and has_cpu_kernels(linear, y) and y.is_contiguous() and not may_keep_output(linear):
@@ -435,20 +435,15 @@ def _may_round(norm: nn.Module, weight, bias, x: torch.Tensor, dtype: torch.dtyp
     and a quantised linear, maybe with an adapter around it, that takes the rounded result."""
     return (
         x.is_cuda
-        and type(norm) is nn.LayerNorm
+        and _is_only(norm, nn.LayerNorm)
         # The second is PEFT's name for what an adapter is around.
         and (isinstance(before, QuantizedLinear) or isinstance(getattr(before, "base_layer", None), QuantizedLinear))
-        and not has_hooks(norm)
-        and not is_traced()
         and not torch.is_inference_mode_enabled()  # whose tensors don't tell whether they were changed
-        and bias is not None
         and not (weight.requires_grad or bias.requires_grad)
         and weight.device == bias.device == x.device
         and x.dtype in (torch.float32, dtype)
         and weight.dtype == bias.dtype
         and weight.dtype in (torch.float32, dtype)
-        and x.shape[-1] % 8 == 0
-        and x.shape[-1] <= 16384
         and (weight.data_ptr() | bias.data_ptr()) % 16 == 0
         and cuda_available(x.device, dtype)
     )
@@ -462,12 +457,14 @@ def apply_layer_norm(
     The module `within` takes the result next, and does nothing with it before it applies the linear `before` to it.
     """
     width, weight, bias = x.shape[-1], norm.weight, norm.bias
+    if width % 8 or width > 16384 or bias is None:
+        return norm(x)
     rounded_to = autocast_dtype(x.device.type)
     if rounded_to is not None and _may_round(norm, weight, bias, x, rounded_to, before):
         normed, rounded = _TrainingNorm.apply(x, weight, bias, norm.eps, rounded_to)
         setattr(normed, _ROUNDED, (rounded, normed._version))
         return normed
-    if width % 8 or width > 16384 or not _is_plain(norm, nn.LayerNorm, x) or weight.dtype != x.dtype or bias is None:
+    if not _is_plain(norm, nn.LayerNorm, x) or weight.dtype != x.dtype:
         return norm(x)
     if (x.data_ptr() | weight.data_ptr() | bias.data_ptr()) % 16:
         return norm(x)

@@ -68,29 +68,29 @@ def prompts(config: ChatGLMConfig, length: int, batch: int = 1) -> torch.Tensor:
     return ids
 
 
+def elapsed(call: Callable) -> float:
+    """The seconds of one call."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
 def seconds(call: Callable, repeats: int = 3) -> float:
     call()
-    times = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return min(elapsed(call) for _ in range(repeats))
 
 
 def decode_speed(model, ids: torch.Tensor, new: int = 128, repeats: int = 7, **kwargs) -> float:
     """Tokens per second after the first."""
-    times: dict[int, list[float]] = {1: [], new + 1: []}
-    for turn in range(repeats + 1):  # a busy host would have one of them wait longer than the other
-        for count, found in times.items():
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            model.generate(ids, max_new_tokens=count, **NO_END, **kwargs)
-            torch.cuda.synchronize()
-            found += [time.perf_counter() - start] if turn else []  # the first warms up
-    one, more = map(min, times.values())
+
+    def timed(count: int) -> float:
+        return elapsed(lambda: model.generate(ids, max_new_tokens=count, **NO_END, **kwargs))
+
+    # In turns: a busy host would have one of them wait longer than the other. The first turn warms up.
+    turns = [(timed(1), timed(new + 1)) for _ in range(repeats + 1)]
+    one, more = map(min, zip(*turns[1:], strict=True))
     return len(ids) * new / (more - one)
 
 
@@ -212,11 +212,8 @@ def on_cuda(layers: int, compiled: bool) -> dict:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {layers} layers")
     with tempfile.TemporaryDirectory() as empty:
         os.environ["XDG_CACHE_HOME"] = empty
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        model.generate(prompts(model.config, 20), max_new_tokens=1, **sampled)
-        torch.cuda.synchronize()
-        note("first token of all, no kernels compiled", time.perf_counter() - start, "s")
+        first = elapsed(lambda: model.generate(prompts(model.config, 20), max_new_tokens=1, **sampled))
+        note("first token of all, no kernels compiled", first, "s")
         greedy = decode_speed(model, ids, do_sample=False)
         note("greedy, 512 tokens of context", greedy, "tokens/s")
         processors = [modeling_chatglm.FiniteScores()]
