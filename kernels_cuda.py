@@ -481,17 +481,18 @@ def _hopper_shape(m: int, n: int, k: int, processors: int) -> tuple[int, int]:
 def _few_shape(m: int, n: int, k: int, bits: int, device: int) -> tuple[int, int, int, int]:
     """Of a product of few rows: rows of x of a block, parts of K, steps under way, bytes of shared memory.
 
-    If a multiprocessor can have a block of its own, a block takes just over half of its shared memory, as two that
-    shared one would come to their end last; so there is room for blocks of the kernels before and after.
+    If a multiprocessor can have a block of its own, a block takes over half of its shared memory, as two that shared
+    one would come to their end last; and leaves a third of it to the kernels before and after, if they need less.
     """
     _, processors, shared_of_all, _ = _properties(device)
     tokens = next(tokens for tokens in FEW_TOKENS if m <= tokens)
     blocks = -(-n // 128)
     split = max((split for split in FEW_SPLITS if split * 128 <= k and blocks * split <= processors), default=1)
     is_alone = blocks * split <= processors
-    room = shared_of_all // 2 - (0 if is_alone else 3072) - few_bytes(tokens, split, 0, 0)
-    stages = min(room // (tokens * 256 + 2048 * bits), MOST_STAGES)
-    return tokens, split, stages, shared_of_all // 2 if is_alone else few_bytes(tokens, split, stages, 2048 * bits)
+    room = shared_of_all * 2 // 3 if is_alone else shared_of_all // 2 - 3072
+    stages = min((room - few_bytes(tokens, split, 0, 0)) // (tokens * 256 + 2048 * bits), MOST_STAGES)
+    needed = few_bytes(tokens, split, stages, 2048 * bits)
+    return tokens, split, stages, max(needed, shared_of_all // 2) if is_alone else needed
 
 
 @functools.lru_cache(maxsize=4096)
@@ -753,7 +754,7 @@ def end_step(like: torch.Tensor, positions, advance, slots, head_dim: int) -> No
     _operate(like, f"step_{head_dim}", "end_step", (1, 1, 1), 0, **given)
 
 
-MOST_PARTS = 32
+MOST_PARTS = 8
 
 
 @functools.cache
@@ -763,7 +764,7 @@ def parts_of_keys(heads: int, device: int) -> int:
     Two blocks at a time fit a multiprocessor, and each takes as long to begin and to end as for 75 keys.
     """
     _, processors, *_ = _properties(device)
-    return min(range(1, 9), key=lambda parts: -(-heads * parts // (2 * processors)) * (512 / parts + 75))
+    return min(range(1, MOST_PARTS + 1), key=lambda parts: -(-heads * parts // (2 * processors)) * (512 / parts + 75))
 
 
 def attend(qkv, cosines, sines, keys, values, slots, padding, prefix: int, rows: int, most: int) -> torch.Tensor:

@@ -221,7 +221,7 @@ __device__ __forceinline__ void end(const Operation& op) {
     for (int i = threadIdx.x; i < op.N / op.R; i += blockDim.x) op.slots[i] += 1;
 }
 
-#define MOST_PARTS 32
+#define MOST_PARTS 8
 // How the n keys, the new one among them, are cut into parts for several blocks. It depends on their number, not on T,
 // so that the same question gets the same sums.
 struct Cut {
@@ -253,7 +253,7 @@ template <int D, int AT_ONCE> struct Keys {
 };
 template <int D> struct AttendShared {
     static constexpr int GROUPS = 256 / (D / 8);
-    float q[D], sums[GROUPS], maxima[GROUPS], outs[GROUPS][D], weights[MOST_PARTS];
+    float q[D], sums[GROUPS], maxima[GROUPS], outs[GROUPS][D], weights[32];
     uint4 new_key[D / 8];
     bool is_last;
 };
@@ -355,6 +355,10 @@ __device__ __forceinline__ void attend(const Operation& op, const Cut& cut, int 
     }
     __syncthreads();
     if (!s.is_last) return;
+    float held[MOST_PARTS];   // on their way while the parts are weighed
+#pragma unroll
+    for (int p = 0; p < MOST_PARTS; p++)
+        held[p] = p < cut.used && threadIdx.x < D ? __ldcg(parts + p * D + threadIdx.x) : 0.0f;
     if (threadIdx.x < 32) {   // a lane a part
         const float2 h = threadIdx.x < cut.used ? __ldcg(heads + threadIdx.x) : make_float2(-1e30f, 0.0f);
         float largest_part = h.x;
@@ -367,12 +371,11 @@ __device__ __forceinline__ void attend(const Operation& op, const Cut& cut, int 
         s.weights[threadIdx.x] = w / all;
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < D; i += blockDim.x) {
-        float o = 0;
-#pragma unroll 8
-        for (int p = 0; p < cut.used; p++) o += __ldcg(parts + p * D + i) * s.weights[p];
-        out[i] = to_u16(o);
-    }
+    if (threadIdx.x >= D) return;
+    float o = 0;
+#pragma unroll
+    for (int p = 0; p < MOST_PARTS; p++) o += held[p] * s.weights[p];
+    out[threadIdx.x] = to_u16(o);
 }
 """
 _STEP_KERNELS = r"""
