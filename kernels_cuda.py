@@ -482,7 +482,7 @@ def _few_shape(m: int, n: int, k: int, bits: int, device: int) -> tuple[int, int
     """Of a product of few rows: rows of x of a block, parts of K, steps under way, bytes of shared memory.
 
     If a multiprocessor can have a block of its own, a block takes over half of its shared memory, as two that shared
-    one would come to their end last; and leaves a third of it to the kernels before and after, if they need less.
+    one would come to their end last; and leaves a third of it to blocks of the kernels before and after.
     """
     _, processors, shared_of_all, _ = _properties(device)
     tokens = next(tokens for tokens in FEW_TOKENS if m <= tokens)
