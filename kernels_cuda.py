@@ -30,7 +30,7 @@ import torch
 from .kernel_cache import keep
 from .kernels_cuda_hopper import FEW_SPLITS, FEW_TOKENS, MOST_STAGES, SPLITS, STAGES, few_bytes, hopper_bytes
 from .kernels_cuda_linear import FEW_WIDTHS, TILE_SHAPES
-from .kernels_cuda_source import SOURCES
+from .kernels_cuda_source import MOST_PARTS, SOURCES
 
 _REMEDY = (
     "Install what is missing (pip install cpm_kernels; NVRTC comes with PyTorch's CUDA wheels or the CUDA toolkit), or "
@@ -752,9 +752,6 @@ def end_step(like: torch.Tensor, positions, advance, slots, head_dim: int) -> No
     given = {"positions": positions, "advance": advance, "slots": slots, "N": positions.numel()}
     given["R"] = positions.shape[1]
     _operate(like, f"step_{head_dim}", "end_step", (1, 1, 1), 0, **given)
-
-
-MOST_PARTS = 8
 
 
 @functools.cache

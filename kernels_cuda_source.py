@@ -195,6 +195,7 @@ __device__ __forceinline__ void finish(const E& e, const Finish& f, float sum, i
 """
 
 # The small operations of a step of one token for each of B sequences, and of a prompt.
+MOST_PARTS = 8  # into which the keys of a head are cut
 _ATTENTION = r"""
 // Begins a step: the embedding of ids [B] -> hidden [B, N]; cosines and sines [B, D] of positions [B, R], rounded as
 // the model's dtype rounds them. A block a sequence, `b`.
@@ -221,7 +222,6 @@ __device__ __forceinline__ void end(const Operation& op) {
     for (int i = threadIdx.x; i < op.N / op.R; i += blockDim.x) op.slots[i] += 1;
 }
 
-#define MOST_PARTS 8
 // How the n keys, the new one among them, are cut into parts for several blocks. It depends on their number, not on T,
 // so that the same question gets the same sums.
 struct Cut {
@@ -604,7 +604,7 @@ for _bits in (8, 4, 16):
 for _bits, _height in ((8, 1), (4, 2)):
     SOURCES[f"rows_{_bits}"] = _COMMON + ONE_ROW + ROWS + f"ROWS(rows_{_bits}, {_bits}, {_height})\n"
 for _head_dim in HEAD_DIMS:
-    _defined = f"#define HEAD_DIM {_head_dim}\n"
+    _defined = f"#define HEAD_DIM {_head_dim}\n#define MOST_PARTS {MOST_PARTS}\n"
     SOURCES[f"step_{_head_dim}"] = _defined + _COMMON + ONE_ROW + _ATTENTION + _STEP_KERNELS
 for (_bits, _width), (_height, _stages, _blocks) in TILE_SHAPES.items():  # modules of their own: few are ever needed
     _name = f"tiles_{_bits}_{_width}"
