@@ -195,7 +195,6 @@ __device__ __forceinline__ void finish(const E& e, const Finish& f, float sum, i
 """
 
 # The small operations of a step of one token for each of B sequences, and of a prompt.
-MOST_PARTS = 8  # into which the keys of a head are cut
 _ATTENTION = r"""
 // Begins a step: the embedding of ids [B] -> hidden [B, N]; cosines and sines [B, D] of positions [B, R], rounded as
 // the model's dtype rounds them. A block a sequence, `b`.
@@ -595,6 +594,7 @@ NORMS(1) NORMS(2) NORMS(4)
 """
 
 HEAD_DIMS = (16, 32, 64, 128)
+MOST_PARTS = 8  # into which the keys of a head are cut
 SOURCES = {
     "prompt": _COMMON + ONE_ROW + EXPAND + _PROMPT,
     "training": _COMMON + ONE_ROW + _TRAINING,
