@@ -27,6 +27,7 @@ from typing import Annotated, Any, Literal
 
 try:
     import anyio
+    import batching
     import cli_demo
     import prometheus_client as prometheus
     import uvicorn
@@ -57,7 +58,7 @@ class Settings:
     dtype: str = "auto"
     name: str = "chatglm"
     api_key: str | None = None
-    max_batch: int = 16
+    max_batch: int = batching.MAX_BATCH
     max_queue: int = 64
     max_length: int | None = None
     max_body: int = 1 << 18
@@ -742,14 +743,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = Settings()
     cli_demo.add_model_arguments(parser)
     parser.add_argument("--name", default=default.name, help="the model's name in the API (default: %(default)s)")
-    parser.add_argument(
-        "--max-batch", type=cli_demo.positive(int), default=default.max_batch, help="answers decoded together"
-    )
+    batching.add_arguments(parser)
     parser.add_argument(
         "--max-queue", type=cli_demo.positive(int), default=default.max_queue, help="answers that may wait"
-    )
-    parser.add_argument(
-        "--max-length", type=cli_demo.positive(int), help="tokens of prompt and answer (default: the model's)"
     )
     parser.add_argument("--max-body", type=cli_demo.positive(int), default=default.max_body, help="bytes of a request")
     parser.add_argument(

@@ -11,6 +11,7 @@ last bits (1e-6 of the scores in fp32), which changes an answer only where two c
 Letters: B rows of the batch, H heads, T columns in use, C columns of the cache, D head width, V vocabulary.
 """
 
+import argparse
 import asyncio
 import collections
 import contextlib
@@ -23,7 +24,7 @@ from collections.abc import AsyncIterator, Callable
 
 import numpy as np
 import torch
-from cli_demo import settled
+from cli_demo import positive, settled
 from transformers import DynamicCache, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from chatglm_int8.cuda_graphs import StepGraph, can_record
@@ -38,7 +39,14 @@ PREFILL_TOKENS = 2048  # prompts read together have this many tokens at most, pa
 PREFILL_WASTE = 1.5  # and this many times the tokens that they have without padding
 GPU_PREFILL_TOKENS = 512  # or this many on a GPU, where reading fewer takes no less time
 SMALL_MODEL = 1 << 28  # bytes of weights: on a CPU, threads would wait for each other longer than they compute
+MAX_BATCH = 16  # answers decoded together, unless somebody says otherwise
 TIES = 64  # room for scores that equal the top_k-th, which are kept too; in half precision there are some
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a `Scheduler` is given for the memory there is: --max-batch and --max-length."""
+    parser.add_argument("--max-batch", type=positive(int), default=MAX_BATCH, help="answers decoded together")
+    parser.add_argument("--max-length", type=positive(int), help="tokens of prompt and answer (default: the model's)")
 
 
 class Busy(Exception):
@@ -299,7 +307,7 @@ class Scheduler:
         self,
         model,
         tokenizer,
-        max_batch: int = 16,
+        max_batch: int = MAX_BATCH,
         max_queue: int = 64,
         max_length: int | None = None,
         time_limit: float = 300.0,

@@ -15,6 +15,7 @@ import sys
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
 
 try:
+    import batching
     import cli_demo
     import gradio as gr
     from batching import Answer, AnswerText, Busy, Failed, Sampling, Scheduler, TimeLimit
@@ -236,10 +237,7 @@ def main() -> int:
     cli_demo.add_model_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all networks (default: %(default)s)")
     parser.add_argument("--port", type=cli_demo.port, default=7860)
-    parser.add_argument("--max-batch", type=cli_demo.positive(int), default=16, help="answers decoded together")
-    parser.add_argument(
-        "--max-length", type=cli_demo.positive(int), help="tokens of prompt and answer (default: the model's)"
-    )
+    batching.add_arguments(parser)
     arguments = parser.parse_args()
     try:
         model, tokenizer = cli_demo.load(arguments.model, arguments.device, arguments.dtype)
