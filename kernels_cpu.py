@@ -123,7 +123,7 @@ class Library:
             )
         x = x.contiguous()
         scale, bias = (*(v.contiguous() for v in vectors), None)[:2]
-        y = torch.empty(rows, features, dtype=x.dtype)
+        y = torch.empty(rows, features, dtype=x.dtype, device=x.device)
         if y.numel() == 0:
             return y
         failed = self._linear(
@@ -169,7 +169,7 @@ class Library:
                 f"A kernel for x [M, K] and a half weight [N, K] (contiguous) on the CPU got {', '.join(got)}."
             )
         x = x.contiguous()
-        y = torch.empty(rows, weight.shape[0], dtype=x.dtype)
+        y = torch.empty(rows, weight.shape[0], dtype=x.dtype, device=x.device)
         if y.numel() == 0:
             return y
         failed = self._half_linear(
@@ -234,7 +234,7 @@ class Library:
             )
         batch, heads, queries, width = query.shape
         length = key.shape[2]
-        context = torch.empty(batch, queries, heads, width, dtype=query.dtype)
+        context = torch.empty(batch, queries, heads, width, dtype=query.dtype, device=query.device)
         failed = self._attention(
             query.data_ptr(),
             *query.stride()[:3],

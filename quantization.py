@@ -559,7 +559,7 @@ class _HalfProduct(torch.autograd.Function):
         ctx.save_for_backward(rows if weight.requires_grad else None, weight)
         if rows.shape[0] <= MAX_HALF_ROWS and weight.is_contiguous() and cpu_library():
             return cpu_library().half_linear(rows, weight)
-        y = torch.empty(rows.shape[0], weight.shape[0], dtype=rows.dtype)
+        y = torch.empty(rows.shape[0], weight.shape[0], dtype=rows.dtype, device=rows.device)
         rows = rows.float()
         for part in _slices(weight):
             y[:, part] = rows @ weight[part].float().T
@@ -569,7 +569,8 @@ class _HalfProduct(torch.autograd.Function):
     def backward(ctx, grad_y: torch.Tensor):
         rows, weight = ctx.saved_tensors
         needs_rows, needs_weight = ctx.needs_input_grad
-        grad_rows = torch.zeros(grad_y.shape[0], weight.shape[1]) if needs_rows else None
+        shape = grad_y.shape[0], weight.shape[1]
+        grad_rows = torch.zeros(shape, dtype=torch.float32, device=grad_y.device) if needs_rows else None
         grad_weight = torch.empty_like(weight) if needs_weight else None
         for part in _slices(weight):
             grad = grad_y[:, part].float()
