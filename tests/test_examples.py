@@ -17,18 +17,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from chatglm_int8 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
+from chatglm_int8.apps import chat, cli, loading
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).resolve().parent / "data"
 for folder in ("examples", "benchmarks"):
     sys.path.insert(0, str(ROOT / folder))
 
-import cli_demo  # noqa: E402
 import make_checkpoint  # noqa: E402
 import make_vocabulary  # noqa: E402
 import quantize  # noqa: E402
 
-CLI = [sys.executable, str(ROOT / "examples" / "cli_demo.py")]
+CHAT = [sys.executable, "-m", "chatglm_int8", "chat"]
 MODULES = {"checkpoint.py", "configuration_chatglm.py", "modeling_chatglm.py", "quantization.py"}
 TINY = {"vocab_size": 1024, "hidden_size": 32, "num_layers": 2, "num_attention_heads": 2, "max_sequence_length": 2048}
 
@@ -55,14 +55,16 @@ def tiny(tmp_path_factory) -> Path:
     return folder
 
 
-# cli_demo.py
+# chatglm chat
 
 
-def run_cli(*arguments: str, typed: str | None = None, **environment: str) -> subprocess.CompletedProcess:
+def run_chat(*arguments: str, typed: str | None = None, **environment: str) -> subprocess.CompletedProcess:
+    """The program, with what is typed, else with its standard input closed."""
     return subprocess.run(
-        [*CLI, "--device", "cpu", "--dtype", "float32", "--greedy", *arguments],
-        input=(typed or "").encode(),
+        [*CHAT, "--device", "cpu", "--dtype", "float32", "--greedy", *arguments],
+        input=None if typed is None else typed.encode(),
         capture_output=True,
+        preexec_fn=(lambda: os.close(0)) if typed is None and os.name == "posix" else None,
         timeout=120,
         env={**os.environ, **environment},
     )
@@ -71,7 +73,7 @@ def run_cli(*arguments: str, typed: str | None = None, **environment: str) -> su
 @pytest.fixture(scope="session")
 def greedy_answer(tiny):
     """What the model answers, as the command should print it."""
-    model, tokenizer = cli_demo.load(str(tiny), "cpu", "float32")
+    model, tokenizer = loading.load(str(tiny), "cpu", "float32")
 
     def answer(query: str, max_length: int, history: list[tuple[str, str]] | None = None) -> str:
         return model.chat(tokenizer, query, history, max_length=max_length, do_sample=False)[0]
@@ -82,7 +84,7 @@ def greedy_answer(tiny):
 def test_query_as_an_argument(tiny, greedy_answer):
     query = "Hello，你好"
     # A locale without Chinese must not matter.
-    done = run_cli(query, "--model", str(tiny), "--max-length", "60", PYTHONIOENCODING="latin-1")
+    done = run_chat(query, "--model", str(tiny), "--max-length", "60", PYTHONIOENCODING="latin-1")
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout.decode() == greedy_answer(query, 60) + "\n"
 
@@ -90,12 +92,12 @@ def test_query_as_an_argument(tiny, greedy_answer):
 def test_queries_from_a_pipe(tiny, greedy_answer):
     """Rounds, empty lines, a query that is too long, `clear`; nothing but answers on stdout; `stop` ends."""
     typed = f"first\n\nsecond\nclear\n{'x' * 200}\nfirst\nstop\nnot asked\n"
-    done = run_cli("--model", str(tiny), "--max-length", "90", typed=typed)
+    done = run_chat("--model", str(tiny), "--max-length", "90", typed=typed)
     first = greedy_answer("first", 90)
     second = greedy_answer("second", 90, [("first", first)])
     assert done.returncode == 0
     assert done.stdout.decode() == f"{first}\n{second}\n\n{first}\n"
-    (error,) = [line for line in done.stderr.decode().splitlines() if line.startswith("cli_demo.py:")]
+    (error,) = [line for line in done.stderr.decode().splitlines() if line.startswith("chatglm chat:")]
     assert "The query has" in error
 
 
@@ -149,16 +151,16 @@ class Terminal:
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals and terminals")
 def test_ctrl_c_on_a_terminal(tiny):
     """It breaks off an answer of two thousand tokens, the chat goes on, and twice at the prompt it ends."""
-    terminal = Terminal([*CLI, "--model", str(tiny), "--device", "cpu", "--greedy"])
+    terminal = Terminal([*CHAT, "--model", str(tiny), "--device", "cpu", "--greedy"])
     try:
         terminal.wait_for("User: ")
         terminal.type("hello\r")
         terminal.wait_for("ChatGLM: ")
         terminal.type("\x03")
-        terminal.wait_for(cli_demo.INTERRUPTED)
+        terminal.wait_for(chat.INTERRUPTED)
         terminal.wait_for("User: ")
         terminal.type("\x03")
-        terminal.wait_for(cli_demo.HOW_TO_LEAVE)
+        terminal.wait_for(chat.HOW_TO_LEAVE)
         terminal.wait_for("User: ")
         terminal.type("\x03")
         assert terminal.exit_code() == 0
@@ -196,12 +198,12 @@ def test_history(monkeypatch, capsys):
 
     monkeypatch.setattr(builtins, "input", read)
     model = ScriptedModel(answers)
-    cli_demo.chat(model, None, {})
+    chat.chat(model, None, {})
     kept = [("a", "one"), ("c", "")]
     assert model.histories == [[], kept[:1], kept[:1], kept, kept, []]
     out, err = capsys.readouterr()
-    assert out == f"one\ntw\n{cli_demo.INTERRUPTED}\n\n\nfive\nsix\n"
-    assert err == "cli_demo.py: too long\n"
+    assert out == f"one\ntw\n{chat.INTERRUPTED}\n\n\nfive\nsix\n"
+    assert err == "chatglm chat: too long\n"
 
 
 def test_printed_text_is_the_response(golden_model, capsys):
@@ -220,7 +222,7 @@ def test_printed_text_is_the_response(golden_model, capsys):
 
     for _ in range(500):
         model = Model()
-        assert cli_demo.answer(model, None, "", [], {}) == [("", model.response)]
+        assert chat.answer(model, None, "", [], {}) == [("", model.response)]
         assert capsys.readouterr().out == model.response + "\n"
 
 
@@ -234,13 +236,12 @@ def test_printed_text_is_the_response(golden_model, capsys):
 )
 def test_what_can_not_be_loaded(folder, device, message, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli_demo, "prepare_streams", lambda: None)  # pytest's are others
-    monkeypatch.setattr(sys, "argv", ["cli_demo.py", "hello", "--model", folder, "--device", device])
-    assert cli_demo.main() == 1
+    monkeypatch.setattr(cli, "prepare_streams", lambda: None)  # pytest's are others
+    assert cli.main(["chat", "hello", "--model", folder, "--device", device]) == 1
     out, err = capsys.readouterr()
     assert not out
     assert message in err
-    assert err.startswith("cli_demo.py: ")
+    assert err.startswith("chatglm chat: ")
     assert err.count("\n") == 1
 
 
