@@ -17,6 +17,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from .kernels_cuda import (
+    HEAD_DIMS,
     attend,
     available,
     begin_step,
@@ -26,7 +27,6 @@ from .kernels_cuda import (
     parts_of_keys,
     split_rotate,
 )
-from .kernels_cuda_source import HEAD_DIMS
 
 _GROWTH = 512  # places that are added to a cache at a time
 # A model's last cache is kept for its next answer, with its graph, if it is not larger than this or than this share of

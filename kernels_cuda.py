@@ -1,8 +1,7 @@
 """INT8 and INT4 products, and the small operations of a decoding step, on NVIDIA GPUs.
 
-The CUDA C++ of `kernels_cuda_source` is compiled by NVRTC at the first call, through the binding of cpm_kernels, loaded
-by its `LazyKernelCModule` and launched by its `KernelFunction`. Compiled modules are kept on disk (see
-`kernel_cache`).
+The CUDA C++ of `kernels/cuda` is compiled by NVRTC at the first call, through the binding of cpm_kernels, loaded by its
+`LazyKernelCModule` and launched by its `KernelFunction`. Compiled modules are kept on disk (see `kernel_cache`).
 
 Letters: M rows of an activation, K in_features, N out_features, B batch, H heads, D head width, T places in a cache.
 
@@ -16,6 +15,7 @@ import glob
 import hashlib
 import importlib
 import importlib.util
+import itertools
 import os
 import re
 import struct
@@ -28,9 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from .kernel_cache import keep
-from .kernels_cuda_hopper import FEW_SPLITS, FEW_TOKENS, MOST_STAGES, SPLITS, STAGES, few_bytes, hopper_bytes
-from .kernels_cuda_linear import FEW_WIDTHS, TILE_SHAPES
-from .kernels_cuda_source import MOST_PARTS, SOURCES
+from .kernel_sources import FILES
 
 _REMEDY = (
     "Install what is missing (pip install cpm_kernels; NVRTC comes with PyTorch's CUDA wheels or the CUDA toolkit), or "
@@ -41,6 +39,28 @@ _REMEDY = (
 _MOST_ROWS = 128
 MOST_FEW_ROWS = 32  # Hopper has one kernel for them, and another for more
 _SHARED_LIMIT = 32 * 1024  # of a kernel that has not asked for more; it has up to 16 KB beside
+HEAD_DIMS = (16, 32, 64, 128)
+MOST_PARTS = 8  # into which the keys of a head are cut
+# Of the kernels tiles_BITS_MT: (HEIGHT, STAGES, blocks that a multiprocessor holds at once).
+TILE_SHAPES = {
+    (8, 8): (1, 4, 4),
+    (8, 16): (2, 3, 3),
+    (8, 32): (2, 4, 2),
+    (8, 64): (2, 3, 2),
+    (4, 8): (1, 4, 4),
+    (4, 16): (1, 3, 4),
+    (4, 32): (2, 2, 3),
+    (4, 64): (2, 2, 2),
+}
+# Of the modules few_BITS_MT: MT.
+FEW_WIDTHS = (8, 16)
+# Of the modules hopper_…_TOKENS_SPLIT: steps under way at a time, by TOKENS; and SPLIT.
+STAGES = {64: 8, 128: 8, 192: 6, 256: 5}
+SPLITS = (1, 2)
+# The same of the modules hopper_few_…, of which a launch says how many steps are under way.
+FEW_TOKENS = (8, 16, 32)
+FEW_SPLITS = (1, 2, 3)  # clusters of four leave many multiprocessors alone
+MOST_STAGES = 10
 _lock = threading.RLock()
 _local = threading.local()
 
@@ -138,8 +158,34 @@ def load_launcher() -> types.ModuleType:
 # --- Compiling, with a cache on disk ---
 
 
-def compile_source(nvrtc, source: str, options: list[str]) -> bytes:
-    """Compile CUDA C++ to machine code (a cubin), or to PTX where `options` name a virtual architecture.
+def _modules() -> dict[str, tuple[str, str]]:
+    """Of every module, its file in `kernels/cuda`, and the macro there that makes its kernel, with numbers for it."""
+    modules = {"prompt": ("prompt", ""), "training": ("training_norm", "")}
+    modules |= {f"row_{bits}": ("linear_m1", f"ROW({bits})") for bits in (8, 4, 16)}
+    for bits, height in ((8, 1), (4, 2)):
+        modules[f"rows_{bits}"] = "linear_m8", f"ROWS(rows_{bits}, {bits}, {height})"
+    modules |= {f"step_{dim}": ("decode_attention", "") for dim in HEAD_DIMS}
+    for (bits, width), shape in TILE_SHAPES.items():  # modules of their own: few are ever needed
+        name = f"tiles_{bits}_{width}"
+        modules[name] = "linear_tiles", "TILES({}, {}, {}, {}, {}, {})".format(name, bits, width, *shape)
+    for width, bits in itertools.product(FEW_WIDTHS, (8, 4)):
+        modules[f"few_{bits}_{width}"] = "linear_m16", f"FEW_ROWS({bits}, {width})"
+    for (tokens, stages), split in itertools.product(STAGES.items(), SPLITS):
+        shape = f"{tokens}, {split}, {stages}"
+        for bits in (8, 4):
+            modules[f"hopper_{bits}_{tokens}_{split}"] = "hopper/linear_large_m", f"MANY_ROWS({bits}, {shape})"
+        modules[f"hopper_gradient_{tokens}_{split}"] = "hopper/linear_large_m", f"GRADIENT({shape})"
+    for tokens, split, bits in itertools.product(FEW_TOKENS, FEW_SPLITS, (8, 4)):
+        kernel = f"FEW_ROWS({bits}, {tokens}, {split})"
+        modules[f"hopper_few_{bits}_{tokens}_{split}"] = "hopper/linear_small_m", kernel
+    return modules
+
+
+MODULES = _modules()
+
+
+def compile_module(nvrtc, name: str, options: list[str]) -> bytes:
+    """Compile a module to machine code (a cubin), or to PTX where `options` name a virtual architecture.
 
     Args:
         nvrtc: the binding, `cpm_kernels.library.nvrtc`.
@@ -147,8 +193,11 @@ def compile_source(nvrtc, source: str, options: list[str]) -> bytes:
     Raises:
         RuntimeError: what the compiler said.
     """
+    file, kernel = MODULES[name]
+    text = f'#include "kernels/cuda/{file}.cuh"\n{kernel}\n'
+    headers = {name: text for name, text in FILES.items() if name.startswith("kernels/cuda/")}
     program = nvrtc.nvrtcProgram()
-    nvrtc.nvrtcCreateProgram(program, source, "chatglm_int8.cu", 0, [], [])
+    nvrtc.nvrtcCreateProgram(program, text, f"{name}.cu", len(headers), list(headers.values()), list(headers))
     try:
         nvrtc.nvrtcCompileProgram(program, len(options), options)
         kind = "PTX" if any("=compute_" in option for option in options) else "CUBIN"
@@ -160,17 +209,20 @@ def compile_source(nvrtc, source: str, options: list[str]) -> bytes:
 
 
 def compiler_options(name: str, bf16: bool, architecture: int) -> list[str]:
-    """How a module of `SOURCES` is compiled; those for Hopper have instructions of this architecture alone."""
+    """How a module is compiled; those for Hopper have instructions of this architecture alone."""
     special = "a" if name.startswith("hopper") else ""
-    return ["--std=c++17", f"-DBF16={int(bf16)}", f"--gpu-architecture=sm_{architecture}{special}"]
+    options = ["--std=c++17", f"-DBF16={int(bf16)}", f"--gpu-architecture=sm_{architecture}{special}"]
+    if name.startswith("step"):
+        options += [f"-DHEAD_DIM={name.removeprefix('step_')}", f"-DMOST_PARTS={MOST_PARTS}"]
+    return options
 
 
 def _module_code(nvrtc, name: str, bf16: bool, architecture: int) -> bytes:
     """Compiled code of a module, from the cache on disk if it is there."""
     options = compiler_options(name, bf16, architecture)
-    key = repr((SOURCES[name], options, nvrtc.version))
+    key = repr((MODULES[name], FILES, options, nvrtc.version))
     file = f"cuda-{name}-sm_{architecture}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.cubin"
-    return keep(file, lambda path: path.write_bytes(compile_source(nvrtc, SOURCES[name], options))).read_bytes()
+    return keep(file, lambda path: path.write_bytes(compile_module(nvrtc, name, options))).read_bytes()
 
 
 @functools.cache
@@ -191,7 +243,7 @@ def _function(name: str, module: str, bf16: bool, device: int, much_shared: bool
     architecture, *_ = _properties(device)
     if module.startswith("hopper"):  # a model that needs it will need those with other parts of K
         family = module.rpartition("_")[0]
-        _compile([other for other in SOURCES if other.rpartition("_")[0] == family], bf16, architecture)
+        _compile([other for other in MODULES if other.rpartition("_")[0] == family], bf16, architecture)
     function = load_launcher().KernelFunction(_module(module, bf16, architecture), name)
     prepare, handle = function._prepare_func, function._prepare_func()
 
@@ -291,7 +343,7 @@ _DEPENDENT = _LaunchAttribute(6, 0, 1)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREA
 
 
 _MOST_ARGUMENTS = 16
-_CALL = struct.Struct("<128s128sQQQQfiiiiii4x")  # `Call` in `kernels_cuda_hopper`; its size is a multiple of 64
+_CALL = struct.Struct("<128s128sQQQQfiiiiii4x")  # `Call` in kernels/cuda/hopper/call.cuh; its size is a multiple of 64
 
 
 class _Arguments(threading.local):
@@ -380,7 +432,7 @@ def _get_tickets(device: torch.device) -> torch.Tensor:
 
 
 class Operation(ctypes.Structure):
-    """An operation on one token, as the kernels take it; see the struct of this name in `kernels_cuda_linear`."""
+    """An operation on one token, as the kernels take it; see the struct of this name in kernels/cuda/operation.cuh."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("input", "output", "weight", "scale", "bias", "residual")),
@@ -464,6 +516,17 @@ def _plan(m: int, n: int, k: int, bits: int, device: int) -> tuple | None:
 # them when two blocks share the columns.
 _STEP_TIME = {64: 0.33, 128: 0.45, 192: 0.57, 256: 0.68}
 _TILE_TIME, _EXCHANGE_TIME = 4, 2
+
+
+def hopper_bytes(tokens: int, weight_bytes: int) -> int:
+    """Dynamic shared memory of a block, with so many bytes of weights in a step."""
+    stage = tokens * 128 + weight_bytes + 128  # the last are scales, where a step needs them
+    return 1024 + STAGES[tokens] * stage + 8 * 1536  # STAGING of each warp
+
+
+def few_bytes(tokens: int, split: int, stages: int, weight_bytes: int) -> int:
+    """Dynamic shared memory of a block that multiplies few rows: as above, and sums of the blocks of a cluster."""
+    return 1024 + stages * (tokens * 256 + weight_bytes) + (split > 1) * split * -(-8 // split) * tokens * 64
 
 
 @functools.lru_cache(maxsize=4096)

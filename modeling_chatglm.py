@@ -46,14 +46,12 @@ from .cuda_graphs import StepCache, StepGraph, can_record, draw, forget_steps
 
 # Early transformers 5 brings along only what this very file imports, so the kernels of the others stand here.
 from .kernel_cache import keep  # noqa: F401
+from .kernel_sources import FILES  # noqa: F401
 from .kernels_cpu import library as cpu_library
 from .kernels_cpu_layers import LAYERS  # noqa: F401
 from .kernels_cpu_linear import LINEAR  # noqa: F401
 from .kernels_cpu_source import SOURCE  # noqa: F401
 from .kernels_cuda import can_rotate, rotate
-from .kernels_cuda_hopper import STAGES  # noqa: F401
-from .kernels_cuda_linear import TILE_SHAPES  # noqa: F401
-from .kernels_cuda_source import SOURCES  # noqa: F401
 from .quantization import (
     HalfEmbedding,
     HalfLinear,

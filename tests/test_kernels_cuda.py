@@ -66,14 +66,14 @@ def test_compiles(major, architecture, monkeypatch, fresh_libraries):
     names += ["few_8_16", "few_4_8"] if architecture >= 80 else []
     names += ["hopper_8_256_2", "hopper_4_64_1", "hopper_gradient_192_2"] if architecture == 90 else []
     names += ["hopper_few_8_16_3", "hopper_few_4_32_1", "hopper_few_8_8_2"] if architecture == 90 else []
-    others = [name for name in kernels_cuda.SOURCES if not name.startswith("hopper")]  # those have a test below
+    others = [name for name in kernels_cuda.MODULES if not name.startswith("hopper")]  # those have a test below
     jobs = [(name, 0) for name in (others if architecture == 90 else names)]
     jobs += [(name, 1) for name in names if architecture >= 80]
 
     def compile_one(job):
         name, bf16 = job
         options = kernels_cuda.compiler_options(name, bf16, architecture)
-        return kernels_cuda.compile_source(nvrtc, kernels_cuda.SOURCES[name], options)
+        return kernels_cuda.compile_module(nvrtc, name, options)
 
     with ThreadPoolExecutor() as pool:
         for job, code in zip(jobs, pool.map(compile_one, jobs), strict=True):
@@ -94,16 +94,17 @@ def test_products_on_hopper_are_not_serialised(major, monkeypatch, fresh_librari
 
     monkeypatch.setattr(nvrtc, "nvrtcDestroyProgram", keep_log)
 
-    def compile_one(name, change=lambda source: source):
-        options = kernels_cuda.compiler_options(name, False, 90)
-        return kernels_cuda.compile_source(nvrtc, change(kernels_cuda.SOURCES[name]), options)
+    def compile_one(name):
+        return kernels_cuda.compile_module(nvrtc, name, kernels_cuda.compiler_options(name, False, 90))
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(compile_one, [name for name in kernels_cuda.SOURCES if name.startswith("hopper")]))
+        list(pool.map(compile_one, [name for name in kernels_cuda.MODULES if name.startswith("hopper")]))
     assert logs
     assert not any("serialized" in log for log in logs)
-    touched = "sums[0] += 1; widen(stage, 1, a[1]);"
-    compile_one("hopper_8_64_1", lambda source: source.replace("widen(stage, 1, a[1]);", touched))
+    file, touched = "kernels/cuda/hopper/linear_large_m.cuh", "sums[0] += 1; widen(stage, 1, a[1]);"
+    changed = kernels_cuda.FILES[file].replace("widen(stage, 1, a[1]);", touched)
+    monkeypatch.setitem(kernels_cuda.FILES, file, changed)
+    compile_one("hopper_8_64_1")
     assert "serialized" in logs[-1]  # so the test could fail
 
 
@@ -112,14 +113,17 @@ def test_what_hopper_kernels_are_given_has_the_size_of_their_parameter(monkeypat
     options = ["--std=c++17", "-DBF16=0", "--gpu-architecture=compute_90a"]
     kernels = {"hopper_8_64_1": "many_rows", "hopper_gradient_64_1": "gradient", "hopper_few_8_8_1": "few_rows"}
     for name, kernel in kernels.items():
-        ptx = kernels_cuda.compile_source(nvrtc, kernels_cuda.SOURCES[name], options).decode()
+        ptx = kernels_cuda.compile_module(nvrtc, name, options).decode()
         assert f".param .align 64 .b8 {kernel}_param_0[{kernels_cuda._CALL.size}]" in ptx
 
 
 def test_what_the_compiler_says_is_passed_on(monkeypatch, fresh_libraries):
     nvrtc = load_nvrtc(13, monkeypatch)
-    with pytest.raises(RuntimeError, match="no_such_thing"):
-        kernels_cuda.compile_source(nvrtc, "int i = no_such_thing;", ["--gpu-architecture=sm_90"])
+    changed = kernels_cuda.FILES["kernels/cuda/mma.cuh"] + "__device__ int i = no_such_thing;\n"
+    monkeypatch.setitem(kernels_cuda.FILES, "kernels/cuda/mma.cuh", changed)
+    place = rf"kernels/cuda/mma.cuh\({changed.count(chr(10))}\): error.*no_such_thing"
+    with pytest.raises(RuntimeError, match=place):
+        kernels_cuda.compile_module(nvrtc, "row_8", kernels_cuda.compiler_options("row_8", False, 90))
 
 
 def test_library_search_in_wheels(tmp_path, monkeypatch):
@@ -195,7 +199,7 @@ def test_every_launch_fits_the_device(architecture, monkeypatch):
                 if plan is None:
                     continue
                 module, name, grid, block, shared, _ = plan
-                assert module in kernels_cuda.SOURCES
+                assert module in kernels_cuda.MODULES
                 static = 4096 if name.startswith("row") else 0 if name == "few_rows" else 64  # bytes, at most
                 assert shared + static <= most, plan
                 assert min(grid) > 0
@@ -212,14 +216,14 @@ def test_every_launch_on_hopper_fits_the_device(monkeypatch):
         for m in range(33, 2100, 7):
             tokens, split = kernels_cuda._hopper_shape(m, n, k, processors)
             for module in ("hopper_8", "hopper_4", "hopper_gradient"):
-                assert f"{module}_{tokens}_{split}" in kernels_cuda.SOURCES
+                assert f"{module}_{tokens}_{split}" in kernels_cuda.MODULES
             assert kernels_cuda.hopper_bytes(tokens, 8192) + 128 <= most
             assert k // 64 >= split
     for n, k in ((12288, 4096), (4096, 16384), (40, 65536), (24, 64), (200000, 128)):
         for m in range(2, 33):
             for bits in (8, 4):
                 tokens, split, stages, shared = kernels_cuda._few_shape(m, n, k, bits, 0)
-                assert f"hopper_few_{bits}_{tokens}_{split}" in kernels_cuda.SOURCES
+                assert f"hopper_few_{bits}_{tokens}_{split}" in kernels_cuda.MODULES
                 assert tokens >= m
                 assert split == 1 or k // 128 >= split
                 assert 1 < stages <= kernels_cuda.MOST_STAGES
@@ -250,7 +254,7 @@ def test_compiled_modules_are_kept(tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(
-        kernels_cuda, "compile_source", lambda *given: compiled.append(given) or f"code {len(compiled)}".encode()
+        kernels_cuda, "compile_module", lambda *given: compiled.append(given) or f"code {len(compiled)}".encode()
     )
     old, new = types.SimpleNamespace(version=(12, 9)), types.SimpleNamespace(version=(13, 0))
     assert kernels_cuda._module_code(old, "row_8", False, 90) == b"code 1"
@@ -263,7 +267,7 @@ def test_compiled_modules_are_kept(tmp_path, monkeypatch):
     ):
         assert kernels_cuda._module_code(*other) == f"code {len(compiled)}".encode()
     assert len(compiled) == 5
-    monkeypatch.setitem(kernels_cuda.SOURCES, "row_8", "changed")
+    monkeypatch.setitem(kernels_cuda.FILES, "kernels/cuda/linear_m1.cuh", "changed")
     assert kernels_cuda._module_code(old, "row_8", False, 90) == b"code 6"
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # no folder can be made there

@@ -1,0 +1,60 @@
+// The half weight of a quantised one, for cuBLAS.
+#pragma once
+
+#include "kernels/cuda/dequantize.cuh"
+
+// The float weight q · scale [N, K]: a thread widens 8 weights of 4 rows; grid.x over the row, grid.y over rows.
+template <int BITS>
+__device__ __forceinline__ void expand(const unsigned char* __restrict__ weight, const u16* __restrict__ scale,
+                                       u16* __restrict__ out, int N, int K) {
+    const int k = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    const size_t row_bytes = (size_t)K * BITS / 8;
+    if (k >= K) return;
+    if (K % 8 == 0) {
+        for (int first = blockIdx.y * 4; first < N; first += gridDim.y * 4) {
+            uint2 v[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const unsigned char* p = weight + (first + i) * row_bytes + k * BITS / 8;
+                v[i] = make_uint2(0, 0);
+                if (first + i < N) {
+                    if (BITS == 8)
+                        v[i] = *(const uint2*)p;
+                    else
+                        v[i].x = *(const u32*)p;
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                if (first + i >= N) break;
+                const float s = to_float(scale[first + i]);
+                u32 w[4];
+                if (BITS == 8) {
+                    widen8(v[i].x, w);
+                    widen8(v[i].y, w + 2);
+                } else
+                    widen4(v[i].x, w);
+                *(uint4*)(out + (size_t)(first + i) * K + k) =
+                    make_uint4(pack(low(w[0]) * s, high(w[0]) * s), pack(low(w[1]) * s, high(w[1]) * s),
+                               pack(low(w[2]) * s, high(w[2]) * s), pack(low(w[3]) * s, high(w[3]) * s));
+            }
+        }
+    } else {
+        for (int n = blockIdx.y; n < N; n += gridDim.y)
+            for (int i = k; i < min(k + 8, K); i++) {
+                const unsigned char* p = weight + n * row_bytes;
+                int v;
+                if (BITS == 8)
+                    v = (signed char)p[i];
+                else
+                    v = (i & 1) ? (int)((u32)p[i / 2] << 28) >> 28 : (int)((u32)p[i / 2] << 24) >> 28;
+                out[(size_t)n * K + i] = to_u16(v * to_float(scale[n]));
+            }
+    }
+}
+extern "C" __global__ void expand_8(const unsigned char* weight, const u16* scale, u16* out, int N, int K) {
+    expand<8>(weight, scale, out, N, K);
+}
+extern "C" __global__ void expand_4(const unsigned char* weight, const u16* scale, u16* out, int N, int K) {
+    expand<4>(weight, scale, out, N, K);
+}

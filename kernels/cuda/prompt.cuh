@@ -1,0 +1,77 @@
+// The small operations of a prompt.
+#pragma once
+
+#include "kernels/cuda/expand.cuh"
+#include "kernels/cuda/layer_norm.cuh"
+
+// y = LayerNorm(x), a block a row; K % 8 == 0.
+extern "C" __global__ void __launch_bounds__(512)
+    layer_norm(const u16* x, const u16* weight, const u16* bias, u16* y, float epsilon, int K) {
+    extern __shared__ uint4 row[];
+    __shared__ float sums[32];
+    Operation op = {};
+    op.epsilon = epsilon;
+    op.K = K;
+    start_next();
+    for (int i = threadIdx.x; i < K / 8; i += blockDim.x) {
+        prefetch(weight + i * 8);
+        prefetch(bias + i * 8);
+    }
+    wait();
+    for (int i = threadIdx.x; i < K / 8; i += blockDim.x) row[i] = ((const uint4*)x)[(size_t)blockIdx.x * (K / 8) + i];
+    normalise(row, (const uint4*)weight, (const uint4*)bias, op, sums);
+    for (int i = threadIdx.x; i < K / 8; i += blockDim.x) ((uint4*)y)[(size_t)blockIdx.x * (K / 8) + i] = row[i];
+}
+
+// A prompt's queries, keys and values out of qkv [B, S, H, 3·D], rotated by cosines and sines [B, S, D]:
+// queries [B, S, H, D] and, into the places from `place` on, caches [B, H, T, D]. A thread for 8 numbers; D % 16 == 0.
+extern "C" __global__ void split_rotate(const u16* __restrict__ qkv, const u16* __restrict__ cosines,
+                                        const u16* __restrict__ sines, u16* queries, u16* keys, u16* values, int B,
+                                        int S, int H, int D, int R, int T, int place) {
+    const int lanes = D / 8, i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= B * S * H * lanes) return;
+    const int k = i % lanes * 8, h = i / lanes % H, s = i / lanes / H % S, b = i / lanes / H / S;
+    const int half = D / R / 2;
+    const size_t token = (size_t)b * S + s;
+    const u16* mine = qkv + (token * H + h) * 3 * D;
+    u16 q[8], key[8];
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        const bool first = (k + j) % (2 * half) < half;
+        const int other = first ? k + j + half : k + j - half;
+        const float c = to_float(cosines[token * D + k + j]);
+        const float n = first ? -to_float(sines[token * D + k + j]) : to_float(sines[token * D + k + j]);
+        q[j] = to_u16(to_float(mine[k + j]) * c + to_float(mine[other]) * n);
+        key[j] = to_u16(to_float(mine[D + k + j]) * c + to_float(mine[D + other]) * n);
+    }
+    const size_t head = (size_t)b * H + h, to = (head * T + place + s) * D + k;
+    *(uint4*)(queries + (token * H + h) * D + k) = *(uint4*)q;
+    *(uint4*)(keys + to) = *(uint4*)key;
+    *(uint4*)(values + to) = *(const uint4*)(mine + 2 * D + k);
+}
+
+// qkv [tokens, H, 3·D] with queries and keys rotated by cosines and sines [tokens, D], which are the same in both
+// halves of each of R parts; back with sign -1. A thread for 8 numbers of each half; D / R % 16 == 0.
+extern "C" __global__ void rotate(const u16* __restrict__ qkv, const u16* __restrict__ cosines,
+                                  const u16* __restrict__ sines, u16* out, float sign, int tokens, int H, int D,
+                                  int R) {
+    const int threads = D / 16, i = blockIdx.x * blockDim.x + threadIdx.x, vector = i / threads;
+    if (vector >= tokens * H * 3) return;
+    const int part = D / R, per_part = part / 16, t = i % threads, k = t / per_part * part + t % per_part * 8;
+    const size_t place = (size_t)vector * D + k, angle = (size_t)(vector / 3 / H) * D + k;
+    uint4 first = *(const uint4*)(qkv + place), second = *(const uint4*)(qkv + place + part / 2);
+    if (vector % 3 < 2) {
+        const uint4 c = *(const uint4*)(cosines + angle), s = *(const uint4*)(sines + angle);
+        auto turn = [&](u32& a, u32& b, u32 c, u32 s) {
+            const u32 was = a;
+            a = pack(low(a) * low(c) - low(b) * low(s) * sign, high(a) * high(c) - high(b) * high(s) * sign);
+            b = pack(low(b) * low(c) + low(was) * low(s) * sign, high(b) * high(c) + high(was) * high(s) * sign);
+        };
+        turn(first.x, second.x, c.x, s.x);
+        turn(first.y, second.y, c.y, s.y);
+        turn(first.z, second.z, c.z, s.z);
+        turn(first.w, second.w, c.w, s.w);
+    }
+    *(uint4*)(out + place) = first;
+    *(uint4*)(out + place + part / 2) = second;
+}

@@ -1,0 +1,134 @@
+// LayerNorm in training under autocast: a row is float32, the LayerNorm's result too, and what a product takes of it is
+// rounded to 16 bits. A block a row of K numbers, K % 8 == 0; a thread has every 512th eight of them, at most MOST.
+#pragma once
+
+#include "kernels/cuda/layer_norm.cuh"
+
+__device__ __forceinline__ void load8(const void* p, size_t i, bool is_float, float (&v)[8]) {
+    if (is_float) {
+        const float4 a = ((const float4*)p)[2 * i], b = ((const float4*)p)[2 * i + 1];
+        v[0] = a.x;
+        v[1] = a.y;
+        v[2] = a.z;
+        v[3] = a.w;
+        v[4] = b.x;
+        v[5] = b.y;
+        v[6] = b.z;
+        v[7] = b.w;
+    } else {
+        const uint4 a = ((const uint4*)p)[i];
+        v[0] = low(a.x);
+        v[1] = high(a.x);
+        v[2] = low(a.y);
+        v[3] = high(a.y);
+        v[4] = low(a.z);
+        v[5] = high(a.z);
+        v[6] = low(a.w);
+        v[7] = high(a.w);
+    }
+}
+__device__ __forceinline__ void store8(void* p, size_t i, bool is_float, const float (&v)[8]) {
+    if (is_float) {
+        ((float4*)p)[2 * i] = make_float4(v[0], v[1], v[2], v[3]);
+        ((float4*)p)[2 * i + 1] = make_float4(v[4], v[5], v[6], v[7]);
+    } else {
+        ((uint4*)p)[i] = make_uint4(pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7]));
+    }
+}
+
+// A row of x, its mean and the inverse of its standard deviation; `sums` has room for 32.
+template <int MOST>
+struct Row {
+    float v[MOST][8], mean, scale;
+    __device__ __forceinline__ Row(const void* x, size_t row, bool is_float, float epsilon, int K, float* sums) {
+        float sum = 0;
+#pragma unroll
+        for (int j = 0; j < MOST; j++) {
+            const int i = threadIdx.x + j * 512;
+            if (i >= K / 8) break;
+            load8(x, row + i, is_float, v[j]);
+#pragma unroll
+            for (int e = 0; e < 8; e++) sum += v[j][e];
+        }
+        mean = block_sum(sum, sums) / K;
+        sum = 0;
+#pragma unroll
+        for (int j = 0; j < MOST; j++) {
+            if (threadIdx.x + j * 512 >= K / 8) break;
+#pragma unroll
+            for (int e = 0; e < 8; e++) sum += (v[j][e] - mean) * (v[j][e] - mean);
+        }
+        scale = rsqrtf(block_sum(sum, sums + 16) / K + epsilon);
+    }
+};
+
+// y and `rounded`: LayerNorm of x.
+template <int MOST>
+__device__ __forceinline__ void norm_forward(const void* x, const void* weight, const void* bias, float* y,
+                                             u16* rounded, float epsilon, bool x_is_float, bool weight_is_float,
+                                             int K) {
+    __shared__ float sums[32];
+    const size_t row = (size_t)blockIdx.x * (K / 8);
+    Row<MOST> r(x, row, x_is_float, epsilon, K, sums);
+#pragma unroll
+    for (int j = 0; j < MOST; j++) {
+        const int i = threadIdx.x + j * 512;
+        if (i >= K / 8) break;
+        float w[8], b[8];
+        load8(weight, i, weight_is_float, w);
+        load8(bias, i, weight_is_float, b);
+#pragma unroll
+        for (int e = 0; e < 8; e++) b[e] += (r.v[j][e] - r.mean) * r.scale * w[e];
+        store8(y, row + i, true, b);
+        store8(rounded, row + i, false, b);
+    }
+}
+
+// The gradient of x, for those of y and of `rounded`.
+template <int MOST>
+__device__ __forceinline__ void norm_backward(const void* x, const void* weight, const float* grad_y,
+                                              const u16* grad_rounded, void* grad_x, float epsilon, bool x_is_float,
+                                              bool weight_is_float, int K) {
+    __shared__ float sums[64];
+    const size_t row = (size_t)blockIdx.x * (K / 8);
+    Row<MOST> r(x, row, x_is_float, epsilon, K, sums);
+    float g[MOST][8], sum = 0, product = 0;
+#pragma unroll
+    for (int j = 0; j < MOST; j++) {
+        const int i = threadIdx.x + j * 512;
+        if (i >= K / 8) break;
+        float w[8], rounded[8];
+        load8(grad_y, row + i, true, g[j]);
+        load8(grad_rounded, row + i, false, rounded);
+        load8(weight, i, weight_is_float, w);
+#pragma unroll
+        for (int e = 0; e < 8; e++) {
+            r.v[j][e] = (r.v[j][e] - r.mean) * r.scale;
+            g[j][e] = (g[j][e] + rounded[e]) * w[e];
+            sum += g[j][e];
+            product += g[j][e] * r.v[j][e];
+        }
+    }
+    sum = block_sum(sum, sums + 32) / K;
+    product = block_sum(product, sums + 48) / K;
+#pragma unroll
+    for (int j = 0; j < MOST; j++) {
+        const int i = threadIdx.x + j * 512;
+        if (i >= K / 8) break;
+#pragma unroll
+        for (int e = 0; e < 8; e++) g[j][e] = (g[j][e] - sum - r.v[j][e] * product) * r.scale;
+        store8(grad_x, row + i, x_is_float, g[j]);
+    }
+}
+#define NORMS(MOST)                                                                                            \
+    extern "C" __global__ void __launch_bounds__(512, 4 / MOST)                                                \
+        norm_forward_##MOST(const void* x, const void* weight, const void* bias, float* y, u16* rounded,       \
+                            float epsilon, int x_is_float, int weight_is_float, int K) {                       \
+        norm_forward<MOST>(x, weight, bias, y, rounded, epsilon, x_is_float, weight_is_float, K);              \
+    }                                                                                                          \
+    extern "C" __global__ void __launch_bounds__(512, MOST == 1 ? 3 : 1)                                       \
+        norm_backward_##MOST(const void* x, const void* weight, const float* grad_y, const u16* grad_rounded,  \
+                             void* grad_x, float epsilon, int x_is_float, int weight_is_float, int K) {        \
+        norm_backward<MOST>(x, weight, grad_y, grad_rounded, grad_x, epsilon, x_is_float, weight_is_float, K); \
+    }
+NORMS(1) NORMS(2) NORMS(4)
