@@ -1,4 +1,4 @@
-"""The GLM network of ChatGLM-6B, its generation and its chat, for transformers 5.
+"""The GLM network of ChatGLM-6B, its head and loss, and how it is loaded, for transformers 5.
 
 Letters: B batch, S query length, T key length, H heads, D head width, L blocks, V vocabulary, P prefix length
 (P-Tuning v2), R rows of positions (2; 1 when `position_encoding_2d` is false).
@@ -9,40 +9,33 @@ context and then counts the answer. Sources: GLM (Du et al. 2022, arXiv:2103.103
 arXiv:2104.09864), P-Tuning v2 (Liu et al. 2021, arXiv:2110.07602), and the published checkpoint.
 """
 
-import bisect
 import copy
 import math
 import os
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import nn
 from transformers import (
     DynamicCache,
-    GenerationMixin,
-    LogitsProcessor,
-    LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedModel,
-    StoppingCriteriaList,
-    StopStringCriteria,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.generation import GenerationMode
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
+from .caches import CACHE, GrowingLayer, one_cache
+from .chat_chatglm import ChatMixin
 from .checkpoint import check_checkpoint, read_prefix
 from .configuration_chatglm import ChatGLMConfig
-from .cuda_graphs import StepCache, StepGraph, can_record, draw, forget_steps
+from .cuda_graphs import StepCache, StepGraph, forget_steps
+from .generation_chatglm import ChatGLMGenerationMixin
 
 # Early transformers 5 brings along only what this very file imports, so the kernels of the others stand here.
 from .kernel_cache import keep  # noqa: F401
@@ -62,27 +55,13 @@ from .quantization import (
     check_bits,
     has_cpu_kernels,
     is_plain_cpu,
-    is_traced,
     may_keep_output,
     quantize_linears,
 )
+from .sequences import additive_mask, answer_start, check_ids, get_masks, get_position_ids
 from .training_loss import TrainingOutput, causal_loss
 
 logger = logging.get_logger(__name__)
-
-# transformers calls a model's cache `cache` since 5.24, in arguments and in outputs, and called it `past_key_values`
-# before. The models here take either name; what is handed to transformers or returned has the one that it knows.
-_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-
-# The id that gets all the weight when the scores are not finite; "▁" in the release. The public code's choice.
-_FALLBACK_TOKEN_ID = 5
-
-
-def _one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
-    """The cache, given under either of its names."""
-    if past_key_values is not None and cache is not None:
-        raise ValueError("past_key_values and cache are two names of the same argument: pass one of them.")
-    return past_key_values if cache is None else cache
 
 
 def _linear(config: ChatGLMConfig, in_features: int, out_features: int) -> nn.Linear:
@@ -179,47 +158,6 @@ def eager_attention_forward(
     return torch.matmul(probs, value).transpose(1, 2), probs
 
 
-class GrowingLayer(DynamicLayer):
-    """Keys and values of a block in buffers with room for more, so that a step writes one column and copies nothing.
-
-    Attributes:
-        keys, values: [B, H, T, D], views of the buffers.
-    """
-
-    _room = 256  # columns
-
-    def lazy_initialization(self, *args) -> None:
-        """Called before the first keys are stored."""
-        super().lazy_initialization(*args)
-        self._buffers = {}
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Append [B, H, S, D] to each; returns all keys and values, [B, H, T + S, D]."""
-        if key_states.requires_grad or is_traced():
-            return super().update(key_states, value_states, *args, **kwargs)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.keys = self._append("keys", self.keys, key_states)
-        self.values = self._append("values", self.values, value_states)
-        return self.keys, self.values
-
-    def _append(self, name: str, states: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        start = states.shape[-2] if states.numel() else 0
-        end = start + new.shape[-2]
-        buffer = self._buffers.get(name)
-        # Beam search and users put other tensors in the place of the views.
-        is_view = buffer is not None and (states.data_ptr(), states.stride()) == (buffer.data_ptr(), buffer.stride())
-        if is_view and buffer.is_inference() and not torch.is_inference_mode_enabled():
-            is_view = False  # may not be written to any more
-        if not is_view or end > buffer.shape[-2] or states.shape[0] != buffer.shape[0]:
-            batch, heads, _, width = new.shape
-            buffer = self._buffers[name] = new.new_empty(batch, heads, end + self._room, width)
-            if start:
-                buffer[:, :, :start] = states
-        buffer[:, :, start:end] = new
-        return buffer[:, :, :end]
-
-
 class ChatGLMAttention(nn.Module):
     """Self-attention of one block, with 2-D rotary positions."""
 
@@ -254,7 +192,7 @@ class ChatGLMAttention(nn.Module):
         `prefix` [2, B, H, P, D] are keys and values that stand before the sequence, given once, with the prompt.
         alpha · `residual` is added to the output.
         """
-        past_key_values = _one_cache(past_key_values, cache)
+        past_key_values = one_cache(past_key_values, cache)
         batch, length, _ = hidden_states.shape
         # Per head: D queries, then D keys, then D values.
         qkv = apply_linear(self.query_key_value, hidden_states)
@@ -362,11 +300,6 @@ def _first_linear(module: nn.Module) -> tuple[nn.Module, nn.Module | None]:
     return module, getattr(module, names.get(type(module), ""), None)
 
 
-def _first_column(marks: torch.Tensor, default: torch.Tensor) -> torch.Tensor:
-    """Column [B, 1] of the first True of each row of bool [B, S], or the default [B, 1] where there is none."""
-    return torch.where(marks.any(dim=1, keepdim=True), marks.int().argmax(dim=1, keepdim=True), default)
-
-
 class ChatGLMPreTrainedModel(PreTrainedModel):
     """What the two model classes share: how weights are loaded, and masks and positions of a sequence of ids."""
 
@@ -447,27 +380,14 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
             return
         super()._init_weights(module)
 
-    def _answer_start(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Column [B, 1] of the first `<sop>`, or S."""
-        none = torch.full_like(input_ids[:, :1], input_ids.shape[1])
-        return _first_column(input_ids == self.config.bos_token_id, none)
-
     def get_masks(
         self,
         input_ids: torch.Tensor,
         device: torch.device | str | None = None,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Who is hidden from whom: bool [B, 1, S, S], True = hidden, for ids [B, S].
-
-        Key j is seen by query i if j stands before the first `<sop>` or j ≤ i. Padding, known from `attention_mask`
-        [B, S] (1 = real), is seen by nobody.
-        """
-        columns = torch.arange(input_ids.shape[1], device=input_ids.device)
-        seen = (columns < self._answer_start(input_ids))[:, None, :] | (columns <= columns[:, None])
-        if attention_mask is not None:
-            seen = seen & attention_mask.bool()[:, None, :]
-        return ~seen[:, None].to(device or input_ids.device)
+        """See `sequences.get_masks`."""
+        return get_masks(self.config, input_ids, device, attention_mask)
 
     def get_position_ids(
         self,
@@ -477,37 +397,8 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         use_gmasks: list[bool] | None = None,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Positions int64 [B, 2, S] ([B, S] with 1-D positions) for ids [B, S].
-
-        Args:
-            mask_positions: index of the mask token in each sequence, counted without padding; by default that of the
-                first `[gMASK]` of the context, else of its first `[MASK]`, else that of its last token.
-            use_gmasks: whether the mask token is `[gMASK]`; matters to 1-D positions only, which stay at a `[MASK]`.
-            attention_mask: [B, S], 1 = real. Padding on the left is not counted.
-        """
-        columns = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        start = self._answer_start(input_ids)
-        in_context = columns < start
-        counted = columns.expand_as(input_ids)
-        if attention_mask is not None:
-            counted = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-        gmasks = (input_ids == self.config.gmask_token_id) & in_context
-        if mask_positions is None:
-            masks = (input_ids == self.config.mask_token_id) & in_context
-            column = _first_column(gmasks, _first_column(masks, (start - 1).clamp(min=0)))
-            mask_position = counted.gather(1, column)
-        else:
-            mask_position = torch.as_tensor(mask_positions, device=input_ids.device).view(-1, 1)
-        if self.config.position_encoding_2d:
-            place = torch.where(in_context, counted, mask_position)
-            position_ids = torch.stack((place, (columns - start + 1).clamp(min=0)), dim=1)
-        else:
-            if use_gmasks is None:
-                stays = ~gmasks.any(dim=1, keepdim=True)
-            else:
-                stays = ~torch.as_tensor(use_gmasks, device=input_ids.device).view(-1, 1)
-            position_ids = torch.where(stays & ~in_context, mask_position, counted)
-        return position_ids.to(device or input_ids.device)
+        """See `sequences.get_position_ids`."""
+        return get_position_ids(self.config, input_ids, mask_positions, device, use_gmasks, attention_mask)
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
@@ -575,7 +466,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                 can't be derived.
         """
         config = self.config
-        past_key_values = _one_cache(past_key_values, cache)
+        past_key_values = one_cache(past_key_values, cache)
         use_cache = config.use_cache if use_cache is None else use_cache
         return_dict = config.return_dict if return_dict is None else return_dict
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
@@ -583,7 +474,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either input_ids or inputs_embeds: got both or neither.")
         if inputs_embeds is None:
-            self._check_ids(input_ids)
+            check_ids(config, input_ids)
             inputs_embeds = self.word_embeddings(input_ids).to(self.dtype)
         batch, length, _ = inputs_embeds.shape
         if use_cache and past_key_values is None:
@@ -613,7 +504,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         context = None  # whose keys are seen by all: [B, S]
         if is_start and length > 1 and (attention_mask is None or attention_mask.ndim == 2):
             if input_ids is not None:
-                context = torch.arange(length, device=input_ids.device) < self._answer_start(input_ids)
+                context = torch.arange(length, device=input_ids.device) < answer_start(config, input_ids)
             elif config.position_encoding_2d:
                 context = position_ids[:, 1] == 0
             else:
@@ -625,7 +516,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if length > 1 or attention_mask is not None or is_static:
             # As attention wants it: of the queries' dtype.
             mask_dtype = autocast_dtype(inputs_embeds.device.type) or inputs_embeds.dtype
-            mask = self._additive_mask(attention_mask, context, slots, key_length, mask_dtype)
+            mask = additive_mask(config, attention_mask, context, slots, key_length, mask_dtype)
         if is_start and config.pre_seq_len is not None:
             slots = torch.arange(past_length + length, device=inputs_embeds.device)
 
@@ -634,7 +525,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         block_kwargs = {
             "attention_mask": mask,
             "position_embeddings": rotary_embedding(rows, head_dim, inputs_embeds.dtype),
-            _CACHE: past_key_values,
+            CACHE: past_key_values,
             "cache_position": slots,
             "output_attentions": output_attentions,
             **kwargs,
@@ -656,28 +547,16 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             last_hidden_state=hidden_states,
             hidden_states=all_hidden_states,
             attentions=all_attentions,
-            **{_CACHE: past_key_values if use_cache else None},
+            **{CACHE: past_key_values if use_cache else None},
         )
         return output if return_dict else output.to_tuple()
 
     def run_blocks(self, hidden_states: torch.Tensor, position_embeddings: tuple, graph: StepGraph) -> torch.Tensor:
         """The blocks and the final LayerNorm in a step that `graph` records: [B, 1, hidden] → [B, 1, hidden]."""
         for block in self.layers:
-            given = {"position_embeddings": position_embeddings, _CACHE: graph}
+            given = {"position_embeddings": position_embeddings, CACHE: graph}
             hidden_states, _ = block(hidden_states, **given)
         return apply_layer_norm(self.final_layernorm, hidden_states)
-
-    def _check_ids(self, input_ids: torch.Tensor) -> None:
-        if input_ids.shape[1] == 0:
-            raise ValueError(f"The sequences are empty: input_ids has shape {list(input_ids.shape)}. Give some text.")
-        # A look at ids on a GPU means waiting for it, which a step of one token, the model's own, can't afford.
-        if (input_ids.shape[1] > 1 or input_ids.device.type == "cpu") and not is_traced():
-            low, high = input_ids.aminmax()
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(
-                    f"input_ids go from {int(low)} to {int(high)}, but this model has ids 0 to "
-                    f"{self.config.vocab_size - 1}. Was the text encoded with the tokenizer of another model?"
-                )
 
     def _positions_from_ids(
         self,
@@ -707,90 +586,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             attention_mask = None  # does not tell padding from context
         return self.get_position_ids(input_ids, attention_mask=attention_mask)[..., -new:]
 
-    def _additive_mask(
-        self,
-        attention_mask: torch.Tensor | None,
-        context: torch.Tensor | None,
-        slots: torch.Tensor,
-        key_length: int,
-        dtype: torch.dtype,
-    ) -> torch.Tensor:
-        """What is added to the scores, [B or 1, 1, S, T]: 0 where seen, the dtype's lowest number where hidden.
-
-        `slots` [S] are the queries' own places among the T keys, of which the P prefix keys come first, seen by all;
-        keys after the last query are places of a static cache that are not filled yet.
-        """
-        if attention_mask is not None and attention_mask.is_floating_point() and attention_mask.ndim == 4:
-            return attention_mask.to(dtype)
-        prefix_length = self.config.pre_seq_len or 0
-
-        def over_keys(marks: torch.Tensor, outside: bool) -> torch.Tensor:
-            """Marks of the sequence's keys [..., ≤ T - P], widened to all T keys."""
-            unfilled = key_length - prefix_length - marks.shape[-1]
-            return nn.functional.pad(marks.bool(), (prefix_length, unfilled), value=outside)
-
-        if attention_mask is not None and attention_mask.ndim == 4:
-            hidden = over_keys(attention_mask, False)
-        else:
-            seen = torch.arange(key_length, device=slots.device) <= slots[:, None]
-            if context is not None:
-                seen = seen | over_keys(context, False)[:, None]
-            if attention_mask is not None:
-                seen = seen & over_keys(attention_mask, True)[:, None]
-            hidden = ~seen.view(-1, 1, *seen.shape[-2:])
-        return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, torch.finfo(dtype).min)
-
-
-class FiniteScores(LogitsProcessor):
-    """Puts all weight on one id where scores are NaN or infinite, as the public code does, and says so once.
-
-    Single scores of minus infinity are left: other processors forbid ids so.
-    """
-
-    def __init__(self):
-        self._seen: tuple[torch.Tensor, torch.cuda.Event] | None = None
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """int64 [B, S], float [B, V] → float [B, V]."""
-        broken = ~scores.amax(dim=-1, keepdim=True).isfinite()  # a NaN is the largest of all
-        if scores.is_cuda:
-            # Whether any are broken is looked at in the next step: a GPU should not be waited for in this one.
-            self.report()
-            seen = torch.zeros((), dtype=torch.bool, pin_memory=True)
-            seen.copy_(broken.any(), non_blocking=True)
-            self._seen = seen, torch.cuda.current_stream(scores.device).record_event()
-        elif broken.any():
-            self._warn()
-        else:
-            return scores
-        forced = torch.zeros_like(scores)
-        forced[:, _FALLBACK_TOKEN_ID] = 5e4
-        return torch.where(broken, forced, scores)
-
-    def report(self) -> None:
-        """Say it, if the last scores were broken."""
-        if self._seen is not None:
-            seen, copied = self._seen
-            copied.synchronize()
-            self._seen = None
-            if seen:
-                self._warn()
-
-    def _warn(self) -> None:
-        logger.warning_once(
-            "The model's scores are NaN or infinite, so the answer will be empty or meaningless. Likely causes: a "
-            "damaged weight file, an overflow in fp16 (try bfloat16 or float32), or a bad fine-tuned checkpoint."
-        )
-
 
 _LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
-# Punctuation that takes its full-width form next to a Chinese character.
-_FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
-_TOUCHING_CJK = re.compile(r"(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])")
 
-
-class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
+class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, ChatGLMGenerationMixin):
     """ChatGLM: the network with its LM head, `generate`, `chat` and `stream_chat`."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "transformer.word_embeddings.weight"}
@@ -857,13 +657,13 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             `logits` [B, S, V], `loss` (a scalar, fp32) with labels, and what `ChatGLMModel` returns beside. With labels
             and gradients the logits are computed when they are read (see `TrainingOutput`).
         """
-        past_key_values = _one_cache(past_key_values, cache)
+        past_key_values = one_cache(past_key_values, cache)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         recorded = isinstance(past_key_values, StepCache) and past_key_values.knows_position()
         a_step = input_ids is not None and input_ids.shape[1] == 1 and position_ids is None and labels is None
         if recorded and a_step and not (output_attentions or output_hidden_states):
             # See `prepare_inputs_for_generation`.
-            return CausalLMOutputWithPast(logits=past_key_values.step(input_ids), **{_CACHE: past_key_values})
+            return CausalLMOutputWithPast(logits=past_key_values.step(input_ids), **{CACHE: past_key_values})
         # What the loss takes is not for the blocks.
         for_loss = {name: kwargs.pop(name) for name in _LOSS_ARGUMENTS if name in kwargs}
         output = self.transformer(
@@ -880,7 +680,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         )
         hidden_states = output.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        fields = {name: output[name] for name in (_CACHE, "hidden_states", "attentions") if name in output}
+        fields = {name: output[name] for name in (CACHE, "hidden_states", "attentions") if name in output}
         vocab_size = self.config.vocab_size
         if labels is None:
             output = CausalLMOutputWithPast(logits=self.score(hidden_states[:, kept]), **fields)
@@ -959,468 +759,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         self._freeze()
         return self
 
-    def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
-        """`GenerationMixin.generate`, for prompts that end in `[gMASK] <sop>`, as the tokenizer makes them.
-
-        Batches are padded on the left. Besides a 2-D `attention_mask`, the public 4-D one is understood.
-
-        Raises:
-            ValueError: an empty prompt, ids outside the vocabulary, a sequence without `<sop>`, positions other than
-                the ids' own, or a way of generating that reads the prompt from left to right.
-        """
-        prompt = inputs if inputs is not None else kwargs.get("input_ids")
-        if prompt is None:
-            raise ValueError("generate needs input_ids: masks and positions come from them.")
-        self.transformer._check_ids(prompt)
-        without = (prompt != self.config.bos_token_id).all(dim=1).nonzero().flatten().tolist()
-        if without:
-            raise ValueError(
-                f"Sequence {without[0]} of the prompt has no <sop> (id {self.config.bos_token_id}), so there is no "
-                "place for an answer: end prompts in [gMASK] <sop>, as tokenizer(text) does by default."
-            )
-        mask = kwargs.get("attention_mask")
-        if mask is not None and mask.ndim == 4:
-            mask = kwargs["attention_mask"] = (~mask[:, 0, -1].bool()).long()  # the last query sees all but padding
-        position_ids = kwargs.pop("position_ids", None)
-        if position_ids is not None:
-            # Of an assistant model, transformers just counts the tokens.
-            counted = ((torch.ones_like(prompt) if mask is None else mask).long().cumsum(dim=1) - 1).clamp(min=0)
-            usual = (self.get_position_ids(prompt, attention_mask=mask), counted)
-            if not any(torch.equal(position_ids, each) for each in usual):
-                raise ValueError("generate derives position_ids from the ids and the attention_mask; these are others.")
-        generation_config = kwargs.get("generation_config") or (args[0] if args else None) or self.generation_config
-        given = (kwargs, vars(generation_config))
-        if any(settings.get("prefill_chunk_size") is not None for settings in given):
-            raise ValueError("prefill_chunk_size can't be used: the prompt sees itself both ways, so it is one piece.")
-        cache = _one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
-        if cache is not None:
-            kwargs[_CACHE] = cache
-        filled = 0 if cache is None else int(cache.get_seq_length())
-        if filled and self.config.pre_seq_len is not None:
-            raise ValueError("With P-Tuning v2, generate starts from the prompt: pass no filled past_key_values.")
-        if filled and not int(self._answer_start(prompt).max()) <= filled < prompt.shape[1]:
-            raise ValueError(
-                f"past_key_values hold {filled} of the prompt's {prompt.shape[1]} tokens. They must hold all up to its "
-                "first <sop>, since those see each other both ways, and leave one to be read: pass all ids so far, "
-                "and a cache that ends in the answer, or none."
-            )
-        if all(settings.get(name) is None for settings in given for name in ("max_length", "max_new_tokens")):
-            kwargs["max_length"] = self.config.max_sequence_length  # else transformers stops after 20 tokens
-        return super().generate(inputs, *args, **kwargs)
-
-    def generate_batch(self, *args, **kwargs):
-        """Refused: continuous batching reads prompts from left to right, and this model's prompts see both ways."""
-        raise NotImplementedError(
-            "Continuous batching and paged caches can't serve ChatGLM, whose prompts see both ways: use generate with "
-            "a left-padded batch."
-        )
-
-    def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    ):
-        if self._can_step(generation_config, model_kwargs, generation_mode):
-            mask = model_kwargs.get("attention_mask")
-            padding = torch.zeros(batch_size, dtype=torch.int32, device=self.device)
-            if mask is not None:
-                mask = mask.to(self.device).long()
-                padding = (mask == 0).sum(dim=1).int()
-            repeated = max(1, generation_config.num_return_sequences or 1)
-            if mask is None or torch.equal(mask == 0, mask.cumsum(dim=1) == 0):  # padding on the left, or none
-                if len(padding) == batch_size and repeated > 1:
-                    padding = padding.repeat_interleave(repeated)
-                model_kwargs[_CACHE] = StepCache(self, padding)
-                return None
-        # A static cache needs places for the prefix too.
-        return super()._prepare_cache_for_generation(
-            generation_config,
-            model_kwargs,
-            generation_mode,
-            batch_size,
-            max_cache_length + (self.config.pre_seq_len or 0),
-        )
-
-    def _can_step(self, generation_config, model_kwargs: dict, generation_mode) -> bool:
-        """Whether a generation may use recorded steps: one token at a time, nothing but scores asked for."""
-        return (
-            generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-            and generation_config.use_cache is not False
-            and generation_config.cache_implementation is None
-            and not generation_config.output_attentions
-            and not generation_config.output_hidden_states
-            and not getattr(generation_config, "is_assistant", False)
-            and model_kwargs.get(_CACHE) is None
-            and model_kwargs.get("inputs_embeds") is None
-            and can_record(self)
-        )
-
-    @torch.no_grad()
-    def _sample(
-        self,
-        input_ids: torch.Tensor,
-        logits_processor,
-        stopping_criteria,
-        generation_config,
-        synced_gpus: bool = False,
-        streamer=None,
-        **model_kwargs,
-    ):
-        """Greedy decoding and sampling. With recorded steps the next one is on its way before this one's token is
-        looked at, so that the GPU waits for nobody; processors, criteria and streamer see what they always see."""
-        cache = model_kwargs.get(_CACHE)
-        if not isinstance(cache, StepCache) or generation_config.return_dict_in_generate or synced_gpus:
-            return super()._sample(
-                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
-            )
-        unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-        pad = generation_config._pad_token_tensor if _has_end(stopping_criteria) else None
-        flag = torch.zeros((), dtype=torch.bool, pin_memory=True)
-        ended = torch.cuda.Event()
-        # The end is looked for beside the next step; criteria of the user's own may expect the stream that they know.
-        own = any(not type(criterion).__module__.startswith("transformers.") for criterion in stopping_criteria)
-        # The streams that PyTorch hands out are shared; nobody records on those of this priority.
-        side = torch.cuda.current_stream(input_ids.device) if own else torch.cuda.Stream(input_ids.device, priority=-1)
-        before_top, top = logits_processor, None
-        if generation_config.do_sample and [type(processor) for processor in logits_processor[-2:]] == [
-            TopKLogitsWarper,
-            TopPLogitsWarper,
-        ]:
-            before_top, top = LogitsProcessorList(logits_processor[:-2]), logits_processor[-2:]
-        new = _not_stored(input_ids, cache)
-        inputs = self.prepare_inputs_for_generation(input_ids, next_sequence_length=new, **model_kwargs)
-        logits = self(**inputs, return_dict=True).logits
-        while True:
-            scores = logits[:, -1]
-            if before_top or generation_config.do_sample:
-                scores = before_top(input_ids, scores.float())
-            if top is not None:
-                tokens = _sample_top(scores, *top)
-            elif generation_config.do_sample:
-                tokens = draw(scores.softmax(dim=-1))
-            else:
-                tokens = scores.argmax(dim=-1)
-            if pad is not None:
-                tokens = torch.where(unfinished, tokens, pad)
-            input_ids = torch.cat((input_ids, tokens[:, None]), dim=1)
-            mask = model_kwargs.get("attention_mask")
-            if mask is not None and not cache.knows_position():  # a recorded step needs none
-                model_kwargs["attention_mask"] = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
-            side.wait_stream(torch.cuda.current_stream(input_ids.device))
-            with torch.cuda.stream(side):
-                still_unfinished = unfinished & ~stopping_criteria(input_ids, None)
-                flag.copy_(still_unfinished.any(), non_blocking=True)
-                ended.record()
-            limit = stopping_criteria.max_length
-            if limit is None or input_ids.shape[1] < limit:
-                inputs = self.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
-                logits = self(**inputs, return_dict=True).logits
-            ended.synchronize()
-            unfinished = still_unfinished  # not before: the step might be given the memory that the other stream reads
-            if streamer is not None:
-                streamer.put(tokens.cpu())
-            if not flag:
-                break
-        if streamer is not None:
-            streamer.end()
-        return input_ids
-
     # Beams were scored by their mean over prompt and answer when the model was published, its <eop> not counted;
     # transformers 5 counts the answer alone, which prefers longer ones. These two keep the published answers.
-
-    def _update_finished_beams(self, topk_log_probs, topk_running_sequences, cur_len, length_penalty, **kwargs):
-        ended = topk_running_sequences[:, :, cur_len] == self.config.eos_token_id
-        uncounted = ((cur_len + 1) / cur_len) ** length_penalty
-        return super()._update_finished_beams(
-            topk_log_probs=torch.where(ended, topk_log_probs * uncounted, topk_log_probs),
-            topk_running_sequences=topk_running_sequences,
-            cur_len=cur_len,
-            length_penalty=length_penalty,
-            **{**kwargs, "decoder_prompt_len": 0},
-        )
-
-    def _check_early_stop_heuristic(self, early_stopping, **kwargs):
-        kwargs["decoder_prompt_len"] = 0 if early_stopping == "never" else 1
-        return super()._check_early_stop_heuristic(early_stopping=early_stopping, **kwargs)
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.Tensor,
-        past_key_values: Cache | None = None,
-        attention_mask: torch.Tensor | None = None,
-        next_sequence_length: int | None = None,
-        cache_position: torch.Tensor | None = None,
-        cache: Cache | None = None,
-        **kwargs,
-    ) -> dict:
-        """What `forward` gets in a step of `generate`: the ids [B, S] that are not in the cache yet, and their
-        positions, derived from all ids so far [B, T]."""
-        past_key_values = _one_cache(past_key_values, cache)
-        if next_sequence_length is None and cache_position is not None:
-            next_sequence_length = cache_position.shape[0]  # how early transformers 5 says it
-        if isinstance(past_key_values, StepCache) and next_sequence_length == 1 and not torch.is_grad_enabled():
-            # A recorded step moves its positions on by itself.
-            if not past_key_values.knows_position():
-                positions = self.get_position_ids(input_ids, attention_mask=attention_mask).view(
-                    input_ids.shape[0], -1, input_ids.shape[1]
-                )
-                past_key_values.set_positions(positions[..., -1], positions[..., -1] - positions[..., -2])
-            return {"input_ids": input_ids[:, -1:], _CACHE: past_key_values}
-        new = slice(-next_sequence_length, None) if next_sequence_length is not None else slice(None)
-        position_ids = self.get_position_ids(input_ids, attention_mask=attention_mask)
-        inputs = {
-            "input_ids": input_ids[:, new].contiguous(),
-            "position_ids": position_ids[..., new].contiguous(),
-            "attention_mask": attention_mask,
-            _CACHE: past_key_values,
-        }
-        forwarded = ("use_cache", "output_attentions", "output_hidden_states", "logits_to_keep")
-        inputs.update({name: kwargs[name] for name in forwarded if name in kwargs})
-        device = self.get_input_embeddings().weight.device
-        return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
-
-    def stream_generate(
-        self,
-        input_ids: torch.Tensor,
-        generation_config=None,
-        logits_processor: LogitsProcessorList | None = None,
-        stopping_criteria=None,
-        prefix_allowed_tokens_fn: Callable | None = None,
-        **kwargs,
-    ) -> Iterator[torch.Tensor]:
-        """Generate one token at a time, greedily or by sampling; arguments as of `generate`.
-
-        Yields:
-            all ids so far, int64 [B, T], after each new token but the one that ends the generation (`<eop>`, or the
-            last that `max_length` allows), as the public code does.
-
-        Raises:
-            ValueError: a streamer or beams, and as `generate`.
-        """
-        beams = kwargs.get("num_beams") or getattr(generation_config, "num_beams", None) or 1
-        if kwargs.get("streamer") is not None or beams > 1:
-            raise ValueError("stream_generate hands out each token itself, and has no beams: for those call generate.")
-        if kwargs.get("stop_strings") and kwargs.get("tokenizer"):
-            # For a loop that is not its own, transformers forgets the tokenizer.
-            stop = StopStringCriteria(kwargs.pop("tokenizer"), kwargs.pop("stop_strings"))
-            stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), stop])
-        yield from self.generate(
-            input_ids,
-            generation_config,
-            logits_processor,
-            stopping_criteria,
-            prefix_allowed_tokens_fn,
-            custom_generate=_stream_tokens,
-            **kwargs,
-        )
-
-    def chat(
-        self,
-        tokenizer,
-        query: str,
-        history: list[tuple[str, str]] | None = None,
-        max_length: int = 2048,
-        num_beams: int = 1,
-        do_sample: bool = True,
-        top_p: float = 0.7,
-        temperature: float = 0.95,
-        logits_processor: list | None = None,
-        **kwargs,
-    ) -> tuple[str, list[tuple[str, str]]]:
-        """Answer a query.
-
-        Args:
-            tokenizer: this model's `ChatGLMTokenizer`.
-            history: rounds so far, (query, response); not changed. The oldest are left out of the prompt where it
-                would fill `max_length` or the model's `max_sequence_length`.
-            max_length: tokens of prompt and answer together.
-            num_beams, do_sample, top_p, temperature, **kwargs: arguments of `generate`.
-            logits_processor: further processors of the scores.
-
-        Returns:
-            The response, and the history with this round at its end.
-
-        Raises:
-            ValueError: an empty query, one that is too long by itself, or another model's tokenizer.
-        """
-        history = list(history or [])
-        inputs = self.build_inputs(tokenizer, query, history, None if kwargs.get("max_new_tokens") else max_length)
-        settings = _chat_settings(tokenizer, max_length, do_sample, top_p, temperature, logits_processor, kwargs)
-        output_ids = self.generate(**inputs, num_beams=num_beams, **settings)
-        settings["logits_processor"][-1].report()
-        prompt_length = inputs["input_ids"].shape[1]
-        response = self.process_response(tokenizer.decode(output_ids[0, prompt_length:].tolist()))
-        return response, [*history, (query, response)]
-
-    def stream_chat(
-        self,
-        tokenizer,
-        query: str,
-        history: list[tuple[str, str]] | None = None,
-        max_length: int = 2048,
-        do_sample: bool = True,
-        top_p: float = 0.7,
-        temperature: float = 0.95,
-        logits_processor: list | None = None,
-        **kwargs,
-    ) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-        """Answer a query piece by piece; arguments and errors as of `chat`.
-
-        Yields:
-            the response so far and the history that goes with it, after each token of `stream_generate`. A character
-            whose bytes are spread over tokens appears with its last one.
-        """
-        history = list(history or [])
-        inputs = self.build_inputs(tokenizer, query, history, None if kwargs.get("max_new_tokens") else max_length)
-        settings = _chat_settings(tokenizer, max_length, do_sample, top_p, temperature, logits_processor, kwargs)
-        decoder = tokenizer.decode_stream()
-        text = ""
-        for output_ids in self.stream_generate(**inputs, **settings):
-            text += decoder.step(int(output_ids[0, -1]))
-            response = self.process_response(text)
-            yield response, [*history, (query, response)]
-        settings["logits_processor"][-1].report()
-        unfinished = decoder.flush()
-        if unfinished:
-            response = self.process_response(text + unfinished)
-            yield response, [*history, (query, response)]
-
-    def process_response(self, response: str) -> str:
-        """Clean up decoded text: strip it, fill in the training date, and widen punctuation at Chinese characters."""
-        response = response.strip().replace("[[训练时间]]", "2023年")
-        return _TOUCHING_CJK.sub(lambda mark: _FULL_WIDTH[mark.group()], response)
-
-    def build_inputs(
-        self,
-        tokenizer,
-        query: str,
-        history: list[tuple[str, str]] | None = None,
-        max_length: int | None = 2048,
-    ) -> dict[str, torch.Tensor]:
-        """The prompt that `chat` gives to `generate`: the query behind as many of the last rounds as leave room.
-
-        Args:
-            tokenizer, query, history: as of `chat`.
-            max_length: tokens of prompt and answer together, of which at least one is the answer's; None: the model's
-                `max_sequence_length`, which is a limit in any case.
-
-        Returns:
-            `input_ids` and `attention_mask`, int64 [1, S] on the model's device.
-
-        Raises:
-            ValueError: an empty query, one that is too long by itself, a history of another form, or another model's
-                tokenizer.
-        """
-        history = list(history or [])
-        if not query.strip():
-            raise ValueError(f"The query is empty: got {query!r}. Ask something.")
-        for round_ in history:
-            if isinstance(round_, str | Mapping) or len(round_) != 2:
-                raise ValueError(f"history is a list of rounds, (query, response) each; got a round {round_!r}.")
-        config = self.config
-        marks = tokenizer.convert_tokens_to_ids(["[gMASK]", "<sop>"])
-        if marks != [config.gmask_token_id, config.bos_token_id]:
-            raise ValueError(
-                f"The tokenizer has [gMASK] and <sop> at {marks}, the model's configuration at "
-                f"{[config.gmask_token_id, config.bos_token_id]}: use the ice_text.model of this model."
-            )
-        limit = config.max_sequence_length if max_length is None else min(config.max_sequence_length, max_length)
-
-        def encode(first_round: int) -> dict:
-            messages = []
-            for question, answer in history[first_round:]:
-                messages.append({"role": "user", "content": question})
-                messages.append({"role": "assistant", "content": answer})
-            messages.append({"role": "user", "content": query})
-            return tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-
-        def fits(first_round: int) -> bool:
-            return encode(first_round)["input_ids"].shape[1] < limit
-
-        inputs = encode(0)
-        if inputs["input_ids"].shape[1] >= limit:
-            first_round = bisect.bisect_left(range(len(history)), True, key=fits)
-            inputs = encode(first_round)
-            length = inputs["input_ids"].shape[1]
-            if length >= limit:
-                raise ValueError(
-                    f"The query has {length} tokens, and the limit for query and answer together is {limit}: "
-                    "shorten it, or raise max_length if that is below the model's max_sequence_length of "
-                    f"{config.max_sequence_length}."
-                )
-            logger.warning_once(
-                f"The conversation has grown past {limit} tokens: its oldest rounds are left out of the prompt."
-            )
-        return {name: inputs[name].to(self.device) for name in ("input_ids", "attention_mask")}
-
-
-def _sample_top(scores: torch.Tensor, top_k: TopKLogitsWarper, top_p: TopPLogitsWarper) -> torch.Tensor:
-    """Ids [B] drawn from scores [B, V] as the two warpers leave them, without sorting all of the vocabulary."""
-    count = min(top_k.top_k, scores.shape[-1])
-    # Scores in half precision are often equal, and those that equal the k-th are all kept.
-    scores, ids = scores.topk(min(count + 64, scores.shape[-1]), dim=-1)
-    scores = scores.masked_fill(scores < scores[:, count - 1 : count], top_k.filter_value)
-    kept = top_p(None, scores)
-    return ids.gather(1, draw(kept.softmax(dim=-1))[:, None]).squeeze(1)
-
-
-def _not_stored(input_ids: torch.Tensor, cache: Cache | None) -> int | None:
-    """How many of the ids [B, T] a cache that was handed over does not hold yet; None: any."""
-    stored = 0 if cache is None else int(cache.get_seq_length())
-    return input_ids.shape[1] - stored if stored else None
-
-
-def _has_end(stopping_criteria) -> bool:
-    """Whether sequences of a batch can end one by one."""
-    return any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-
-
-def _chat_settings(
-    tokenizer,
-    max_length: int,
-    do_sample: bool,
-    top_p: float,
-    temperature: float,
-    logits_processor: list | None,
-    kwargs: dict,
-) -> dict:
-    """Arguments of `generate` for a chat."""
-    settings = {"do_sample": do_sample, **kwargs}
-    settings["logits_processor"] = LogitsProcessorList([*(logits_processor or []), FiniteScores()])
-    if settings.get("max_new_tokens") is None:
-        settings["max_length"] = max_length
-    if settings.get("stop_strings"):
-        settings["tokenizer"] = tokenizer
-    if do_sample:
-        settings.update(top_p=top_p, temperature=temperature)
-    return settings
-
-
-@torch.no_grad()
-def _stream_tokens(
-    model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
-) -> Iterator[torch.Tensor]:
-    """A decoding loop for `generate(custom_generate=…)` that yields the ids so far, [B, T], after each token."""
-    unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-    next_sequence_length = _not_stored(input_ids, model_kwargs.get(_CACHE))
-    while unfinished.any():
-        inputs = model.prepare_inputs_for_generation(
-            input_ids, next_sequence_length=next_sequence_length, **model_kwargs
-        )
-        logits = model(**inputs, return_dict=True).logits[:, -1].to(input_ids.device, torch.float32)
-        scores = logits_processor(input_ids, logits)
-        tokens = draw(scores.softmax(dim=-1)) if generation_config.do_sample else scores.argmax(dim=-1)
-        if generation_config.pad_token_id is not None:
-            tokens = torch.where(unfinished, tokens, generation_config.pad_token_id)
-        input_ids = torch.cat((input_ids, tokens[:, None]), dim=1)
-        if model_kwargs.get("attention_mask") is not None:
-            mask = model_kwargs["attention_mask"]
-            model_kwargs["attention_mask"] = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
-        if model_kwargs.get(_CACHE) is not None:
-            next_sequence_length = 1
-        unfinished = unfinished & ~stopping_criteria(input_ids, None)
-        if unfinished.any():
-            yield input_ids
 
 
 ChatGLMForConditionalGeneration.register_for_auto_class("AutoModel")

@@ -18,7 +18,13 @@ from torch._inductor import config as inductor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
-from chatglm_int8 import ChatGLMConfig, ChatGLMForConditionalGeneration, kernels_cuda, modeling_chatglm
+from chatglm_int8 import (
+    ChatGLMConfig,
+    ChatGLMForConditionalGeneration,
+    generation_chatglm,
+    kernels_cuda,
+    modeling_chatglm,
+)
 from chatglm_int8.cuda_graphs import StepCache
 from chatglm_int8.quantization import QuantizedLinear
 
@@ -216,7 +222,7 @@ def on_cuda(layers: int, compiled: bool) -> dict:
         note("first token of all, no kernels compiled", first, "s")
         greedy = decode_speed(model, ids, do_sample=False)
         note("greedy, 512 tokens of context", greedy, "tokens/s")
-        processors = [modeling_chatglm.FiniteScores()]
+        processors = [generation_chatglm.FiniteScores()]
         note(
             "sampled, over greedy", decode_speed(model, ids, logits_processor=processors, **sampled), "tokens/s", greedy
         )

@@ -28,7 +28,7 @@ from cli_demo import positive, settled
 from transformers import DynamicCache, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from chatglm_int8.cuda_graphs import StepGraph, can_record
-from chatglm_int8.modeling_chatglm import FiniteScores
+from chatglm_int8.generation_chatglm import FiniteScores
 
 logger = logging.getLogger("chatglm")
 

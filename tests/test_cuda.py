@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModel, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from chatglm_int8 import cuda_graphs, modeling_chatglm, quantization
+from chatglm_int8 import cuda_graphs, generation_chatglm, quantization
 from chatglm_int8.cuda_graphs import StepCache, StepGraph
 from chatglm_int8.quantization import QuantizedLinear
 
@@ -114,7 +114,7 @@ def generations(model, monkeypatch, ids, new_tokens, **kwargs):
         patch.setattr(StepCache, "step", unrecorded_step)
         unrecorded = model.generate(ids, **kwargs)
     with monkeypatch.context() as patch:
-        patch.setattr(modeling_chatglm, "can_record", lambda model: False)
+        patch.setattr(generation_chatglm, "can_record", lambda model: False)
         ordinary = model.generate(ids, **kwargs)
     return recorded, unrecorded, ordinary
 

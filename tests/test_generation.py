@@ -15,7 +15,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from chatglm_int8.modeling_chatglm import FiniteScores
+from chatglm_int8.generation_chatglm import FiniteScores
 
 CASES = [
     "base_single",

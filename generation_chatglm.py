@@ -1,0 +1,376 @@
+"""Generation: what `generate` adds to transformers' own, its decoding loop over recorded steps, and streaming.
+
+Letters as in `modeling_chatglm`.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from transformers import (
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMode
+from transformers.utils import logging
+
+from .caches import CACHE, one_cache
+from .cuda_graphs import StepCache, can_record, draw
+from .sequences import answer_start, check_ids
+
+logger = logging.get_logger(__name__)
+
+# The id that gets all the weight when the scores are not finite; "▁" in the release. The public code's choice.
+_FALLBACK_TOKEN_ID = 5
+
+
+class FiniteScores(LogitsProcessor):
+    """Puts all weight on one id where scores are NaN or infinite, as the public code does, and says so once.
+
+    Single scores of minus infinity are left: other processors forbid ids so.
+    """
+
+    def __init__(self):
+        self._seen: tuple[torch.Tensor, torch.cuda.Event] | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """int64 [B, S], float [B, V] → float [B, V]."""
+        broken = ~scores.amax(dim=-1, keepdim=True).isfinite()  # a NaN is the largest of all
+        if scores.is_cuda:
+            # Whether any are broken is looked at in the next step: a GPU should not be waited for in this one.
+            self.report()
+            seen = torch.zeros((), dtype=torch.bool, pin_memory=True)
+            seen.copy_(broken.any(), non_blocking=True)
+            self._seen = seen, torch.cuda.current_stream(scores.device).record_event()
+        elif broken.any():
+            self._warn()
+        else:
+            return scores
+        forced = torch.zeros_like(scores)
+        forced[:, _FALLBACK_TOKEN_ID] = 5e4
+        return torch.where(broken, forced, scores)
+
+    def report(self) -> None:
+        """Say it, if the last scores were broken."""
+        if self._seen is not None:
+            seen, copied = self._seen
+            copied.synchronize()
+            self._seen = None
+            if seen:
+                self._warn()
+
+    def _warn(self) -> None:
+        logger.warning_once(
+            "The model's scores are NaN or infinite, so the answer will be empty or meaningless. Likely causes: a "
+            "damaged weight file, an overflow in fp16 (try bfloat16 or float32), or a bad fine-tuned checkpoint."
+        )
+
+
+class ChatGLMGenerationMixin(GenerationMixin):
+    """`generate`, `stream_generate` and what they call in a step."""
+
+    def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
+        """`GenerationMixin.generate`, for prompts that end in `[gMASK] <sop>`, as the tokenizer makes them.
+
+        Batches are padded on the left. Besides a 2-D `attention_mask`, the public 4-D one is understood.
+
+        Raises:
+            ValueError: an empty prompt, ids outside the vocabulary, a sequence without `<sop>`, positions other than
+                the ids' own, or a way of generating that reads the prompt from left to right.
+        """
+        prompt = inputs if inputs is not None else kwargs.get("input_ids")
+        if prompt is None:
+            raise ValueError("generate needs input_ids: masks and positions come from them.")
+        check_ids(self.config, prompt)
+        without = (prompt != self.config.bos_token_id).all(dim=1).nonzero().flatten().tolist()
+        if without:
+            raise ValueError(
+                f"Sequence {without[0]} of the prompt has no <sop> (id {self.config.bos_token_id}), so there is no "
+                "place for an answer: end prompts in [gMASK] <sop>, as tokenizer(text) does by default."
+            )
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.ndim == 4:
+            mask = kwargs["attention_mask"] = (~mask[:, 0, -1].bool()).long()  # the last query sees all but padding
+        position_ids = kwargs.pop("position_ids", None)
+        if position_ids is not None:
+            # Of an assistant model, transformers just counts the tokens.
+            counted = ((torch.ones_like(prompt) if mask is None else mask).long().cumsum(dim=1) - 1).clamp(min=0)
+            usual = (self.get_position_ids(prompt, attention_mask=mask), counted)
+            if not any(torch.equal(position_ids, each) for each in usual):
+                raise ValueError("generate derives position_ids from the ids and the attention_mask; these are others.")
+        generation_config = kwargs.get("generation_config") or (args[0] if args else None) or self.generation_config
+        given = (kwargs, vars(generation_config))
+        if any(settings.get("prefill_chunk_size") is not None for settings in given):
+            raise ValueError("prefill_chunk_size can't be used: the prompt sees itself both ways, so it is one piece.")
+        cache = one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        if cache is not None:
+            kwargs[CACHE] = cache
+        filled = 0 if cache is None else int(cache.get_seq_length())
+        if filled and self.config.pre_seq_len is not None:
+            raise ValueError("With P-Tuning v2, generate starts from the prompt: pass no filled past_key_values.")
+        if filled and not int(answer_start(self.config, prompt).max()) <= filled < prompt.shape[1]:
+            raise ValueError(
+                f"past_key_values hold {filled} of the prompt's {prompt.shape[1]} tokens. They must hold all up to its "
+                "first <sop>, since those see each other both ways, and leave one to be read: pass all ids so far, "
+                "and a cache that ends in the answer, or none."
+            )
+        if all(settings.get(name) is None for settings in given for name in ("max_length", "max_new_tokens")):
+            kwargs["max_length"] = self.config.max_sequence_length  # else transformers stops after 20 tokens
+        return super().generate(inputs, *args, **kwargs)
+
+    def generate_batch(self, *args, **kwargs):
+        """Refused: continuous batching reads prompts from left to right, and this model's prompts see both ways."""
+        raise NotImplementedError(
+            "Continuous batching and paged caches can't serve ChatGLM, whose prompts see both ways: use generate with "
+            "a left-padded batch."
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        if self._can_step(generation_config, model_kwargs, generation_mode):
+            mask = model_kwargs.get("attention_mask")
+            padding = torch.zeros(batch_size, dtype=torch.int32, device=self.device)
+            if mask is not None:
+                mask = mask.to(self.device).long()
+                padding = (mask == 0).sum(dim=1).int()
+            repeated = max(1, generation_config.num_return_sequences or 1)
+            if mask is None or torch.equal(mask == 0, mask.cumsum(dim=1) == 0):  # padding on the left, or none
+                if len(padding) == batch_size and repeated > 1:
+                    padding = padding.repeat_interleave(repeated)
+                model_kwargs[CACHE] = StepCache(self, padding)
+                return None
+        # A static cache needs places for the prefix too.
+        return super()._prepare_cache_for_generation(
+            generation_config,
+            model_kwargs,
+            generation_mode,
+            batch_size,
+            max_cache_length + (self.config.pre_seq_len or 0),
+        )
+
+    def _can_step(self, generation_config, model_kwargs: dict, generation_mode) -> bool:
+        """Whether a generation may use recorded steps: one token at a time, nothing but scores asked for."""
+        return (
+            generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+            and generation_config.use_cache is not False
+            and generation_config.cache_implementation is None
+            and not generation_config.output_attentions
+            and not generation_config.output_hidden_states
+            and not getattr(generation_config, "is_assistant", False)
+            and model_kwargs.get(CACHE) is None
+            and model_kwargs.get("inputs_embeds") is None
+            and can_record(self)
+        )
+
+    @torch.no_grad()
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus: bool = False,
+        streamer=None,
+        **model_kwargs,
+    ):
+        """Greedy decoding and sampling. With recorded steps the next one is on its way before this one's token is
+        looked at, so that the GPU waits for nobody; processors, criteria and streamer see what they always see."""
+        cache = model_kwargs.get(CACHE)
+        if not isinstance(cache, StepCache) or generation_config.return_dict_in_generate or synced_gpus:
+            return super()._sample(
+                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
+            )
+        unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        pad = generation_config._pad_token_tensor if _has_end(stopping_criteria) else None
+        flag = torch.zeros((), dtype=torch.bool, pin_memory=True)
+        ended = torch.cuda.Event()
+        # The end is looked for beside the next step; criteria of the user's own may expect the stream that they know.
+        own = any(not type(criterion).__module__.startswith("transformers.") for criterion in stopping_criteria)
+        # The streams that PyTorch hands out are shared; nobody records on those of this priority.
+        side = torch.cuda.current_stream(input_ids.device) if own else torch.cuda.Stream(input_ids.device, priority=-1)
+        before_top, top = logits_processor, None
+        if generation_config.do_sample and [type(processor) for processor in logits_processor[-2:]] == [
+            TopKLogitsWarper,
+            TopPLogitsWarper,
+        ]:
+            before_top, top = LogitsProcessorList(logits_processor[:-2]), logits_processor[-2:]
+        new = _not_stored(input_ids, cache)
+        inputs = self.prepare_inputs_for_generation(input_ids, next_sequence_length=new, **model_kwargs)
+        logits = self(**inputs, return_dict=True).logits
+        while True:
+            scores = logits[:, -1]
+            if before_top or generation_config.do_sample:
+                scores = before_top(input_ids, scores.float())
+            if top is not None:
+                tokens = _sample_top(scores, *top)
+            elif generation_config.do_sample:
+                tokens = draw(scores.softmax(dim=-1))
+            else:
+                tokens = scores.argmax(dim=-1)
+            if pad is not None:
+                tokens = torch.where(unfinished, tokens, pad)
+            input_ids = torch.cat((input_ids, tokens[:, None]), dim=1)
+            mask = model_kwargs.get("attention_mask")
+            if mask is not None and not cache.knows_position():  # a recorded step needs none
+                model_kwargs["attention_mask"] = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
+            side.wait_stream(torch.cuda.current_stream(input_ids.device))
+            with torch.cuda.stream(side):
+                still_unfinished = unfinished & ~stopping_criteria(input_ids, None)
+                flag.copy_(still_unfinished.any(), non_blocking=True)
+                ended.record()
+            limit = stopping_criteria.max_length
+            if limit is None or input_ids.shape[1] < limit:
+                inputs = self.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
+                logits = self(**inputs, return_dict=True).logits
+            ended.synchronize()
+            unfinished = still_unfinished  # not before: the step might be given the memory that the other stream reads
+            if streamer is not None:
+                streamer.put(tokens.cpu())
+            if not flag:
+                break
+        if streamer is not None:
+            streamer.end()
+        return input_ids
+
+    # Beams were scored by their mean over prompt and answer when the model was published, its <eop> not counted;
+    # transformers 5 counts the answer alone, which prefers longer ones. These two keep the published answers.
+
+    def _update_finished_beams(self, topk_log_probs, topk_running_sequences, cur_len, length_penalty, **kwargs):
+        ended = topk_running_sequences[:, :, cur_len] == self.config.eos_token_id
+        uncounted = ((cur_len + 1) / cur_len) ** length_penalty
+        return super()._update_finished_beams(
+            topk_log_probs=torch.where(ended, topk_log_probs * uncounted, topk_log_probs),
+            topk_running_sequences=topk_running_sequences,
+            cur_len=cur_len,
+            length_penalty=length_penalty,
+            **{**kwargs, "decoder_prompt_len": 0},
+        )
+
+    def _check_early_stop_heuristic(self, early_stopping, **kwargs):
+        kwargs["decoder_prompt_len"] = 0 if early_stopping == "never" else 1
+        return super()._check_early_stop_heuristic(early_stopping=early_stopping, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        next_sequence_length: int | None = None,
+        cache_position: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        **kwargs,
+    ) -> dict:
+        """What `forward` gets in a step of `generate`: the ids [B, S] that are not in the cache yet, and their
+        positions, derived from all ids so far [B, T]."""
+        past_key_values = one_cache(past_key_values, cache)
+        if next_sequence_length is None and cache_position is not None:
+            next_sequence_length = cache_position.shape[0]  # how early transformers 5 says it
+        if isinstance(past_key_values, StepCache) and next_sequence_length == 1 and not torch.is_grad_enabled():
+            # A recorded step moves its positions on by itself.
+            if not past_key_values.knows_position():
+                positions = self.get_position_ids(input_ids, attention_mask=attention_mask).view(
+                    input_ids.shape[0], -1, input_ids.shape[1]
+                )
+                past_key_values.set_positions(positions[..., -1], positions[..., -1] - positions[..., -2])
+            return {"input_ids": input_ids[:, -1:], CACHE: past_key_values}
+        new = slice(-next_sequence_length, None) if next_sequence_length is not None else slice(None)
+        position_ids = self.get_position_ids(input_ids, attention_mask=attention_mask)
+        inputs = {
+            "input_ids": input_ids[:, new].contiguous(),
+            "position_ids": position_ids[..., new].contiguous(),
+            "attention_mask": attention_mask,
+            CACHE: past_key_values,
+        }
+        forwarded = ("use_cache", "output_attentions", "output_hidden_states", "logits_to_keep")
+        inputs.update({name: kwargs[name] for name in forwarded if name in kwargs})
+        device = self.get_input_embeddings().weight.device
+        return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+
+    def stream_generate(
+        self,
+        input_ids: torch.Tensor,
+        generation_config=None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria=None,
+        prefix_allowed_tokens_fn: Callable | None = None,
+        **kwargs,
+    ) -> Iterator[torch.Tensor]:
+        """Generate one token at a time, greedily or by sampling; arguments as of `generate`.
+
+        Yields:
+            all ids so far, int64 [B, T], after each new token but the one that ends the generation (`<eop>`, or the
+            last that `max_length` allows), as the public code does.
+
+        Raises:
+            ValueError: a streamer or beams, and as `generate`.
+        """
+        beams = kwargs.get("num_beams") or getattr(generation_config, "num_beams", None) or 1
+        if kwargs.get("streamer") is not None or beams > 1:
+            raise ValueError("stream_generate hands out each token itself, and has no beams: for those call generate.")
+        if kwargs.get("stop_strings") and kwargs.get("tokenizer"):
+            # For a loop that is not its own, transformers forgets the tokenizer.
+            stop = StopStringCriteria(kwargs.pop("tokenizer"), kwargs.pop("stop_strings"))
+            stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), stop])
+        yield from self.generate(
+            input_ids,
+            generation_config,
+            logits_processor,
+            stopping_criteria,
+            prefix_allowed_tokens_fn,
+            custom_generate=_stream_tokens,
+            **kwargs,
+        )
+
+
+def _sample_top(scores: torch.Tensor, top_k: TopKLogitsWarper, top_p: TopPLogitsWarper) -> torch.Tensor:
+    """Ids [B] drawn from scores [B, V] as the two warpers leave them, without sorting all of the vocabulary."""
+    count = min(top_k.top_k, scores.shape[-1])
+    # Scores in half precision are often equal, and those that equal the k-th are all kept.
+    scores, ids = scores.topk(min(count + 64, scores.shape[-1]), dim=-1)
+    scores = scores.masked_fill(scores < scores[:, count - 1 : count], top_k.filter_value)
+    kept = top_p(None, scores)
+    return ids.gather(1, draw(kept.softmax(dim=-1))[:, None]).squeeze(1)
+
+
+def _not_stored(input_ids: torch.Tensor, cache: Cache | None) -> int | None:
+    """How many of the ids [B, T] a cache that was handed over does not hold yet; None: any."""
+    stored = 0 if cache is None else int(cache.get_seq_length())
+    return input_ids.shape[1] - stored if stored else None
+
+
+def _has_end(stopping_criteria) -> bool:
+    """Whether sequences of a batch can end one by one."""
+    return any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+
+
+@torch.no_grad()
+def _stream_tokens(
+    model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
+) -> Iterator[torch.Tensor]:
+    """A decoding loop for `generate(custom_generate=…)` that yields the ids so far, [B, T], after each token."""
+    unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+    next_sequence_length = _not_stored(input_ids, model_kwargs.get(CACHE))
+    while unfinished.any():
+        inputs = model.prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, **model_kwargs
+        )
+        logits = model(**inputs, return_dict=True).logits[:, -1].to(input_ids.device, torch.float32)
+        scores = logits_processor(input_ids, logits)
+        tokens = draw(scores.softmax(dim=-1)) if generation_config.do_sample else scores.argmax(dim=-1)
+        if generation_config.pad_token_id is not None:
+            tokens = torch.where(unfinished, tokens, generation_config.pad_token_id)
+        input_ids = torch.cat((input_ids, tokens[:, None]), dim=1)
+        if model_kwargs.get("attention_mask") is not None:
+            mask = model_kwargs["attention_mask"]
+            model_kwargs["attention_mask"] = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
+        if model_kwargs.get(CACHE) is not None:
+            next_sequence_length = 1
+        unfinished = unfinished & ~stopping_criteria(input_ids, None)
+        if unfinished.any():
+            yield input_ids
