@@ -1,6 +1,5 @@
 """The standard streams: any text, closed ones, and error messages."""
 
-import io
 import os
 import sys
 
@@ -14,13 +13,13 @@ def prepare_streams() -> None:
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
-        elif isinstance(stream, io.TextIOWrapper):  # a notebook's is not
-            try:
-                "中".encode(stream.encoding)
-                encoding = stream.encoding
-            except UnicodeEncodeError:
-                encoding = "utf-8"
-            stream.reconfigure(encoding=encoding, errors="replace")
+            continue
+        try:
+            "中".encode(stream.encoding)
+            encoding = stream.encoding
+        except UnicodeEncodeError:
+            encoding = "utf-8"
+        stream.reconfigure(encoding=encoding, errors="replace")
 
 
 def output_was_closed() -> bool:

@@ -13,6 +13,7 @@ Letters: B rows of the batch, H heads, T columns in use, C columns of the cache,
 
 import argparse
 import asyncio
+import atexit
 import collections
 import contextlib
 import dataclasses
@@ -20,7 +21,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import numpy as np
 import torch
@@ -40,6 +41,7 @@ PREFILL_WASTE = 1.5  # and this many times the tokens that they have without pad
 GPU_PREFILL_TOKENS = 512  # or this many on a GPU, where reading fewer takes no less time
 SMALL_MODEL = 1 << 28  # bytes of weights: on a CPU, threads would wait for each other longer than they compute
 MAX_BATCH = 16  # answers decoded together, unless somebody says otherwise
+SCORED_ROWS = 64  # tokens of a prompt whose scores, a vocabulary each, are in memory at a time
 TIES = 64  # room for scores that equal the top_k-th, which are kept too; in half precision there are some
 
 
@@ -66,7 +68,7 @@ class Sampling:
     """How the tokens of one answer are chosen; the defaults are those of `model.chat`.
 
     Attributes:
-        max_new_tokens: at least 1; the longest sequence of the scheduler is a limit too.
+        max_new_tokens: the longest sequence of the scheduler is a limit too. 0 reads the prompt only.
         min_new_tokens: the answer does not end before.
         temperature: 0 takes the likeliest token each time.
         top_p, top_k: as in `generate`; top_k 0 is none.
@@ -74,6 +76,8 @@ class Sampling:
         presence_penalty, frequency_penalty: subtracted from the score of each token that the answer has already, once
             and once for each time.
         top_logprobs: None, or report the log-probability of each token and of this many likeliest ones.
+        prompt_logprobs: report the prompt's tokens too. Those behind its first `<sop>` have log-probabilities, if
+            `top_logprobs` is given; the others see each other, so a score would not be a prediction.
     """
 
     max_new_tokens: int
@@ -85,6 +89,7 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     top_logprobs: int | None = None
+    prompt_logprobs: bool = False
 
     @property
     def warpers(self) -> tuple[float, int, float] | None:
@@ -94,11 +99,15 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """One token of an answer. `logprob` and `top`, pairs of id and log-probability, if they were asked for."""
+    """One token of an answer. `logprob` and `top`, pairs of id and log-probability, if they were asked for.
+
+    `text` is the token's part of the answer's text; see `TokenTexts`.
+    """
 
     id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    text: str = ""
 
 
 class Answer:
@@ -106,13 +115,15 @@ class Answer:
 
     To follow several at once, wait for the `arrival` of any and `take` from each. `<eop>` is not among the tokens. Both
     ways raise TimeLimit or Failed; in the end, `finish_reason` is "stop" (the model ended), "length" or "cancelled".
-    Call `cancel` when nobody wants the rest: the answer leaves before the next step.
+    Call `cancel` when nobody wants the rest: the answer leaves before the next step. `prompt_tokens` are there, if they
+    were asked for, as soon as anything has arrived.
     """
 
     def __init__(self, prompt: list[int], sampling: Sampling, deadline: float):
         self.prompt = prompt
         self.sampling = sampling
         self.finish_reason: str | None = None
+        self.prompt_tokens: list[Token] = []
         self._deadline = deadline
         self._cancelled = False
         self._loop = asyncio.get_running_loop()
@@ -336,6 +347,8 @@ class Scheduler:
         self._failures = 0  # in a row
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
+        # A thread that computes while the interpreter shuts down can abort the process.
+        atexit.register(self.close)
 
     # For the event loops
 
@@ -386,6 +399,7 @@ class Scheduler:
             self._closing = True
             self._changed.notify()
         self._thread.join()
+        atexit.unregister(self.close)
 
     # In the thread
 
@@ -480,20 +494,35 @@ class Scheduler:
         real = torch.tensor([[0] * (longest - len(a.prompt)) + [1] * len(a.prompt) for a in group], device=self._device)
         positions = self.model.get_position_ids(ids, attention_mask=real)
         prefilled = DynamicCache(config=self.model.config)
-        output = self.model(ids, positions, real, prefilled, use_cache=True, logits_to_keep=1)
+        hidden = self.model.transformer(ids, positions, real, prefilled, use_cache=True).last_hidden_state
+        logits = self.model.score(hidden[:, -1:])[:, 0]
         last = positions.view(len(group), -1, longest)[..., -1].tolist()
-        for answer, position in zip(group, last, strict=True):
+        for answer, position, states in zip(group, last, hidden, strict=True):
             sampling = answer.sampling
             answer._positions = position
-            answer._generator = torch.Generator(output.logits.device)
+            answer._generator = torch.Generator(logits.device)
             answer._generator.seed() if sampling.seed is None else answer._generator.manual_seed(sampling.seed)
             if sampling.presence_penalty or sampling.frequency_penalty:
-                answer._seen = torch.zeros(output.logits.shape[-1], device=output.logits.device)
-        ended = self._choose(group, output.logits[:, -1])
+                answer._seen = torch.zeros(logits.shape[-1], device=logits.device)
+            if sampling.prompt_logprobs:
+                answer.prompt_tokens = self._score_prompt(answer, states[longest - len(answer.prompt) :])
+        ended = self._choose(group, logits)
         for index, answer in enumerate(group):
             if not ended[index]:
                 self._cache.append(prefilled, index, len(answer.prompt))
                 self._rows.append(answer)
+
+    def _score_prompt(self, answer: Answer, hidden: torch.Tensor) -> list[Token]:
+        """The tokens of a prompt with hidden states [S, hidden]: those behind `<sop>` with log-probabilities."""
+        prompt, count, bos = answer.prompt, answer.sampling.top_logprobs, self.model.config.bos_token_id
+        start = prompt.index(bos) + 1 if bos in prompt and count is not None else len(prompt)
+        tokens = [Token(token_id) for token_id in prompt[:start]]
+        for first in range(start, len(prompt), SCORED_ROWS):
+            ids = torch.tensor(prompt[first : first + SCORED_ROWS], device=hidden.device)
+            # Each token is predicted by the one before it.
+            scores = self._scores(self.model.score(hidden[None, first - 1 : first - 1 + len(ids)])[0])
+            tokens += _with_logprobs(scores, ids, [count] * len(ids))
+        return tokens
 
     def _step(self) -> None:
         """Read the last token of every row and choose the next."""
@@ -507,9 +536,7 @@ class Scheduler:
 
     def _choose(self, answers: list[Answer], logits: torch.Tensor) -> list[bool]:
         """Choose and send a token for each answer from its scores [B, V]; returns which have ended with it."""
-        scores = self._finite(None, logits.float())
-        scores[:, len(self.tokenizer) :] = -torch.inf  # embeddings have spare rows, which stand for no text
-        raw = scores
+        raw = scores = self._scores(logits)
         eos = self.model.config.eos_token_id
         short = [row for row, answer in enumerate(answers) if answer._count < answer.sampling.min_new_tokens]
         penalised = [row for row, answer in enumerate(answers) if answer._seen is not None]
@@ -538,6 +565,10 @@ class Scheduler:
         ended = []
         for row, token in enumerate(tokens.tolist()):
             answer = answers[row]
+            if answer.sampling.max_new_tokens == 0:
+                self._send(answer, "length")
+                ended.append(True)
+                continue
             if token == eos:
                 self._send(answer, "stop")
                 ended.append(True)
@@ -558,16 +589,26 @@ class Scheduler:
         rows = [row for row, answer in enumerate(answers) if answer.sampling.top_logprobs is not None]
         if not rows:
             return {}
-        logprobs = scores[rows].log_softmax(dim=-1)
-        chosen = tokens[rows]
-        own = logprobs.gather(1, chosen[:, None]).flatten().tolist()
-        count = min(max(answers[row].sampling.top_logprobs for row in rows), logprobs.shape[-1])
-        values, ids = logprobs.topk(count, dim=-1)
-        pairs = [tuple(zip(*both, strict=True)) for both in zip(ids.tolist(), values.tolist(), strict=True)]
-        return {
-            row: Token(token, logprob, top[: answers[row].sampling.top_logprobs])
-            for row, token, logprob, top in zip(rows, chosen.tolist(), own, pairs, strict=True)
-        }
+        counts = [answers[row].sampling.top_logprobs for row in rows]
+        return dict(zip(rows, _with_logprobs(scores[rows], tokens[rows], counts), strict=True))
+
+    def _scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """Scores float32 [B, V] of logits: finite, and minus infinity for the spare rows of the embedding."""
+        scores = self._finite(None, logits.float())
+        scores[:, len(self.tokenizer) :] = -torch.inf
+        return scores
+
+
+def _with_logprobs(scores: torch.Tensor, ids: torch.Tensor, counts: list[int]) -> list[Token]:
+    """Tokens `ids` [N] with their log-probabilities and those of the `counts` [N] likeliest, from scores [N, V]."""
+    logprobs = scores.log_softmax(dim=-1)
+    own = logprobs.gather(1, ids[:, None]).flatten().tolist()
+    values, likeliest = logprobs.topk(min(max(counts), logprobs.shape[-1]), dim=-1)
+    pairs = [tuple(zip(*both, strict=True)) for both in zip(likeliest.tolist(), values.tolist(), strict=True)]
+    return [
+        Token(token_id, logprob, top[:count])
+        for token_id, logprob, top, count in zip(ids.tolist(), own, pairs, counts, strict=True)
+    ]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -639,15 +680,26 @@ class AnswerText:
         tokenizer: whose ids they are.
         process: `model.process_response` for an answer in a chat, or None for text as it is.
         stop: strings that end the text and are not part of it.
+        begun: ids of the answer that the prompt has already; their text is not given again.
+
+    Attributes:
+        stopped: a stop string was found.
+        length: of the text that the ids so far stand for, whether it is certain or not.
     """
 
-    def __init__(self, tokenizer, process: Callable[[str], str] | None = None, stop: list[str] | None = None):
+    def __init__(
+        self,
+        tokenizer,
+        process: Callable[[str], str] | None = None,
+        stop: list[str] | None = None,
+        begun: Sequence[int] = (),
+    ):
         self.stopped = False
         self._decoder = tokenizer.decode_stream()
         self._process = process
         self._stop = stop or []
-        self._raw = ""
-        self._shown = 0
+        self._raw = "".join([self._decoder.step(token_id) for token_id in begun])
+        self._shown = self.length = len(self._raw)
 
     def step(self, token_id: int) -> str:
         """Takes the next id and returns the text that is certain now. Once `stopped`, there is no more."""
@@ -666,9 +718,12 @@ class AnswerText:
         if self._process is not None:
             space = text[len(text.rstrip()) :]
             text = self._process(text)
+            self.length = len(text)
             text = text and text + space  # stripped by process_response, but a stop string may be in it
             if not last:
                 text = settled(text)
+        else:
+            self.length = len(text)
         found = [(text.find(stop, self._shown), len(stop)) for stop in self._stop]
         # The one that is complete first, however the text is cut into tokens.
         stops = [(place + length, place) for place, length in found if place >= 0]
@@ -681,6 +736,47 @@ class AnswerText:
         piece = text[self._shown : end]
         self._shown = max(self._shown, end)
         return piece
+
+
+class TokenTexts:
+    """The part of an answer's text that each token adds. Joined, the parts are the text.
+
+    A token is given out once the text up to its end is certain and another token has come: the last one takes what is
+    left of the text. A token that completes no character has no text.
+    """
+
+    def __init__(self, begun: int):
+        """`begun`: length of the text before the first token."""
+        self._tokens: collections.deque[tuple[Token, int]] = collections.deque()  # each with the length up to its end
+        self._text = ""  # what is certain and not given out
+        self._given = begun
+
+    def add(self, token: Token, text: str, length: int) -> None:
+        """A token, the text that has become certain with it, and the `length` of its `AnswerText`."""
+        self._text += text
+        self._tokens.append((token, length))
+
+    def take(self) -> list[Token]:
+        """The tokens with certain text, since the last call."""
+        taken = []
+        while len(self._tokens) > 1 and self._tokens[0][1] <= self._given + len(self._text):
+            token, length = self._tokens.popleft()
+            taken.append(self._cut(token, max(length - self._given, 0)))
+        return taken
+
+    def finish(self, text: str) -> list[Token]:
+        """All other tokens, given the end of the text; it belongs to the last one."""
+        self._text += text
+        taken = [self._cut(token, max(length - self._given, 0)) for token, length in self._tokens]
+        if taken:
+            taken[-1] = dataclasses.replace(taken[-1], text=taken[-1].text + self._text)
+        self._tokens.clear()
+        return taken
+
+    def _cut(self, token: Token, size: int) -> Token:
+        text, self._text = self._text[:size], self._text[size:]
+        self._given += len(text)
+        return dataclasses.replace(token, text=text)
 
 
 def _overlap(text: str, stop: str) -> int:

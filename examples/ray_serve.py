@@ -74,8 +74,7 @@ def application(
 def main() -> int:
     parser = argparse.ArgumentParser(description="Serves a ChatGLM model with Ray Serve.")
     api_server.add_arguments(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all networks (default: %(default)s)")
-    parser.add_argument("--port", type=cli_demo.port, default=8000)
+    api_server.add_address_arguments(parser)
     parser.add_argument("--min-replicas", type=cli_demo.positive(int), default=1)
     parser.add_argument("--max-replicas", type=cli_demo.positive(int), default=4)
     parser.add_argument("--target", type=cli_demo.positive(float), help="answers in a replica (default: --max-batch)")
@@ -92,7 +91,8 @@ def main() -> int:
 
     # The modules beside this file travel to the other machines.
     ray.init(runtime_env={"working_dir": str(Path(__file__).resolve().parent)}, logging_level=logging.WARNING)
-    serve.start(http_options={"host": arguments.host, "port": arguments.port})
+    address = {"host": arguments.host, "port": arguments.port, "keep_alive_timeout_s": arguments.keep_alive}
+    serve.start(http_options=address)
     scaling = (arguments.min_replicas, arguments.max_replicas, arguments.target)
     serve.run(application(settings, *scaling, arguments.cpus, arguments.gpus), name="chatglm")
     ended = threading.Event()

@@ -237,12 +237,15 @@ def main() -> int:
     cli_demo.add_model_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all networks (default: %(default)s)")
     parser.add_argument("--port", type=cli_demo.port, default=7860)
+    parser.add_argument("--root-path", default="", help="path under which a proxy shows the page, such as /chat")
     batching.add_arguments(parser)
     arguments = parser.parse_args()
     try:
         model, tokenizer = cli_demo.load(arguments.model, arguments.device, arguments.dtype)
         scheduler = Scheduler(model, tokenizer, arguments.max_batch, max_length=arguments.max_length)
-        launch(Chat(scheduler), server_name=arguments.host, server_port=arguments.port)
+        address = {"server_name": arguments.host, "server_port": arguments.port, "root_path": arguments.root_path}
+        launch(Chat(scheduler), **address)
+        scheduler.close()
     except (OSError, ValueError) as error:
         print(f"web_demo.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

@@ -1,7 +1,9 @@
 """The server: batched decoding, OpenAI's API in front of it, and what clients can do wrong."""
 
+import argparse
 import asyncio
 import contextlib
+import functools
 import inspect
 import json
 import os
@@ -468,7 +470,8 @@ class Running:
     def __init__(self, **settings):
         settings = {"device": "cpu", "dtype": "float32", **settings}
         self.app = api_server.create_app(api_server.Settings(**settings))
-        self.server = uvicorn.Server(uvicorn.Config(self.app, port=0, log_level="warning"))
+        address = argparse.Namespace(host="127.0.0.1", port=0, keep_alive=75)
+        self.server = uvicorn.Server(api_server.http_config(self.app, address))
         self.thread = threading.Thread(target=self.server.run)
 
     def __enter__(self):
@@ -657,7 +660,9 @@ def test_openai_client_errors(client):
     assert tools.value.code == "unknown_parameter"
     for messages, told in (
         ([{"role": "tool", "content": "4", "tool_call_id": "1"}], "messages.0.role"),
-        ([{"role": "developer", "content": "x"}], "messages.0.role"),
+        ([{"role": "developer", "content": "x"}], '"user"'),
+        ([{"role": "assistant", "content": None}, *user("x")], "messages.0.content: a message needs its text"),
+        ([{"role": "assistant"}, *user("x")], "messages.0.content: a message needs its text"),
         ([{"role": "assistant", "content": "x"}], '"user"'),
         ([{"role": "user", "content": ""}], "empty"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "content.0.type"),
@@ -681,7 +686,7 @@ def body_of(response: httpx.Response) -> dict:
     ("method", "path", "content", "status"),
     [
         ("GET", "/nothing", None, 404),
-        ("POST", CHAT + "/", b"{}", 404),
+        ("POST", CHAT + "/", b"{}", 400),
         ("GET", CHAT, None, 405),
         ("DELETE", "/v1/models", None, 405),
         ("GET", "/v1/models/other", None, 404),
@@ -700,7 +705,11 @@ def body_of(response: httpx.Response) -> dict:
         ("POST", CHAT, b'{"model": "\\ud800", "messages": [{"role": "user", "content": "x"}]}', 404),
         ("POST", CHAT, b'{"model": "chatglm", "\\ud800": 1, "messages": [{"role": "user", "content": "x"}]}', 400),
         ("POST", "/v1/completions", b'{"model": "chatglm", "prompt": []}', 400),
-        ("POST", "/v1/completions", b'{"model": "chatglm", "prompt": [1, 2]}', 400),
+        ("POST", "/v1/completions", b'{"model": "chatglm", "prompt": [1, -2]}', 400),
+        ("POST", "/v1/completions", b'{"model": "chatglm", "prompt": [1, 1000000]}', 400),
+        ("POST", "/v1/completions", b'{"model": "chatglm", "prompt": [1, true]}', 400),
+        ("POST", "/v1/completions", b'{"model": "chatglm", "prompt": [[1], []]}', 400),
+        ("POST", "/v1/completions", b'{"model": "chatglm", "prompt": [[1], "x"]}', 400),
         ("POST", "/", b'{"prompt": ""}', 400),
         ("POST", "/", b'{"prompt": "x", "history": [["a"]]}', 400),
         ("POST", CHAT, b" " * 20_001, 413),
@@ -736,8 +745,7 @@ def test_arguments_that_contradict(small_server):
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
         ({"stop": ["a", ""]}, "stop"),
-        ({"stop": ["a"] * 5}, "stop"),
-        ({"max_tokens": 40}, "messages"),
+        ({"stop": ["a"] * 65}, "stop"),
         ({"min_tokens": 4, "max_tokens": 3}, "min_tokens"),
         ({"n": 9}, "n"),
         ({"n": True}, "n"),
@@ -746,6 +754,320 @@ def test_arguments_that_contradict(small_server):
         assert response.status_code == 400, fields
         assert body_of(response)["param"] == param
     assert small_server.chat(max_tokens=3, tools=None, stop=None, seed=None).status_code == 200
+
+
+# What asks for nothing, in bodies of chat and of completions.
+IDLE = [
+    {"tools": []},
+    {"tools": None, "tool_choice": None},
+    {"tool_choice": "none"},
+    {"tool_choice": "auto", "parallel_tool_calls": True},
+    {"functions": [], "function_call": "none"},
+    {"logit_bias": {}},
+    {"logit_bias": {"5": 0, "6": 0.0}},
+    {"response_format": {"type": "text"}},
+    {"store": False},
+    {"store": True, "metadata": {"a": "b"}},
+    {"parallel_tool_calls": False},
+    {"user": "someone", "safety_identifier": "x", "service_tier": "auto", "prompt_cache_key": "k"},
+    {"best_of": 1},
+    {"best_of": 2, "n": 2},
+    {"modalities": ["text"], "audio": None, "prediction": None},
+    {"reasoning_effort": "none", "verbosity": "medium"},
+    {"min_p": 0, "repetition_penalty": 1.0, "length_penalty": 1.0, "typical_p": 1, "use_beam_search": False},
+    {"ignore_eos": False, "skip_special_tokens": True, "include_stop_str_in_output": False, "stop_token_ids": []},
+    {"add_generation_prompt": True, "continue_final_message": False, "chat_template_kwargs": {}},
+    {"max_tokens": -1},
+    {"max_tokens": 4096},
+    {"top_k": -1},
+    {"top_k": 0, "top_p": 1, "temperature": 1},
+    {"seed": None, "stop": None, "n": None, "stream": None, "model": None},
+    {"stop": ""},
+    {"stop": []},
+    {"stop": ["1", "2", "3", "4", "5", "6"]},
+    {"stream_options": None},
+    {"stream_options": {"include_usage": False}},
+    {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}},
+    {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+    {"echo": False},
+    {"logprobs": False},
+    {"suffix": "", "guided_json": None, "guided_regex": "", "documents": []},
+]
+IDLE_CHAT = [
+    {"top_logprobs": 0, "logprobs": False},
+    {"max_completion_tokens": -1},
+    {"max_completion_tokens": 4096, "max_tokens": 4096},
+]
+IDLE_MESSAGES = [
+    [{"role": "user", "content": "Hello", "name": "Ann"}],
+    [{"role": "user", "content": [{"type": "text", "text": "Hello", "cache_control": {"type": "ephemeral"}}]}],
+    [
+        *[{"role": "user", "content": "Hello"}],
+        {
+            **{"role": "assistant", "content": "Hi", "refusal": None, "tool_calls": [], "annotations": []},
+            **{"audio": None, "function_call": None, "reasoning_content": "", "name": "bot", "id": "msg_1"},
+        },
+        *[{"role": "user", "content": "Hello", "name": None}],
+    ],
+]
+ASKING = [
+    {"tools": [{"type": "function", "function": {"name": "f"}}]},
+    {"tool_choice": "required"},
+    {"tool_choice": {"type": "function", "function": {"name": "f"}}},
+    {"functions": [{"name": "f"}]},
+    {"function_call": {"name": "f"}},
+    {"logit_bias": {"5": -100}},
+    {"response_format": {"type": "json_object"}},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}},
+    {"best_of": 3},
+    {"modalities": ["text", "audio"]},
+    {"audio": {"voice": "alloy", "format": "wav"}},
+    {"prediction": {"type": "content", "content": "x"}},
+    {"reasoning_effort": "high"},
+    {"web_search_options": {"search_context_size": "low"}},
+    {"min_p": 0.1},
+    {"repetition_penalty": 1.2},
+    {"use_beam_search": True},
+    {"stop_token_ids": [5]},
+    {"guided_json": {"type": "object"}},
+    {"guided_regex": "a+"},
+    {"suffix": "end"},
+    {"continue_final_message": True},
+    {"chat_template": "{{ messages }}"},
+    {"documents": [{"text": "x"}]},
+    {"temprature": 0.5},
+]
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_what_asks_for_nothing_is_taken(server, path):
+    inputs = {"messages": user("Hello")} if path == CHAT else {"prompt": "Hello"}
+    for fields in IDLE + (IDLE_CHAT if path == CHAT else []):
+        if path == CHAT and fields == {"logprobs": False}:
+            continue
+        body = {"model": "chatglm", "max_tokens": 2, **inputs, **fields}
+        response = server.http.post(path, json=body)
+        assert response.status_code == 200, (fields, response.text)
+    if path == CHAT:
+        for messages in IDLE_MESSAGES:
+            response = server.http.post(path, json={"model": "chatglm", "max_tokens": 2, "messages": messages})
+            assert response.status_code == 200, (messages, response.text)
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_what_the_model_cannot_do_is_refused_by_name(small_server, path):
+    inputs = {"messages": user("Hello")} if path == CHAT else {"prompt": "Hello"}
+    for fields in ASKING + ([{"echo": True}] if path == CHAT else []):
+        response = small_server.http.post(path, json={"max_tokens": 2, **inputs, **fields})
+        assert response.status_code == 400, fields
+        error = body_of(response)
+        assert error["param"] == next(iter(fields))
+        assert error["param"] in error["message"]
+    for message, param in (
+        ({"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}, "messages.1.tool_calls"),
+        ({"role": "assistant", "content": "x", "prefix": True}, "messages.1.prefix"),
+        ({"role": "assistant", "content": None}, "messages.1.content"),
+        ({"role": "tool", "content": "x"}, "messages.1.role"),
+        ({"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}, "messages.1.content.0.type"),
+    ):
+        response = small_server.http.post(CHAT, json={"messages": [*user("x"), message, *user("y")]})
+        assert (response.status_code, body_of(response)["param"]) == (400, param)
+
+
+def test_answers_longer_than_the_room_are_clipped(small_server):
+    whole = small_server.chat("Hello", max_tokens=4096, ignore_eos=True, temperature=0).json()
+    assert whole["usage"]["total_tokens"] == 40
+    assert whole["choices"][0]["finish_reason"] == "length"
+    cut = small_server.chat("Hello", max_tokens=4, ignore_eos=True, temperature=0).json()
+    assert cut["usage"]["completion_tokens"] == 4
+
+
+def test_old_rounds_are_left_out_as_by_chat(small_server, reference):
+    """System messages stay; the question alone may still be too long."""
+    _, tokenizer = reference
+    rounds = [message for i in range(6) for message in (*user(f"Hello {i}"), {"role": "assistant", "content": "Hi"})]
+    system = {"role": "system", "content": "Be kind."}
+    for first in ([], [system]):
+        body = {"messages": [*first, *rounds, *user("你好")], "max_tokens": 1}
+        response = small_server.http.post(CHAT, json=body)
+        assert response.status_code == 200, response.text
+        lengths = [
+            len(tokenizer.apply_chat_template([*first, *rounds[2 * i :], *user("你好")], return_dict=False)) + 2
+            for i in range(7)
+        ]
+        assert response.json()["usage"]["prompt_tokens"] == max(length for length in lengths if length < 40)
+    response = small_server.http.post(CHAT, json={"messages": [*rounds, *user("word " * 60)]})
+    assert body_of(response)["code"] == "context_length_exceeded"
+
+
+def test_cors():
+    """Only for pages of the given origins, whose preflight has no key."""
+    preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    allowed = "access-control-allow-origin"
+    with Running(api_key="secret", cors_origin=["https://chat.example.org"], max_length=40) as running:
+        page = {"Origin": "https://chat.example.org"}
+        response = running.http.options(CHAT, headers={**page, **preflight})
+        assert response.status_code == 200
+        assert response.headers[allowed] == page["Origin"]
+        assert "authorization" in response.headers["access-control-allow-headers"]
+        refused = running.http.get("/v1/models", headers=page)
+        assert (refused.status_code, refused.headers[allowed]) == (401, page["Origin"])
+        given = running.http.get("/v1/models", headers={**page, "Authorization": "Bearer secret"})
+        assert (given.status_code, given.headers[allowed]) == (200, page["Origin"])
+        other = running.http.options(CHAT, headers={"Origin": "https://evil.example.org", **preflight})
+        assert other.status_code == 400
+        assert allowed not in other.headers
+
+
+def test_no_cors_without_the_option(server):
+    assert "access-control-allow-origin" not in server.http.get("/health", headers={"Origin": "https://a.org"}).headers
+
+
+def test_head_and_slashes(server):
+    for path in ("/v1/models", "/v1/models/chatglm", "/health"):
+        got, head = server.http.get(path), server.http.head(path)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-length"] == got.headers["content-length"]
+        assert server.http.get(path + "/").text == got.text
+    assert server.http.head(CHAT).status_code == 405
+    assert server.http.head("/nothing").status_code == 404
+    body = {"model": "chatglm", "messages": user("Hello"), "max_tokens": 1}
+    assert server.http.post(CHAT + "/", json=body).status_code == 200
+
+
+def test_http_server_does_not_depend_on_what_is_installed():
+    """uvicorn would take httptools, uvloop and websockets if they were there."""
+    parser = argparse.ArgumentParser()
+    api_server.add_address_arguments(parser)
+    config = api_server.http_config(None, parser.parse_args([]))
+    assert (config.http, config.loop, config.ws) == ("h11", "asyncio", "none")
+    assert config.timeout_keep_alive == 75
+    assert api_server.http_config(None, parser.parse_args(["--keep-alive", "9"])).timeout_keep_alive == 9
+
+
+def test_upgrades_are_ignored(server):
+    """A client that offers h2c still gets its answer."""
+    body = json.dumps({"messages": user("Hello"), "max_tokens": 1}).encode()
+    host, port = server.url.removeprefix("http://").split(":")
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += "Connection: Upgrade, HTTP2-Settings, close\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n"
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        assert b" 200 " in connection.recv(1000).split(b"\r\n")[0]
+
+
+def test_usage_in_every_event(server):
+    """As guidellm reads it."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"max_tokens": 6, "ignore_eos": True, "stream": True, "stream_options": options}
+    events = server.chat("Hello", **body).text.split("\n\n")
+    usages = [json.loads(event[6:])["usage"] for event in events if event.startswith("data: {")]
+    counts = [usage["completion_tokens"] for usage in usages]
+    assert counts == sorted(counts)
+    assert (counts[0], counts[-1]) == (0, 6)
+    assert len({usage["prompt_tokens"] for usage in usages}) == 1
+
+
+def texts_of(content: list[dict]) -> tuple[str, str]:
+    """The text of tokens with log-probabilities, and that of their bytes."""
+    return "".join(token["token"] for token in content), bytes(
+        [byte for token in content for byte in token["bytes"]]
+    ).decode(errors="replace")
+
+
+@pytest.mark.parametrize("fields", [{"temperature": 0}, {"temperature": 1.9, "top_p": 1, "top_k": 0, "max_tokens": 30}])
+def test_tokens_with_logprobs_make_up_the_content(server, fields):
+    for seed, query in enumerate(QUERIES[:3]):
+        fields = {**fields, "seed": seed, "logprobs": True, "top_logprobs": 2, "stop": ["！", "e t"]}
+        choice = server.chat(query, **fields).json()["choices"][0]
+        text, data = texts_of(choice["logprobs"]["content"])
+        assert text == choice["message"]["content"]
+        assert data == text or "\ufffd" in data
+        tokens, content = [], ""
+        for event in server.chat(query, **fields, stream=True).text.split("\n\n"):
+            if event.startswith("data: {"):
+                part = json.loads(event[6:])["choices"][0]
+                content += part["delta"].get("content", "")
+                tokens += (part["logprobs"] or {"content": []})["content"]
+                assert texts_of(tokens)[0] == content
+        assert tokens == choice["logprobs"]["content"]
+
+
+def test_prompts_of_token_ids(server, reference):
+    _, tokenizer = reference
+    complete = functools.partial(server.http.post, "/v1/completions")
+    ids = tokenizer("Hello", add_special_tokens=False)["input_ids"]
+    options = {"temperature": 0, "max_tokens": 12}
+    whole = complete(json={"prompt": "Hello", **options}).json()
+    for prompt in (ids, tokenizer("Hello")["input_ids"]):
+        reply = complete(json={"prompt": prompt, **options}).json()
+        assert reply["choices"] == whole["choices"]
+        assert reply["usage"] == whole["usage"]
+    several = complete(json={"prompt": [ids, tokenizer("你好")["input_ids"]], **options, "echo": True}).json()
+    assert several["choices"][0]["text"] == "Hello" + whole["choices"][0]["text"]
+    assert several["choices"][1]["text"].startswith("你好")
+    echoed = complete(json={"prompt": "Hello", **options, "echo": True}).json()
+    assert echoed["choices"][0]["text"] == "Hello" + whole["choices"][0]["text"]
+    stream = complete(json={"prompt": "Hello", **options, "echo": True, "stream": True}).text
+    parts = [json.loads(event[6:]) for event in stream.split("\n\n") if event.startswith("data: {")]
+    assert "".join(part["choices"][0]["text"] for part in parts) == echoed["choices"][0]["text"]
+
+
+def test_an_answer_goes_on_behind_sop(server, reference):
+    """Its first token may have a space in front, and what was there is not given again."""
+    _, tokenizer = reference
+    prompt = tokenizer("Hello")["input_ids"]
+    answer = server.http.post("/v1/completions", json={"prompt": prompt, "temperature": 0}).json()["choices"][0]["text"]
+    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    for cut in (1, 2, len(ids) // 2):
+        body = {"prompt": prompt + ids[:cut], "temperature": 0}
+        rest = server.http.post("/v1/completions", json=body).json()["choices"][0]["text"]
+        assert tokenizer.decode(ids[:cut]) + rest == answer
+        text = server.http.post("/v1/completions", json={**body, "echo": True}).json()["choices"][0]["text"]
+        assert text.endswith(answer)
+
+
+def test_scores_of_a_prompt(server, reference):
+    """As evaluation harnesses ask for them, and as the model gives them: from <sop> on, else not at all."""
+    model, tokenizer = reference
+    bos = tokenizer.bos_token_id
+    prompts = []
+    for query, answer in (("Hello", "Hello! I am a very small model."), ("你好", "你好！")):
+        prompts.append(tokenizer(query)["input_ids"] + tokenizer(answer, add_special_tokens=False)["input_ids"])
+    body = {"prompt": prompts, "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True, "seed": 1234}
+    reply = server.http.post("/v1/completions", json=body).json()
+    for ids, choice in zip(prompts, reply["choices"], strict=True):
+        scored = choice["logprobs"]
+        with torch.no_grad():
+            logprobs = model(torch.tensor([ids])).logits[0].float().log_softmax(dim=-1)
+        start = ids.index(bos) + 1
+        assert scored["token_logprobs"][:start] == scored["top_logprobs"][:start] == [None] * start
+        for column in range(start, len(ids)):
+            assert scored["token_logprobs"][column] == pytest.approx(float(logprobs[column - 1, ids[column]]), abs=1e-4)
+            ((_, best),) = scored["top_logprobs"][column].items()
+            assert best == pytest.approx(float(logprobs[column - 1].max()), abs=1e-4)
+        assert "".join(scored["tokens"]) == choice["text"]
+        assert len(scored["tokens"]) == len(scored["text_offset"]) == len(ids) + 1
+        for offset, token in zip(scored["text_offset"], scored["tokens"], strict=True):
+            assert choice["text"][offset : offset + len(token)] == token
+    assert reply["usage"]["completion_tokens"] == 2
+    alone = server.http.post("/v1/completions", json={**body, "prompt": prompts[0], "max_tokens": 0}).json()
+    assert alone["usage"]["completion_tokens"] == 0
+    assert alone["choices"][0]["logprobs"]["token_logprobs"] == pytest.approx(
+        reply["choices"][0]["logprobs"]["token_logprobs"][:-1]
+    )
+    stream = server.http.post("/v1/completions", json={**body, "stream": True}).text
+    parts = [json.loads(event[6:])["choices"][0] for event in stream.split("\n\n") if event.startswith("data: {")]
+    for index, choice in enumerate(reply["choices"]):
+        mine = [part["logprobs"] for part in parts if part["index"] == index and part["logprobs"]]
+        for name in ("tokens", "text_offset"):
+            assert [value for logprobs in mine for value in logprobs[name]] == choice["logprobs"][name]
+    for prompt in ("Hello", prompts[0][:-1][: prompts[0].index(bos)], tokenizer("Hello")["input_ids"]):
+        response = server.http.post("/v1/completions", json={**body, "prompt": prompt})
+        assert response.status_code == 400
+        assert body_of(response)["param"] == "prompt"
+        assert "<sop>" in body_of(response)["message"]
+    assert server.http.post("/v1/completions", json={"prompt": "Hello", "max_tokens": 0}).status_code == 400
 
 
 def test_public_form(server, reference):
@@ -1003,13 +1325,66 @@ def test_command_and_sigterm(tmp_path):
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_ctrl_c_twice_ends_the_scheduler_before_the_interpreter(tmp_path):
+    """In the middle of an answer. A thread that still computes then aborts the process now and then."""
+    script = f"""
+import argparse, asyncio, atexit, os, signal, sys, threading
+atexit.register(lambda: print([thread.name for thread in threading.enumerate()]))
+sys.path.insert(0, {str(ROOT / "examples")!r})
+import api_server, batching
+class Slow(batching.Scheduler):
+    def _step(self):
+        if not getattr(self, "interrupted", False):
+            self.interrupted = True
+            os.kill(os.getpid(), signal.SIGINT)
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        super()._step()
+batching.Scheduler = api_server.Scheduler = Slow
+def ask():
+    import httpx, time
+    body = {{"messages": [{{"role": "user", "content": "Hello"}}], "min_tokens": 1900}}
+    while True:
+        try:
+            httpx.post("http://127.0.0.1:" + sys.argv[2] + "/v1/chat/completions", json=body, timeout=60)
+            return
+        except httpx.ConnectError:
+            time.sleep(0.1)
+        except httpx.HTTPError:
+            return
+threading.Thread(target=ask, daemon=True).start()
+sys.exit(api_server.main())
+"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ended = subprocess.run(
+        [sys.executable, "-c", script, "--port", str(port), "--device", "cpu"],
+        capture_output=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+    )
+    assert ended.returncode == 0, ended
+    assert "MainThread" in ended.stdout
+    assert "scheduler" not in ended.stdout
+    assert "Traceback" not in ended.stderr
+
+
 def test_arguments_of_the_command(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["api_server.py", "--model", str(tmp_path / "nowhere")])
     handler = signal.getsignal(signal.SIGTERM)
     assert api_server.main() == 1
     signal.signal(signal.SIGTERM, handler)
     assert capsys.readouterr().err.count("\n") == 1
-    for wrong in (["--max-batch", "0"], ["--time-limit", "-1"], ["--time-limit", "nan"], ["--dtype", "int8"]):
+    for wrong in (
+        ["--max-batch", "0"],
+        ["--time-limit", "-1"],
+        ["--time-limit", "nan"],
+        ["--dtype", "int8"],
+        ["--cors-origin", "chat.example.org"],
+        ["--cors-origin", "https://chat.example.org/page"],
+    ):
         monkeypatch.setattr(sys, "argv", ["api_server.py", *wrong])
         with pytest.raises(SystemExit) as ended:
             api_server.main()

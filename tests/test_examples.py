@@ -1,6 +1,5 @@
 """The terminal chat, the quantising of folders and the making of random ones."""
 
-import argparse
 import builtins
 import json
 import os
@@ -18,9 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from chatglm_int8 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
-from chatglm_int8.apps import chat, cli, loading, model_folder
-from chatglm_int8.apps.arguments import size
-from chatglm_int8.apps.quantize_folder import quantize_folder
+from chatglm_int8.apps import chat, cli, loading
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).resolve().parent / "data"
@@ -29,6 +26,7 @@ for folder in ("examples", "benchmarks"):
 
 import make_checkpoint  # noqa: E402
 import make_vocabulary  # noqa: E402
+import quantize  # noqa: E402
 
 CHAT = [sys.executable, "-m", "chatglm_int8", "chat"]
 MODULES = {"checkpoint.py", "configuration_chatglm.py", "modeling_chatglm.py", "quantization.py"}
@@ -238,6 +236,7 @@ def test_printed_text_is_the_response(golden_model, capsys):
 )
 def test_what_can_not_be_loaded(folder, device, message, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "prepare_streams", lambda: None)  # pytest's are others
     assert cli.main(["chat", "hello", "--model", folder, "--device", device]) == 1
     out, err = capsys.readouterr()
     assert not out
@@ -246,7 +245,7 @@ def test_what_can_not_be_loaded(folder, device, message, monkeypatch, capsys, tm
     assert err.count("\n") == 1
 
 
-# chatglm quantize
+# quantize.py
 
 
 def write_source(folder: Path, form: str = "model.safetensors") -> Path:
@@ -297,7 +296,7 @@ def assert_is_golden(folder: Path, bits: int) -> None:
 @pytest.mark.parametrize("form", ["model.safetensors", "safetensors shards", "pytorch_model.bin", "pickled shards"])
 def test_quantized_folder_is_golden(form, bits, tmp_path, golden_model):
     source = write_source(tmp_path / "source", form)
-    quantize_folder(source, tmp_path / "result", bits, shard_size=100_000, progress=False)
+    quantize.quantize_folder(source, tmp_path / "result", bits, shard_size=100_000, progress=False)
     assert_is_golden(tmp_path / "result", bits)
     model = AutoModel.from_pretrained(tmp_path / "result")
     assert model.config.quantization_bit == bits
@@ -312,14 +311,14 @@ def test_files_of_a_folder(tmp_path):
     fields = json.loads((source / "config.json").read_text())
     fields["auto_map"] = {"AutoModel": "owner/name--modeling_chatglm.ChatGLMForConditionalGeneration"}
     (source / "config.json").write_text(json.dumps(fields))
-    quantize_folder(source, tmp_path / "one", progress=False)
+    quantize.quantize_folder(source, tmp_path / "one", progress=False)
     files = {path.name for path in (tmp_path / "one").iterdir()}
     assert {"config.json", "model.safetensors", "ice_text.model", "tokenization_chatglm.py", *MODULES} <= files
     assert not any(name.endswith(".index.json") for name in files)
     config = json.loads((tmp_path / "one" / "config.json").read_text())
     assert config["auto_map"]["AutoModel"] == "modeling_chatglm.ChatGLMForConditionalGeneration"
 
-    quantize_folder(source, tmp_path / "many", shard_size=100_000, progress=False)
+    quantize.quantize_folder(source, tmp_path / "many", shard_size=100_000, progress=False)
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     shards = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
     assert shards == [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
@@ -332,7 +331,7 @@ def test_files_of_a_folder(tmp_path):
 
 def test_folder_serves_remote_code(tmp_path):
     """Without this package, with what lies in the folder alone."""
-    quantize_folder(write_source(tmp_path / "source"), tmp_path / "result", progress=False)
+    quantize.quantize_folder(write_source(tmp_path / "source"), tmp_path / "result", progress=False)
     script = (
         "import sys; from transformers import AutoModel;"
         "model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True);"
@@ -348,23 +347,23 @@ def test_killed_run_is_finished_by_the_same_command(tmp_path):
     source, result = write_source(tmp_path / "source"), tmp_path / "result"
     script = """if True:
         import os, signal, sys
-        from chatglm_int8 import quantization
-        from chatglm_int8.apps import cli
-        calls, genuine = [], quantization.quantize_weight
+        sys.path.insert(0, sys.argv.pop(1))
+        import quantize
+        calls, genuine = [], quantize.quantization.quantize_weight
         def killing(*arguments):
             calls.append(1)
             if len(calls) == 7:
                 os.kill(os.getpid(), signal.SIGKILL)
             return genuine(*arguments)
-        quantization.quantize_weight = killing
-        cli.main()
+        quantize.quantization.quantize_weight = killing
+        quantize.main()
     """
-    command = [sys.executable, "-c", script, "quantize", source, result, "--shard-size", "50KB"]
+    command = [sys.executable, "-c", script, ROOT / "examples", source, result, "--shard-size", "50KB"]
     assert subprocess.run(command, capture_output=True, timeout=120).returncode == -signal.SIGKILL
     assert any((result / ".partial").iterdir())
     with pytest.raises((OSError, ValueError)):
         AutoModel.from_pretrained(result)
-    quantize_folder(source, result, shard_size=100_000, progress=False)
+    quantize.quantize_folder(source, result, shard_size=100_000, progress=False)
     assert_is_golden(result, 8)
 
 
@@ -372,7 +371,7 @@ def test_killed_run_is_finished_by_the_same_command(tmp_path):
 def test_run_stopped_while_files_move_up(overwrite, tmp_path, monkeypatch):
     source, result = write_source(tmp_path / "source"), tmp_path / "result"
     if overwrite:
-        quantize_folder(source, result, bits=4, shard_size=50_000, progress=False)
+        quantize.quantize_folder(source, result, bits=4, shard_size=50_000, progress=False)
     calls, genuine = [], os.replace
 
     class Stopped(BaseException):
@@ -387,38 +386,41 @@ def test_run_stopped_while_files_move_up(overwrite, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", stopping)
         with pytest.raises(Stopped):
-            quantize_folder(source, result, shard_size=50_000, progress=False, overwrite=overwrite)
+            quantize.quantize_folder(source, result, shard_size=50_000, progress=False, overwrite=overwrite)
     assert not (result / "config.json").exists()
-    quantize_folder(source, result, shard_size=100_000, progress=False)
+    quantize.quantize_folder(source, result, shard_size=100_000, progress=False)
     assert_is_golden(result, 8)
 
 
 def test_overwriting(tmp_path, monkeypatch):
     """Only when told to, with nothing of the old weights left; a failed run leaves the old folder as it was."""
     source, result = write_source(tmp_path / "source"), tmp_path / "result"
-    quantize_folder(source, result, bits=4, shard_size=50_000, progress=False)
+    quantize.quantize_folder(source, result, bits=4, shard_size=50_000, progress=False)
     with pytest.raises(FileExistsError, match="--overwrite"):
-        quantize_folder(source, result, progress=False)
+        quantize.quantize_folder(source, result, progress=False)
     with monkeypatch.context() as patch:
-        patch.setattr(model_folder, "copy_code", lambda folder: 1 / 0)
+        patch.setattr(quantize, "copy_code", lambda folder: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            quantize_folder(source, result, progress=False, overwrite=True)
+            quantize.quantize_folder(source, result, progress=False, overwrite=True)
     assert_is_golden(result, 4)
     (result / ".partial").mkdir()  # left by a run that was killed, with --overwrite
     with pytest.raises(FileExistsError, match="--overwrite"):
-        quantize_folder(source, result, progress=False)
-    quantize_folder(source, result, progress=False, overwrite=True)
+        quantize.quantize_folder(source, result, progress=False)
+    quantize.quantize_folder(source, result, progress=False, overwrite=True)
     assert_is_golden(result, 8)
     assert not (result / "model.safetensors.index.json").exists()
 
 
 def quantize_fails(monkeypatch, capsys, *arguments: str | Path) -> str:
-    """The one line that the command says before it ends with code 1."""
-    assert cli.main(["quantize", *map(str, arguments)]) == 1
+    """The one line that the command says before it ends with code 2."""
+    monkeypatch.setattr(sys, "argv", ["quantize.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_info:
+        quantize.main()
+    assert exit_info.value.code == 2
     out, err = capsys.readouterr()
     assert not out
     line = err.rsplit("\r", 1)[-1].strip().splitlines()[-1]
-    assert line.startswith("chatglm quantize: ")
+    assert line.startswith("quantize.py: ")
     return line
 
 
@@ -441,10 +443,10 @@ def test_quantize_errors(tmp_path, monkeypatch, capsys):
     (tmp_path / "empty" / "config.json").write_bytes((source / "config.json").read_bytes())
     assert "no weight files" in fails(tmp_path / "empty", result)
     done = tmp_path / "done"
-    quantize_folder(source, done, progress=False)
+    quantize.quantize_folder(source, done, progress=False)
     assert "quantised already" in fails(done, result)
     with monkeypatch.context() as patch:
-        patch.setattr(model_folder.shutil, "disk_usage", lambda folder: FullDisk)
+        patch.setattr(quantize.shutil, "disk_usage", lambda folder: FullDisk)
         assert "0.00 GB left" in fails(source, result)
     assert list(result.iterdir()) == []
 
@@ -465,7 +467,7 @@ def test_an_untied_head_is_kept(tmp_path):
     state = load_file(source / "model.safetensors")
     state["lm_head.weight"] = state["lm_head.weight"] + 1
     save_file(state, source / "model.safetensors")
-    quantize_folder(source, tmp_path / "result", progress=False)
+    quantize.quantize_folder(source, tmp_path / "result", progress=False)
     assert torch.equal(read_all(tmp_path / "result")["lm_head.weight"], state["lm_head.weight"])
 
 
@@ -479,7 +481,7 @@ def test_shards_of_mixed_dtypes(tmp_path):
         "e": torch.randn(0, 4).half(),
     }
     layout = {name: tensor.to("meta") for name, tensor in tensors.items()}
-    model_folder.write_shards(tmp_path, layout, tensors.items(), progress=False)
+    quantize.write_shards(tmp_path, layout, tensors.items(), progress=False)
     got, data = load_file(tmp_path / "model.safetensors"), (tmp_path / "model.safetensors").read_bytes()
     assert got.keys() == tensors.keys()
     start = 8 + int.from_bytes(data[:8], "little")
@@ -489,18 +491,18 @@ def test_shards_of_mixed_dtypes(tmp_path):
         assert got[name].dtype == tensor.dtype
         assert torch.equal(got[name], tensor)
     with pytest.raises(ValueError, match="Expected a"):
-        model_folder.write_shards(tmp_path, layout, reversed(tensors.items()), progress=False)
+        quantize.write_shards(tmp_path, layout, reversed(tensors.items()), progress=False)
 
 
-@pytest.mark.parametrize(("text", "expected"), [("1GB", 10**9), ("500mb", 5 * 10**8), ("1.5 K", 1500), ("12", 12)])
-def test_sizes(text, expected):
-    assert size(text) == expected
+@pytest.mark.parametrize(("text", "size"), [("1GB", 10**9), ("500mb", 5 * 10**8), ("1.5 K", 1500), ("12", 12)])
+def test_sizes(text, size):
+    assert quantize.parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GB", "1 Gib", "-1GB", "0"])
 def test_sizes_that_are_none(text):
-    with pytest.raises(argparse.ArgumentTypeError):
-        size(text)
+    with pytest.raises(quantize.argparse.ArgumentTypeError):
+        quantize.parse_size(text)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals and terminals")
@@ -511,21 +513,21 @@ def test_quantizing_needs_little_memory(tmp_path):
     size = sum(path.stat().st_size for path in (tmp_path / "source").glob("*.safetensors"))
     assert size > 250e6
     script = """if True:
-        import resource, sys, torch
-        from chatglm_int8 import quantization
-        from chatglm_int8.apps.quantize_folder import quantize_folder
-        quantization.quantize_weight(torch.randn(64, 64).half(), 8)
+        import resource, sys
+        sys.path.insert(0, sys.argv[1])
+        import quantize, torch
+        quantize.quantization.quantize_weight(torch.randn(64, 64).half(), 8)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        quantize_folder(sys.argv[1], sys.argv[2], shard_size=60_000_000, progress=False)
+        quantize.quantize_folder(sys.argv[2], sys.argv[3], shard_size=60_000_000, progress=False)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     """
-    command = [sys.executable, "-c", script, tmp_path / "source", tmp_path / "result"]
+    command = [sys.executable, "-c", script, ROOT / "examples", tmp_path / "source", tmp_path / "result"]
     done = subprocess.run(command, capture_output=True, timeout=120, check=True)
     grown = int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
     assert grown < size / 2, f"{grown / 1e6:.0f} MB for a model of {size / 1e6:.0f} MB"
 
 
-# benchmarks/make_checkpoint.py
+# make_checkpoint.py
 
 
 def test_random_folder(tiny):
