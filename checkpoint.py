@@ -23,7 +23,11 @@ _LFS_MAGIC = b"version https://git-lfs"
 
 
 def check_checkpoint(
-    folder: str | os.PathLike, expected: dict[str, torch.Tensor], bits: int, tied: bool = True
+    folder: str | os.PathLike,
+    expected: dict[str, torch.Tensor],
+    bits: int,
+    tied: bool = True,
+    base_prefix: str = "transformer",
 ) -> None:
     """Compare the weight files of a folder with what a model needs.
 
@@ -32,6 +36,8 @@ def check_checkpoint(
         expected: the model's state dict, which may be on the meta device.
         bits: the configuration's `quantization_bit`.
         tied: its `tie_word_embeddings`: LM head and embedding are one tensor, of which one name is enough.
+        base_prefix: the class's `base_model_prefix`. As in transformers, the files may be those of the base model or
+            of a model around it, whichever the class is; a head that is not in a base model's files is a new one.
 
     Raises:
         OSError: a file that is missing, cut short, a Git LFS pointer or not a weight file.
@@ -40,21 +46,31 @@ def check_checkpoint(
     paths = weight_files(folder)
     if not paths:
         return
+    base = f"{base_prefix}."
     found: dict[str, tuple[str, torch.Tensor]] = {}
+    is_base_model = True
     for path in paths:
-        found.update({_plain(name): (path, tensor) for name, tensor in read_tensors(path, "meta").items()})
-    expected = {_plain(name): tensor for name, tensor in expected.items()}
-    prefix = {name for name in found if name.startswith("prefix_encoder.")}
+        for name, tensor in read_tensors(path, "meta").items():
+            is_base_model &= not name.startswith(base)
+            known = (other for other in (name, name.removeprefix(base), base + name) if other in expected)
+            found[next(known, name)] = path, tensor
+    prefix = {name for name in found if "prefix_encoder." in name}
     if prefix and prefix == found.keys():
         raise ValueError(
             f"{folder} holds nothing but a P-Tuning v2 prefix: load the model that it was trained on, then call "
             "model.load_prefix with this folder."
         )
     if not prefix:  # a fresh one will be made
-        expected = {name: tensor for name, tensor in expected.items() if not name.startswith("prefix_encoder.")}
-    for head, tail in (("lm_head.weight", "word_embeddings.weight"), ("word_embeddings.weight", "lm_head.weight")):
-        if tied and head in expected and head not in found and tail in found:
-            del expected[head]
+        expected = {name: tensor for name, tensor in expected.items() if "prefix_encoder." not in name}
+    if any(name.startswith(base) for name in expected):
+        # Heads of other tasks start from new weights, too.
+        new_heads = {name for name in expected if not name.startswith(base) and name not in found}
+        if not is_base_model:
+            new_heads.discard("lm_head.weight")
+        expected = {name: tensor for name, tensor in expected.items() if name not in new_heads}
+    one_tensor = {"lm_head.weight", f"{base}word_embeddings.weight"}
+    if tied and one_tensor & found.keys():
+        expected = {name: tensor for name, tensor in expected.items() if name not in one_tensor - found.keys()}
     missing = [name for name in expected if name not in found]
     if missing:
         scales = all(name.endswith("weight_scale") for name in missing)
@@ -91,11 +107,6 @@ def read_prefix(path: str | os.PathLike) -> dict[str, torch.Tensor]:
             f"{path} has no transformer.prefix_encoder.embedding.weight: it is not a P-Tuning v2 checkpoint."
         )
     return prefix
-
-
-def _plain(name: str) -> str:
-    """A tensor's name as `ChatGLMModel` alone would have it."""
-    return name.removeprefix("transformer.")
 
 
 def weight_files(folder: str | os.PathLike) -> list[str]:

@@ -2,6 +2,9 @@
 
 from typing import ClassVar
 
+from .transformers_version import NEEDED  # noqa: F401  first: it raises before the names that version 4 lacks
+
+# isort: split
 from transformers import PreTrainedConfig
 
 # The Auto classes under which `trust_remote_code=True` finds the model; published files name only some of them.
@@ -14,6 +17,7 @@ _SIZES = (
     "num_attention_heads",
     "max_sequence_length",
 )
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "mask_token_id", "gmask_token_id", "pad_token_id")
 
 
 class ChatGLMConfig(PreTrainedConfig):
@@ -138,10 +142,14 @@ class ChatGLMConfig(PreTrainedConfig):
             refuse("inner_hidden_size", "an even number, since INT4 packs two columns in a byte")
         if self.pre_seq_len is not None and not is_int(self.pre_seq_len, 1):
             refuse("pre_seq_len", "a positive number of prefix positions, or null for none")
-        for field in ("bos_token_id", "eos_token_id", "mask_token_id", "gmask_token_id", "pad_token_id"):
+        for field in _SPECIAL_IDS:
             token_id = getattr(self, field)
             if token_id is not None and not (is_int(token_id, 0) and token_id < self.vocab_size):
-                refuse(field, f"an id below vocab_size = {self.vocab_size}")
+                refuse(
+                    field,
+                    f"an id below vocab_size = {self.vocab_size} (the defaults are of the release's vocabulary: with "
+                    f"another one, give all of {', '.join(_SPECIAL_IDS)})",
+                )
 
 
 ChatGLMConfig.register_for_auto_class()

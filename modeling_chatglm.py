@@ -15,6 +15,9 @@ import os
 from collections.abc import Callable
 from typing import ClassVar
 
+from .transformers_version import NEEDED  # noqa: F401  first: it raises before the names that version 4 lacks
+
+# isort: split
 import torch
 from torch import nn
 from transformers import (
@@ -334,7 +337,13 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
                 expected = cls(shape).state_dict()
             folder_of_weights = os.path.join(folder, kwargs.get("subfolder", ""))
             if not kwargs.get("ignore_mismatched_sizes"):
-                check_checkpoint(folder_of_weights, expected, shape.quantization_bit, shape.tie_word_embeddings)
+                check_checkpoint(
+                    folder_of_weights,
+                    expected,
+                    shape.quantization_bit,
+                    shape.tie_word_embeddings,
+                    cls.base_model_prefix,
+                )
         loaded = super().from_pretrained(folder, *model_args, config=config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._freeze()
@@ -344,7 +353,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of activations: that of the LayerNorms, beside which embedding and LM head can stay half."""
-        return getattr(self, "transformer", self).final_layernorm.weight.dtype
+        return self.base_model.final_layernorm.weight.dtype
 
     def _keep_embeddings_half(self) -> None:
         """Make embedding and LM head of a quantised model half where that loses nothing, and keep them so."""

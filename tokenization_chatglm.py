@@ -13,6 +13,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
+from .transformers_version import NEEDED  # noqa: F401  first: it raises before the names that version 4 lacks
+
+# isort: split
 from sentencepiece import SentencePieceProcessor
 from transformers import PreTrainedTokenizer
 

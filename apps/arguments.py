@@ -1,6 +1,7 @@
 """Arguments that several programs take, and how their help shows defaults."""
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,3 +47,12 @@ def positive(kind: type) -> Callable[[str], float]:
 
     parse.__name__ = f"positive {kind.__name__}"  # argparse shows it
     return parse
+
+
+def size(text: str) -> int:
+    """The bytes of "500MB", "1GB" or "1000000"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), flags=re.IGNORECASE)
+    value = int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a size such as 1GB or 500MB, got {text!r}")
+    return value

@@ -9,7 +9,7 @@ import sys
 from .arguments import HelpFormatter
 from .streams import complain, flush_output, prepare_streams
 
-PROGRAMS = {"chat": "chat"}  # names of subcommands and of their modules
+PROGRAMS = {"chat": "chat", "merge": "merge", "quantize": "quantize"}  # names of subcommands and of their modules
 
 
 def parse(command_line: list[str]) -> tuple[object, argparse.Namespace]:

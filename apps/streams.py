@@ -1,5 +1,6 @@
 """The standard streams: any text, closed ones, and error messages."""
 
+import io
 import os
 import sys
 
@@ -13,13 +14,13 @@ def prepare_streams() -> None:
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
-            continue
-        try:
-            "中".encode(stream.encoding)
-            encoding = stream.encoding
-        except UnicodeEncodeError:
-            encoding = "utf-8"
-        stream.reconfigure(encoding=encoding, errors="replace")
+        elif isinstance(stream, io.TextIOWrapper):  # a notebook's is not
+            try:
+                "中".encode(stream.encoding)
+                encoding = stream.encoding
+            except UnicodeEncodeError:
+                encoding = "utf-8"
+            stream.reconfigure(encoding=encoding, errors="replace")
 
 
 def output_was_closed() -> bool:

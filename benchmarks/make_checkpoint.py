@@ -15,12 +15,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import numpy as np
 import torch
-from quantize import copy_code, write_shards
 
 from chatglm_int8 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
+from chatglm_int8.apps.model_folder import copy_code, write_shards
 
 DEVIATION = 0.02  # of all weight matrices
 SLICE_NUMEL = 1 << 24  # normal numbers are drawn in fp32, so many at a time

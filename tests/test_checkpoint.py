@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from chatglm_int8 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMModel
 from chatglm_int8.checkpoint import check_checkpoint, read_prefix
+from chatglm_int8.modeling_chatglm import ChatGLMPreTrainedModel
 
 DATA = Path(__file__).resolve().parent / "data"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1752165\n"
@@ -53,8 +54,8 @@ def write(folder, tensors, form="model.safetensors", config="int8", **fields):
     return folder, shards
 
 
-def load(folder, **kwargs):
-    return ChatGLMForConditionalGeneration.from_pretrained(folder, **kwargs)
+def load(folder, target=ChatGLMForConditionalGeneration, **kwargs):
+    return target.from_pretrained(folder, **kwargs)
 
 
 def refused(folder, error, *words, **kwargs):
@@ -94,6 +95,52 @@ def test_the_base_class_loads_too(tmp_path):
     folder, _ = write(tmp_path, golden())
     model = ChatGLMModel.from_pretrained(folder)
     assert torch.equal(model.layers[1].attention.query_key_value.weight, golden()[QKV])
+
+
+class Around(ChatGLMPreTrainedModel):
+    """A model of the user's own around the base model, under another name than ours."""
+
+    base_model_prefix = "network"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.network = ChatGLMModel(config)
+        self.rating = torch.nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+
+@pytest.mark.parametrize("target", [ChatGLMModel, ChatGLMForConditionalGeneration, Around])
+@pytest.mark.parametrize("source", ["base", "head", "around"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_files_of_the_base_model_and_of_models_around_it(tmp_path, golden_model, tied, source, target):
+    model = golden_model("int8")
+    model.config.tie_word_embeddings = tied
+    if not tied:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * 2)
+    if source == "around":
+        saved = Around(model.config)
+        saved.network.load_state_dict(model.transformer.state_dict())
+    else:
+        saved = model.transformer if source == "base" else model
+    saved.save_pretrained(tmp_path)
+    if (source == "around") != (target is Around) and source != "base":
+        refused(tmp_path, ValueError, "tensors are missing", target=target)  # transformers finds no name for them
+        return
+    loaded = target.from_pretrained(tmp_path, dtype=torch.float32)
+    expected = model.transformer.state_dict()
+    for name, tensor in loaded.base_model.state_dict().items():
+        assert torch.equal(tensor.float(), expected[name].float()), name
+    if target is ChatGLMForConditionalGeneration:
+        assert (loaded.lm_head.weight is loaded.transformer.word_embeddings.weight) == tied
+        if source == "head":
+            assert torch.equal(loaded.lm_head.weight.float(), model.lm_head.weight)
+
+
+def test_the_head_alone_is_no_embedding(tmp_path):
+    """The base model has no head to be tied to."""
+    tensors = golden()
+    del tensors["transformer.word_embeddings.weight"]
+    refused(write(tmp_path, tensors)[0], ValueError, "1 tensors are missing", "word_embeddings", target=ChatGLMModel)
 
 
 def test_legacy_pickles_load(tmp_path):

@@ -28,7 +28,6 @@ COMMAND = [sys.executable, "-c", f"{ENTER}\nsys.exit(command.main())", str(APPS 
 @pytest.fixture
 def program(monkeypatch):
     """A function that makes its argument the `run` of a program, `fake`."""
-    monkeypatch.setattr(cli, "prepare_streams", lambda: None)  # pytest's are others
     monkeypatch.setattr(cli, "PROGRAMS", {"fake": "fake"})
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
 

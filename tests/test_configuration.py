@@ -210,6 +210,8 @@ def test_refuses_a_bad_field_by_name(tmp_path, field, value, others):
 def test_names_the_numbers_of_a_vocabulary_that_is_too_small():
     with pytest.raises(ValueError, match=r"bos_token_id is 130004, expected an id below vocab_size = 20000"):
         ChatGLMConfig(vocab_size=20000)
+    with pytest.raises(ValueError, match="give all of bos_token_id, eos_token_id, mask_token_id, gmask_token_id, pad_"):
+        ChatGLMConfig(vocab_size=99)
 
 
 def test_accepts_every_shape_that_the_goldens_have():

@@ -1,4 +1,4 @@
-"""examples/finetune.py and examples/merge.py."""
+"""chatglm finetune and chatglm merge."""
 
 import importlib.util
 import json
@@ -16,7 +16,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from chatglm_int8 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
+from chatglm_int8 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer, checkpoint
+from chatglm_int8.apps import cli, lora_adapter
+from chatglm_int8.apps.lora_adapter import Lora
+from chatglm_int8.apps.rewrite_folder import export_prefix, rewrite_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 for folder in ("examples", "benchmarks"):
@@ -24,7 +27,6 @@ for folder in ("examples", "benchmarks"):
 
 import finetune  # noqa: E402
 import make_checkpoint  # noqa: E402
-import merge  # noqa: E402
 
 DIALOGUES = ROOT / "examples" / "new_dialogues.jsonl"
 SCRIPT = str(ROOT / "examples" / "finetune.py")
@@ -248,10 +250,10 @@ def test_a_few_dialogues_are_learnt(method, arguments, tokenizer, tmp_path, monk
 
     new = tmp_path / "new"
     if method == "lora":
-        merge.rewrite_folder(ROOT, new, lora=merge.Lora(tuned), progress=False)
+        rewrite_folder(ROOT, new, lora=Lora(tuned), progress=False)
     else:
         assert all("prefix_encoder" in name for name in load_file(tuned / "model.safetensors"))
-        merge.rewrite_folder(ROOT, new, prefix=merge.checkpoint.read_prefix(tuned), progress=False)
+        rewrite_folder(ROOT, new, prefix=checkpoint.read_prefix(tuned), progress=False)
     model = AutoModel.from_pretrained(new).eval()
     assert model.config.quantization_bit == 8
     assert count_right(model, tokenizer, data) == 2
@@ -276,10 +278,10 @@ def test_fifty_dialogues_are_learnt_word_for_word(method, tokenizer, tmp_path, m
 
         model = peft.PeftModel.from_pretrained(AutoModel.from_pretrained(ROOT, dtype=torch.float32), tuned)
         model = model.get_base_model().eval()
-        merge.rewrite_folder(ROOT, new, lora=merge.Lora(tuned), progress=False)
+        rewrite_folder(ROOT, new, lora=Lora(tuned), progress=False)
     else:
         model = AutoModel.from_pretrained(ROOT, dtype=torch.float32).load_prefix(tuned).eval()
-        merge.rewrite_folder(ROOT, new, prefix=merge.checkpoint.read_prefix(tuned), progress=False)
+        rewrite_folder(ROOT, new, prefix=checkpoint.read_prefix(tuned), progress=False)
     assert count_right(model, tokenizer, DIALOGUES) == 50
     assert count_right(AutoModel.from_pretrained(new).eval(), tokenizer, DIALOGUES) >= 49
 
@@ -645,7 +647,7 @@ def test_configurations_are_understood(path, monkeypatch):
     assert [block] == ChatGLMForConditionalGeneration._no_split_modules
 
 
-# merge.py
+# chatglm merge
 
 
 def peft_folder(model_folder: Path, folder: Path, **fields) -> Path:
@@ -677,7 +679,7 @@ def test_merged_float_weights_are_those_of_peft(fields, tiny_float, tmp_path):
     import peft
 
     adapter = peft_folder(tiny_float, tmp_path / "adapter", **fields)
-    merge.rewrite_folder(tiny_float, tmp_path / "new", lora=merge.Lora(adapter), progress=False, shard_size=50_000)
+    rewrite_folder(tiny_float, tmp_path / "new", lora=Lora(adapter), progress=False, shard_size=50_000)
     model = AutoModel.from_pretrained(tiny_float, dtype=torch.float32)
     expected = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().half().state_dict()
     got = AutoModel.from_pretrained(tmp_path / "new").state_dict()
@@ -692,8 +694,8 @@ def test_merged_integers_are_within_half_a_step(old_bits, new_bits, tmp_path):
     """Of weight + B·A·scaling; what has no LoRA keeps its bits exactly."""
     source = make_tiny(tmp_path / "source", old_bits)
     adapter = peft_folder(source, tmp_path / "adapter")
-    lora = merge.Lora(adapter)
-    merge.rewrite_folder(source, tmp_path / "new", new_bits, lora=lora, progress=False)
+    lora = Lora(adapter)
+    rewrite_folder(source, tmp_path / "new", new_bits, lora=lora, progress=False)
     before, after = (AutoModel.from_pretrained(folder) for folder in (source, tmp_path / "new"))
     assert after.config.quantization_bit == new_bits
     weights = {}
@@ -722,7 +724,7 @@ def test_merged_integers_are_within_half_a_step(old_bits, new_bits, tmp_path):
 def test_adapters_that_do_not_fit(tiny, tiny_float, tmp_path):
     def refused(adapter: Path, source: Path = tiny) -> str:
         with pytest.raises((ValueError, OSError)) as caught:
-            merge.rewrite_folder(source, tmp_path / "new", lora=merge.Lora(adapter), progress=False)
+            rewrite_folder(source, tmp_path / "new", lora=Lora(adapter), progress=False)
         assert not (tmp_path / "new" / "config.json").exists()
         return str(caught.value)
 
@@ -740,9 +742,59 @@ def test_adapters_that_do_not_fit(tiny, tiny_float, tmp_path):
     assert "lm_head" in refused(peft_folder(tiny, tmp_path / "head", target_modules=["lm_head"]))
 
 
+@pytest.fixture(scope="module")
+def adapter(tiny, tmp_path_factory) -> Path:
+    pytest.importorskip("peft", reason="needs peft")
+    return peft_folder(tiny, tmp_path_factory.mktemp("adapter"))
+
+
+def with_fields(adapter: Path, folder: Path, **fields) -> Path:
+    """A copy of an adapter, with other fields in its configuration."""
+    shutil.copytree(adapter, folder)
+    note = folder / "adapter_config.json"
+    note.write_text(json.dumps({**json.loads(note.read_text()), **fields}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lora_alpha": float("nan")},
+        {"lora_alpha": float("-inf")},
+        {"lora_alpha": 10**400},
+        {"lora_alpha": True},
+        {"lora_alpha": None},
+        {"alpha_pattern": {"query_key_value": float("nan")}},
+        {"alpha_pattern": {"query_key_value": "8"}},
+        {"alpha_pattern": ["query_key_value"]},
+    ],
+)
+def test_scalings_that_are_no_numbers(fields, adapter, tmp_path):
+    with pytest.raises(OSError, match="damaged"):
+        Lora(with_fields(adapter, tmp_path / "damaged", **fields))
+
+
+def test_regular_expressions_of_adapters(adapter, tmp_path, monkeypatch):
+    """They mean what they mean in PEFT, the first that matches; hostile and wrong ones are refused."""
+    pattern = {r"layers\.(1|7)\.attention\.[a-z_]+": 4, "dense_4h_to_h": 2, "query_key_.*": 12}
+    lora = Lora(with_fields(adapter, tmp_path / "one", alpha_pattern=pattern))
+    scalings = {name.removeprefix("layers."): 4 * scaling for name, (_, _, scaling) in lora.pairs.items()}
+    assert scalings == {
+        "0.attention.query_key_value": 12,
+        "1.attention.query_key_value": 4,
+        "0.mlp.dense_4h_to_h": 2,
+        "1.mlp.dense_4h_to_h": 2,
+    }
+    monkeypatch.setattr(lora_adapter, "MATCH_SECONDS", 0.5)
+    for number, hostile in enumerate(["([a-z_.]+)+!", ".*" * 20 + "!"]):
+        with pytest.raises(ValueError, match=r"alpha_pattern.*take too long"):
+            Lora(with_fields(adapter, tmp_path / str(number), alpha_pattern={hostile: 4}))
+    with pytest.raises(ValueError, match=r"wrong regular expression in \['\(a'\].*unterminated"):
+        Lora(with_fields(adapter, tmp_path / "wrong", alpha_pattern={"(a": 4}))
+
+
 def test_dequantized_answers_are_the_same(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["merge.py", "dequantize", str(tiny), str(tmp_path / "new")])
-    merge.main()
+    assert cli.main(["merge", "dequantize", str(tiny), str(tmp_path / "new")]) == 0
     ids = torch.tensor([[7, 8, 9, 2657, 2660, 10]])
     model = AutoModel.from_pretrained(tmp_path / "new", dtype=torch.float32).eval()
     assert model.config.quantization_bit == 0
@@ -770,8 +822,7 @@ def test_prefix_out_and_in_again(projection, suffix, tiny, tmp_path, monkeypatch
     tune(monkeypatch, *arguments, "--model", tiny, "--train-file", DIALOGUES, "--max-steps", 2)
     prefix, new = tmp_path / f"prefix{suffix}", tmp_path / "new"
     for command in (["export-prefix", out, prefix], ["import-prefix", tiny, prefix, new]):
-        monkeypatch.setattr(sys, "argv", ["merge.py", *map(str, command)])
-        merge.main()
+        assert cli.main(["merge", *map(str, command)]) == 0
     ids = torch.tensor([[7, 8, 9, 2657, 2660, 10]])
     model = AutoModel.from_pretrained(tiny, dtype=torch.float32).eval()
     without = model(ids).logits
@@ -792,11 +843,11 @@ def test_a_prefix_takes_the_place_of_another(tiny, tmp_path):
     shapes |= {"trans.2.weight": (2 * 2 * 32, 32), "trans.2.bias": (2 * 2 * 32,)}
     projected = {name: torch.randn(shape) for name, shape in shapes.items()}
     direct = {"embedding.weight": torch.randn(4, 2 * 2 * 32)}
-    merge.rewrite_folder(tiny, tmp_path / "one", prefix=projected, progress=False)
-    merge.rewrite_folder(tmp_path / "one", tmp_path / "two", prefix=direct, progress=False)
-    merge.rewrite_folder(tmp_path / "two", tmp_path / "three", prefix=projected, progress=False)
+    rewrite_folder(tiny, tmp_path / "one", prefix=projected, progress=False)
+    rewrite_folder(tmp_path / "one", tmp_path / "two", prefix=direct, progress=False)
+    rewrite_folder(tmp_path / "two", tmp_path / "three", prefix=projected, progress=False)
     for folder, prefix in (("one", projected), ("two", direct), ("three", projected)):
-        got = merge.checkpoint.read_prefix(tmp_path / folder)
+        got = checkpoint.read_prefix(tmp_path / folder)
         assert got.keys() == prefix.keys()
         assert all(torch.equal(got[name], prefix[name]) for name in prefix)
         config = AutoModel.from_pretrained(tmp_path / folder).config
@@ -807,6 +858,6 @@ def test_a_prefix_takes_the_place_of_another(tiny, tmp_path):
 def test_prefixes_that_do_not_fit(tiny, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="model of another shape"):
         prefix = {"embedding.weight": torch.zeros(4, 2 * 3 * 32)}
-        merge.rewrite_folder(tiny, tmp_path / "new", prefix=prefix, progress=False)
+        rewrite_folder(tiny, tmp_path / "new", prefix=prefix, progress=False)
     with pytest.raises(ValueError, match=r"no transformer\.prefix_encoder"):
-        merge.export_prefix(tiny, tmp_path / "prefix.bin")
+        export_prefix(tiny, tmp_path / "prefix.bin")

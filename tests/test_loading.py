@@ -321,6 +321,29 @@ def test_the_root_is_a_checkpoint(root, out):
     check_remote(root, out)
 
 
+@pytest.mark.parametrize("first", ["configuration_chatglm", "modeling_chatglm", "tokenization_chatglm"])
+def test_one_line_names_the_transformers_needed(first, tmp_path):
+    """Whichever file of a copied folder is imported first."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    (folder / "__init__.py").write_text("")
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers" / "__init__.py").write_text("__version__ = '4.46.3'")
+    done = subprocess.run(
+        [sys.executable, "-c", f"import folder.{first}"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr.splitlines()[-1] == (
+        "ImportError: This code needs transformers 5 or newer, but version 4.46.3 is installed: "
+        "pip install -U 'transformers>=5'."
+    )
+
+
 # With the package: registered classes, whatever code lies in the folder
 
 PACKAGE = """
