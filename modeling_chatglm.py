@@ -58,11 +58,25 @@ from .quantization import (
     check_bits,
     has_cpu_kernels,
     is_plain_cpu,
+    is_traced,
     may_keep_output,
     quantize_linears,
 )
-from .sequences import additive_mask, answer_start, check_ids, get_masks, get_position_ids
-from .training_loss import TrainingOutput, causal_loss
+from .sequences import (
+    additive_mask,
+    answer_start,
+    check_counted,
+    check_ids,
+    check_mask,
+    check_not_packed,
+    check_one_piece,
+    check_positions,
+    check_targets,
+    get_masks,
+    get_position_ids,
+    next_in_view,
+)
+from .training_loss import TrainingOutput, causal_loss, has_label
 
 logger = logging.get_logger(__name__)
 
@@ -410,6 +424,11 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         return get_position_ids(self.config, input_ids, mask_positions, device, use_gmasks, attention_mask)
 
 
+# Arguments of attention over packed sequences.
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+_OWN_PREFIX = "use this model's own P-Tuning v2 instead (config.pre_seq_len, model.load_prefix)"
+
+
 class ChatGLMModel(ChatGLMPreTrainedModel):
     """Embedding, L GLM blocks and the final LayerNorm."""
 
@@ -458,9 +477,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
         Args:
             input_ids: int64 [B, S].
-            position_ids: int64 [B, 2, S] ([B, S] with 1-D positions); derived from the ids by default.
-            attention_mask: [B, T] with 1 = real; or the public form, bool [B, 1, S, T] with True = hidden; or floats
-                [B, 1, S, T] to add to the scores. By default all ids are real, and what they see follows from them.
+            position_ids: int64 [B, 2, S] ([B, S] with 1-D positions); derived from the ids by default, and where
+                they merely count the columns, [B, S].
+            attention_mask: [B, T] with 1 = real; or the public form, bool [B, 1, S, T] with True = hidden, or its
+                opposite, which transformers writes (see `hidden_keys`); or floats [B, 1, S, T] to add to the scores. By
+                default all ids are real, and what they see follows from them.
             past_key_values: keys and values so far; with P-Tuning v2 they begin with the prefix. `cache` is another
                 name of this argument.
             inputs_embeds: float [B, S, hidden] in place of ids. Needs `position_ids` (and with 1-D positions a 4-D
@@ -471,8 +492,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             `hidden_states` (L + 1 of [B, S, hidden], the last one normalised) and `attentions` (L of [B, H, S, T]).
 
         Raises:
-            ValueError: no ids or both forms of them, empty sequences, ids outside the vocabulary, positions that
-                can't be derived.
+            ValueError: no ids or both forms of them, empty sequences, ids outside the vocabulary, positions or masks
+                of another shape, positions that can't be derived, packed sequences, a prompt in several pieces.
         """
         config = self.config
         past_key_values = one_cache(past_key_values, cache)
@@ -497,28 +518,53 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
         # Keys that are there already: an int, but a tensor (not to be waited for) in a static cache that is in use.
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        is_start = (length > 1 or isinstance(past_length, int)) and int(past_length) == 0
+        prefix_length = config.pre_seq_len or 0
+        is_known = isinstance(past_length, int) or (length > 1 and not is_traced())
+        is_start = is_known and int(past_length) == 0
+        stored = 0 if is_start else past_length - prefix_length  # ids
+        is_static = past_key_values is not None and past_key_values.is_compileable
+        if attention_mask is not None and isinstance(stored, int) and not is_traced():
+            widest = stored + length
+            if is_static:
+                widest = past_key_values.layers[0].max_cache_len - prefix_length
+            check_mask(attention_mask, batch, length, range(stored + length, widest + 1))
+        if any(name in kwargs for name in _PACKED):
+            raise ValueError(
+                f"Packed sequences ({', '.join(name for name in _PACKED if name in kwargs)}) can't be used, since each "
+                "prompt sees itself both ways: pad the batch."
+            )
+        if position_ids is not None and position_ids.ndim == 2 and config.position_encoding_2d:
+            check_counted(position_ids, batch, length, attention_mask, stored)
+            position_ids = None
+        known_ids = None
         if position_ids is None:
-            stored = 0 if is_start else None
-            if not is_start and isinstance(past_length, int):
-                stored = past_length - (config.pre_seq_len or 0)
-            position_ids = self._positions_from_ids(input_ids, attention_mask, past_key_values, stored)
-        elif hasattr(past_key_values, "chatglm_ids"):
-            del past_key_values.chatglm_ids  # would lack these
+            position_ids, known_ids = self._positions_from_ids(
+                input_ids, attention_mask, past_key_values, stored if isinstance(stored, int) else None
+            )
+        else:
+            check_positions(config, position_ids, batch, length)
+            if position_ids.ndim == 2 and is_start:
+                check_not_packed(position_ids)
+            if hasattr(past_key_values, "chatglm_ids"):
+                del past_key_values.chatglm_ids  # would lack these
+        if length > 1 and not is_start and input_ids is not None and not is_traced():
+            check_one_piece(config, input_ids, position_ids, known_ids)
         prefixes = [None] * config.num_layers
         if is_start and config.pre_seq_len is not None:
             prefixes = self.get_prompt(batch, inputs_embeds.device, inputs_embeds.dtype)
             past_length = config.pre_seq_len
 
         context = None  # whose keys are seen by all: [B, S]
-        if is_start and length > 1 and (attention_mask is None or attention_mask.ndim == 2):
+        may_start = is_start or (not isinstance(past_length, int) and is_traced())
+        if may_start and length > 1 and (attention_mask is None or attention_mask.ndim == 2):
             if input_ids is not None:
                 context = torch.arange(length, device=input_ids.device) < answer_start(config, input_ids)
             elif config.position_encoding_2d:
                 context = position_ids[:, 1] == 0
             else:
                 raise ValueError("With inputs_embeds and 1-D positions, pass a 4-D attention_mask: it needs the ids.")
-        is_static = past_key_values is not None and past_key_values.is_compileable
+            if not is_start:
+                context = context & (past_length == 0)
         key_length = past_key_values.layers[0].max_cache_len if is_static else past_length + length
         slots = torch.arange(length, device=inputs_embeds.device) + past_length
         mask = None
@@ -573,27 +619,43 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None,
         stored: int | None,
-    ) -> torch.Tensor:
-        """Positions of the new ids. They follow from all ids so far, which the cache remembers for the next call.
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions of the new ids, and the ids before them. Positions follow from all ids so far, which the cache
+        remembers for the next call.
 
         `stored`: how many ids have keys in the cache; None for a static cache that is in use, which is not asked.
         """
         if input_ids is None:
-            raise ValueError("inputs_embeds need position_ids beside them, as positions come from the ids.")
+            raise ValueError(
+                "inputs_embeds need position_ids beside them, as positions come from the ids. PEFT's prompt tuning and "
+                f"P-tuning have none: {_OWN_PREFIX}."
+            )
         batch, new = input_ids.shape
+        known = input_ids[:, :0]
         if stored != 0:
-            known = getattr(past_key_values, "chatglm_ids", input_ids[:, :0])[:, :stored]  # it may have been cropped
+            known = getattr(past_key_values, "chatglm_ids", known)[:, :stored]  # it may have been cropped
             if known.shape[0] != batch or known.shape[1] < (stored or 1):
                 raise ValueError(
                     "A step on a cache that was filled with explicit position_ids, or has other sequences by now, "
-                    "needs position_ids again: pass model.get_position_ids(all_ids_so_far)[..., -new:]."
+                    "needs position_ids again: pass model.get_position_ids(all_ids_so_far)[..., -new:]. If PEFT's "
+                    f"prefix tuning filled the cache: {_OWN_PREFIX}."
                 )
-            input_ids = torch.cat((known, input_ids), dim=1)
+        all_ids = torch.cat((known, input_ids), dim=1)
         if past_key_values is not None:
-            past_key_values.chatglm_ids = input_ids
+            past_key_values.chatglm_ids = all_ids
         if attention_mask is not None and attention_mask.ndim == 4:
             attention_mask = None  # does not tell padding from context
-        return self.get_position_ids(input_ids, attention_mask=attention_mask)[..., -new:]
+        return self.get_position_ids(all_ids, attention_mask=attention_mask)[..., -new:], known
+
+
+def _is_whole(
+    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, past_key_values: Cache | None
+) -> bool:
+    """Whether these are sequences of several tokens from their start."""
+    given = input_ids if inputs_embeds is None else inputs_embeds
+    if given is None or given.ndim < 2 or given.shape[1] < 2:
+        return False
+    return past_key_values is None or int(past_key_values.get_seq_length()) == 0
 
 
 _LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
@@ -675,6 +737,14 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, ChatGLM
             return CausalLMOutputWithPast(logits=past_key_values.step(input_ids), **{CACHE: past_key_values})
         # What the loss takes is not for the blocks.
         for_loss = {name: kwargs.pop(name) for name in _LOSS_ARGUMENTS if name in kwargs}
+        is_own_loss = labels is not None and self.loss_function is not ForCausalLMLoss
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if not is_traced() and not is_own_loss and _is_whole(input_ids, inputs_embeds, past_key_values):
+            in_view = next_in_view(self.config, input_ids, position_ids, attention_mask)
+            if labels is not None:
+                check_targets(self.config, has_label(labels, **for_loss), in_view, input_ids)
+            elif kept != slice(-1, None):
+                self._warn_of_scores(in_view, kept)
         output = self.transformer(
             input_ids,
             position_ids,
@@ -688,12 +758,11 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, ChatGLM
             **kwargs,
         )
         hidden_states = output.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         fields = {name: output[name] for name in (CACHE, "hidden_states", "attentions") if name in output}
         vocab_size = self.config.vocab_size
         if labels is None:
             output = CausalLMOutputWithPast(logits=self.score(hidden_states[:, kept]), **fields)
-        elif self.loss_function is not ForCausalLMLoss or torch.compiler.is_compiling() or hasattr(self, "_is_replica"):
+        elif is_own_loss or torch.compiler.is_compiling() or hasattr(self, "_is_replica"):
             # A user's own loss; and neither a compiled graph nor DataParallel can hand out what is not computed yet.
             logits = self.score(hidden_states)
             loss = self.loss_function(logits, labels, vocab_size=vocab_size, **for_loss, **kwargs)
@@ -707,12 +776,29 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, ChatGLM
                 with torch.autocast(kind, dtype=cast_to, enabled=cast_to is not None):
                     return self.score(hidden_states[:, kept])
 
-            output = TrainingOutput.make(logits, loss, **fields)
+            output = TrainingOutput.make(logits, self.lm_head, loss, **fields)
         else:
             logits = self.score(hidden_states)
             loss = causal_loss(lambda scores: scores, logits, labels, vocab_size, **for_loss)
             output = CausalLMOutputWithPast(loss=loss, logits=logits[:, kept], **fields)
         return output if return_dict else output.to_tuple()
+
+    def _warn_of_scores(self, in_view: torch.Tensor | None, kept: slice | torch.Tensor) -> None:
+        """Say once that scores of the `kept` columns are of tokens in view, where a row is nothing but context.
+
+        `in_view` [B, S]: see `next_in_view`. In training, scores of a prompt alone are of no use either.
+        """
+        last = 2 if self.training and torch.is_grad_enabled() else 1
+        if in_view is None or in_view.shape[1] <= last:
+            return
+        columns = torch.arange(in_view.shape[1], device=in_view.device)[kept]
+        if in_view[:, :-last].all(dim=1).any() & (columns < in_view.shape[1] - 1).any():
+            logger.warning_once(
+                f"A row has no <sop> (id {self.config.bos_token_id}) before its end, so its tokens see each other. "
+                "Scores of all its columns but the last are of tokens in view, and say nothing of how likely they are. "
+                "Build rows with tokenizer.build_inputs_with_special_tokens(prompt_ids, answer_ids), or from messages "
+                "with the chat template."
+            )
 
     def score(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Scores [B, S, V] of hidden states [B, S, hidden]."""

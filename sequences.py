@@ -13,6 +13,8 @@ from .quantization import is_traced
 
 def check_ids(config: ChatGLMConfig, input_ids: torch.Tensor) -> None:
     """Raise a ValueError for empty sequences, or for ids [B, S] outside the vocabulary."""
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids have shape {list(input_ids.shape)}, and [B, S] was expected: a row a sequence.")
     if input_ids.shape[1] == 0:
         raise ValueError(f"The sequences are empty: input_ids has shape {list(input_ids.shape)}. Give some text.")
     # A look at ids on a GPU means waiting for it, which a step of one token, the model's own, can't afford.
@@ -95,6 +97,165 @@ def get_position_ids(
     return position_ids.to(device or input_ids.device)
 
 
+def check_positions(config: ChatGLMConfig, position_ids: torch.Tensor, batch: int, length: int) -> None:
+    """Raise a ValueError unless positions are [B, 2, S] ([B, S] with 1-D positions); B may be 1 for all."""
+    rows = (2,) if config.position_encoding_2d else ()
+    if tuple(position_ids.shape) not in ((batch, *rows, length), (1, *rows, length)):
+        raise ValueError(
+            f"position_ids have shape {list(position_ids.shape)}, and this model takes {[batch, *rows, length]}: leave "
+            "them out, or take them from model.get_position_ids(input_ids)."
+        )
+
+
+def check_counted(
+    position_ids: torch.Tensor,
+    batch: int,
+    length: int,
+    attention_mask: torch.Tensor | None,
+    past_length: int | torch.Tensor,
+) -> None:
+    """Raise a ValueError unless positions are [B, S] and count the columns, or the real ones of a mask [B, T].
+
+    Libraries pass such positions to any model. They say nothing new: 2-D positions can be derived as without them.
+    """
+    fits = tuple(position_ids.shape) in ((batch, length), (1, length))
+    if fits and not is_traced():
+        is_counted = position_ids == torch.arange(length, device=position_ids.device) + past_length
+        if attention_mask is not None and attention_mask.ndim == 2:
+            real = attention_mask.bool()
+            counted = (real.long().cumsum(dim=1) - 1)[:, -length:]
+            is_counted = is_counted.all(dim=1, keepdim=True) | (position_ids == counted) | ~real[:, -length:]
+        fits = is_counted.all()
+    if not fits:
+        raise ValueError(
+            f"position_ids of shape {list(position_ids.shape)} do not count the columns, and this model's have shape "
+            f"{[batch, 2, length]}: leave them out, or take them from model.get_position_ids(input_ids). Packed "
+            "sequences (padding-free batches) can't be used, since each prompt sees itself both ways: pad the batch."
+        )
+
+
+def check_not_packed(position_ids: torch.Tensor) -> None:
+    """Raise a ValueError for 1-D positions [B, S] that begin again within a row."""
+    before, here, after = position_ids[:, :-2], position_ids[:, 1:-1], position_ids[:, 2:]
+    if not is_traced() and ((before > 0) & (here == 0) & (after == 1)).any():
+        raise ValueError(
+            "position_ids begin again within a row. Packed sequences (padding-free batches) can't be used, since each "
+            "prompt sees itself both ways: pad the batch."
+        )
+
+
+def check_one_piece(
+    config: ChatGLMConfig, input_ids: torch.Tensor, position_ids: torch.Tensor, known_ids: torch.Tensor | None
+) -> None:
+    """Raise a ValueError if ids [B, S] that follow others in a cache begin in a prompt, before its `<sop>`.
+
+    `known_ids` are those before them, if the cache knows them. Else 2-D positions tell: row 1 moves on in an answer.
+    """
+    start = answer_start(config, input_ids)
+    in_prompt = (start > 0) & (start < input_ids.shape[1])
+    if known_ids is not None:
+        in_prompt &= (known_ids != config.bos_token_id).all(dim=1, keepdim=True)
+    elif config.position_encoding_2d:
+        columns = torch.arange(1, input_ids.shape[1], device=input_ids.device)
+        stays = position_ids[:, 1].diff(dim=1) != 1
+        in_prompt &= (stays & (columns <= start)).any(dim=1, keepdim=True)
+    else:
+        return
+    if in_prompt.any():
+        raise ValueError(
+            "A prompt sees itself both ways, so it is read in one forward on an empty cache; got one whose <sop> comes "
+            "later than the first token after a filled cache. If PEFT's prefix tuning filled it: use this model's own "
+            "P-Tuning v2 instead (config.pre_seq_len, model.load_prefix)."
+        )
+
+
+def check_mask(attention_mask: torch.Tensor, batch: int, length: int, widths: range) -> None:
+    """Raise a ValueError unless a mask is [B, T] or [B, 1 or H, S, T], with T one of `widths`; B may be 1 for all."""
+    shape = tuple(attention_mask.shape)
+    fits = len(shape) in (2, 4) and shape[0] in (1, batch) and shape[-1] in widths
+    if not fits or (len(shape) == 4 and shape[2] != length):
+        keys = widths[-1]
+        raise ValueError(
+            f"attention_mask has shape {list(shape)}, and {[batch, keys]} or {[batch, 1, length, keys]} was expected: "
+            f"{batch} sequences, {length} new tokens, {keys} tokens with those in the cache."
+        )
+
+
+def hidden_keys(marks: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """A mask of bools or integers [B, 1 or H, S, T] in the public form, bool with True = hidden.
+
+    transformers writes the opposite, True = seen. A mask is taken for one of those where it can't be public: where a
+    query would not see itself, though others see it, or where no query would see itself.
+
+    `columns` [S] are the queries' own among the T keys.
+    """
+    marks = marks.bool()
+    queries = torch.arange(len(columns), device=marks.device)
+
+    def is_possible(seen: torch.Tensor) -> torch.Tensor:
+        themselves = seen[..., queries, columns]
+        by_any = seen[..., columns].any(dim=-2)
+        return (themselves | ~by_any).all() & themselves.any(dim=-1).all()
+
+    return torch.where(~is_possible(~marks) & is_possible(marks), ~marks, marks)
+
+
+def next_in_view(
+    config: ChatGLMConfig,
+    input_ids: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """Which columns of a sequence see the token after them, whose scores they give: bool [B, S].
+
+    None if that can't be told.
+    """
+    if attention_mask is not None and attention_mask.ndim == 4:
+        length = attention_mask.shape[2]
+        if attention_mask.is_floating_point():
+            prefix_length = (config.pre_seq_len or 0) if attention_mask.shape[3] > length else 0
+            hidden = attention_mask[..., prefix_length : prefix_length + length] < -1e3
+        else:
+            hidden = hidden_keys(attention_mask, torch.arange(length, device=attention_mask.device))[..., :length]
+        in_view = ~hidden.diagonal(1, -2, -1).all(dim=1)
+    elif input_ids is not None:
+        columns = torch.arange(1, input_ids.shape[1], device=input_ids.device)
+        in_view = columns < answer_start(config, input_ids)
+    elif config.position_encoding_2d and position_ids is not None and position_ids.ndim == 3:
+        in_view = position_ids[:, -1, 1:] == 0
+    else:
+        return None
+    return torch.nn.functional.pad(in_view, (0, 1))
+
+
+def check_targets(
+    config: ChatGLMConfig, targets: torch.Tensor, in_view: torch.Tensor | None, input_ids: torch.Tensor | None
+) -> None:
+    """Raise a ValueError where the loss would be on tokens in view.
+
+    `targets` bool [B, S]: whether a column's scores enter the loss. `in_view` [B, S]: see `next_in_view`.
+    """
+    if in_view is None or targets.shape[1:] != in_view.shape[1:] or len(in_view) not in (1, len(targets)):
+        return  # the loss refuses labels of another shape
+    wrong = targets.to(in_view.device) & in_view
+    if not wrong.any():
+        return
+    row, column = wrong.nonzero()[0].tolist()
+    found = f"Row {row} has a label on column {column + 1}, "
+    start = None if input_ids is None else int(answer_start(config, input_ids)[row])
+    if start is not None and column + 1 >= start:
+        raise ValueError(f"{found}which its attention_mask lets column {column} see: hide it, or label it -100.")
+    if start == len(in_view[row]):
+        found += f"and has no <sop> (id {config.bos_token_id})"
+    else:
+        found += "before its first <sop>" + ("" if start is None else f" (column {start})")
+    raise ValueError(
+        f"{found}. What stands there is a prompt, whose tokens see each other, so a loss on them teaches nothing but "
+        "to copy. Build rows with tokenizer.build_inputs_with_special_tokens(prompt_ids, answer_ids), or from "
+        "messages with the chat template, and label the answer alone: -100 on the prompt."
+    )
+
+
 def additive_mask(
     config: ChatGLMConfig,
     attention_mask: torch.Tensor | None,
@@ -108,22 +269,26 @@ def additive_mask(
     `slots` [S] are the queries' own places among the T keys, of which the P prefix keys come first, seen by all;
     keys after the last query are places of a static cache that are not filled yet.
     """
-    if attention_mask is not None and attention_mask.is_floating_point() and attention_mask.ndim == 4:
-        return attention_mask.to(dtype)
     prefix_length = config.pre_seq_len or 0
+    lowest = torch.finfo(dtype).min
 
-    def over_keys(marks: torch.Tensor, outside: bool) -> torch.Tensor:
+    def over_keys(marks: torch.Tensor, of_prefix: float, of_unfilled: float) -> torch.Tensor:
         """Marks of the sequence's keys [..., ≤ T - P], widened to all T keys."""
         unfilled = key_length - prefix_length - marks.shape[-1]
-        return torch.nn.functional.pad(marks.bool(), (prefix_length, unfilled), value=outside)
+        marks = torch.nn.functional.pad(marks, (prefix_length, 0), value=of_prefix)
+        return torch.nn.functional.pad(marks, (0, unfilled), value=of_unfilled)
 
     if attention_mask is not None and attention_mask.ndim == 4:
-        hidden = over_keys(attention_mask, False)
+        if attention_mask.is_floating_point():
+            # A dtype may round the lowest number of another to minus infinity, and rows of those would give NaN.
+            added = attention_mask.to(dtype).clamp(min=lowest)
+            return added if added.shape[-1] == key_length else over_keys(added, 0.0, lowest)
+        hidden = over_keys(hidden_keys(attention_mask, slots - prefix_length), False, True)
     else:
         seen = torch.arange(key_length, device=slots.device) <= slots[:, None]
         if context is not None:
-            seen = seen | over_keys(context, False)[:, None]
+            seen = seen | over_keys(context, False, False)[:, None]
         if attention_mask is not None:
-            seen = seen & over_keys(attention_mask, True)[:, None]
+            seen = seen & over_keys(attention_mask.bool(), True, True)[:, None]
         hidden = ~seen.view(-1, 1, *seen.shape[-2:])
-    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, torch.finfo(dtype).min)
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, lowest)

@@ -11,11 +11,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # Scores that exist at the same time: 128 MB in float32.
 _CHUNK_NUMEL = 1 << 25
+
+
+def _shifted(labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """Labels [B, S] → the label of each column's scores [B, S]: that of the next column; of the last one, none."""
+    return nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+
+
+def has_label(
+    labels: torch.Tensor, ignore_index: int = -100, shift_labels: torch.Tensor | None = None, **_
+) -> torch.Tensor:
+    """Whether a column's scores enter the loss, bool [B, S]; arguments as of `causal_loss`."""
+    return (_shifted(labels, ignore_index) if shift_labels is None else shift_labels) != ignore_index
 
 
 def causal_loss(
@@ -37,16 +50,24 @@ def causal_loss(
             none.
         ignore_index: the label of rows without one.
         shift_labels: int64 [B, S], labels that are shifted already, in place of `labels`.
+
+    Raises:
+        ValueError: labels of another shape than [B, S].
     """
     if shift_labels is None:
-        shift_labels = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        shift_labels = _shifted(labels, ignore_index)
+    if shift_labels.shape != hidden_states.shape[:-1]:
+        raise ValueError(
+            f"labels have shape {list(shift_labels.shape)}, the sequences {list(hidden_states.shape[:-1])}: give one "
+            "label for each id, -100 where no loss is wanted."
+        )
     targets = shift_labels.reshape(-1).to(hidden_states.device)
     labelled = (targets != ignore_index).nonzero().squeeze(1)
     rows = hidden_states.flatten(0, -2)
 
     def part(some: torch.Tensor) -> torch.Tensor:
         scores = score(rows[some]).float()
-        return torch.nn.functional.cross_entropy(scores, targets[some].to(scores.device), reduction="sum")
+        return nn.functional.cross_entropy(scores, targets[some].to(scores.device), reduction="sum")
 
     total = 0.0
     # No labels make one chunk without rows: its zero hangs together with the parameters, as DDP wants it.
@@ -60,10 +81,23 @@ def causal_loss(
 
 
 class _Unread:
-    """Logits that nobody has read yet."""
+    """Logits that are not computed yet, and the weights they need as they were at the forward."""
 
-    def __init__(self, compute: Callable[[], torch.Tensor]):
-        self.compute = compute
+    def __init__(self, compute: Callable[[], torch.Tensor], head: nn.Module):
+        self._compute, self._head = compute, head
+        self._versions = self._count_changes()
+
+    def _count_changes(self) -> list[int]:
+        """PyTorch counts in-place changes of each tensor; tensors of inference mode don't change."""
+        return [weight._version for weight in self._head.parameters() if not weight.is_inference()]
+
+    def read(self) -> torch.Tensor:
+        if self._count_changes() != self._versions:
+            raise RuntimeError(
+                "The LM head has other weights by now than in the forward that made this output, and so would the "
+                "logits: read output.logits before optimizer.step(), or call the model again."
+            )
+        return self._compute()
 
 
 @dataclass
@@ -71,19 +105,22 @@ class TrainingOutput(CausalLMOutputWithPast):
     """A `CausalLMOutputWithPast` whose `logits` [B, S, V] are computed when they are first read.
 
     Training loops read the loss alone. By attribute, by name and by place is reading; `items()` and `values()`, with
-    which libraries go through outputs, have something in the logits' place that is no tensor until then.
+    which libraries go through outputs, have something in the logits' place that is no tensor until then. Reading
+    raises a RuntimeError once the LM head's weights have changed.
     """
 
     @classmethod
-    def make(cls, compute_logits: Callable[[], torch.Tensor], loss: torch.Tensor, **fields) -> "TrainingOutput":
-        """An output whose logits are what `compute_logits` returns."""
-        return cls({"loss": loss, "logits": _Unread(compute_logits), **fields})
+    def make(
+        cls, compute_logits: Callable[[], torch.Tensor], head: nn.Module, loss: torch.Tensor, **fields
+    ) -> "TrainingOutput":
+        """An output whose logits are what `compute_logits` returns, from the weights of `head`."""
+        return cls({"loss": loss, "logits": _Unread(compute_logits, head), **fields})
 
     @property
     def logits(self) -> torch.Tensor | None:
         value = self.__dict__.get("logits")
         if isinstance(value, _Unread):
-            self.logits = value = value.compute()
+            self.logits = value = value.read()
         return value
 
     @logits.setter

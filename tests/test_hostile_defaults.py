@@ -85,10 +85,9 @@ def train(model, ids, tmp_path):
 
 def train_input(model, ids, tmp_path):
     embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
-    mask = model.get_masks(ids)
-    model(
-        inputs_embeds=embeddings, position_ids=model.get_position_ids(ids), attention_mask=mask, labels=ids
-    ).loss.backward()
+    given = {"position_ids": model.get_position_ids(ids), "attention_mask": model.get_masks(ids)}
+    labels = torch.cat((torch.full_like(ids[:, :PROMPT], -100), ids[:, PROMPT:]), dim=1)
+    model(inputs_embeds=embeddings, labels=labels, **given).loss.backward()
     return embeddings.grad
 
 

@@ -1,6 +1,7 @@
 """The network against what the public implementation computed (tests/data, made with transformers 4.27.1)."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -238,7 +239,7 @@ def test_logits_to_keep_and_tuples(golden_model):
         assert error(model(ids, logits_to_keep=2).logits, whole[:, -2:]) < FP32_TOLERANCE
         assert error(model(ids, logits_to_keep=torch.tensor([0, 3])).logits, whole[:, [0, 3]]) < FP32_TOLERANCE
         assert torch.equal(model(ids, return_dict=False)[0], whole)
-        assert model(ids, labels=ids, logits_to_keep=2).logits.shape[1] == 2
+        assert model(ids, labels=ids.where(ids == 9, -100), logits_to_keep=2).logits.shape[1] == 2
         answer = model.generate(ids, do_sample=False, max_new_tokens=3)
         model.config.return_dict = False
         assert torch.equal(model(ids)[0], whole)
@@ -425,3 +426,213 @@ def test_a_norm_is_left_to_its_product_only_where_nobody_looks(golden_model, mon
         hook.remove()
     normalise(row, torch.nn.Sequential(block.mlp))
     assert not deferred.pop()
+
+
+# Caches
+
+
+@pytest.mark.parametrize("kept", ["fork of layers", "keys before a crop", "deep copy", "kept keys"])
+@torch.no_grad()
+def test_a_fork_of_a_cache_is_not_written_to(kept, golden_model):
+    """As with transformers' DynamicCache, whose steps make new tensors."""
+    model = golden_model("base")
+    ids = torch.tensor([[7, 8, 501, 504, 9]])
+    cache = model(ids, use_cache=True).past_key_values
+    model(ids[:, :1] + 3, past_key_values=cache)
+    if kept == "fork of layers":
+        fork = copy.copy(cache)
+        fork.layers = [copy.copy(layer) for layer in cache.layers]
+    elif kept == "deep copy":
+        fork = copy.deepcopy(cache)
+    else:
+        fork = cache
+    keys, values = fork.layers[1].keys, fork.layers[1].values
+    expected = keys.clone(), values.clone()
+    if kept == "keys before a crop":
+        cache.crop(-2)
+    for token in (20, 21):
+        model(torch.tensor([[token]]), past_key_values=cache)
+    assert torch.equal(keys, expected[0])
+    assert torch.equal(values, expected[1])
+    if fork is not cache:
+        both = [model(torch.tensor([[22]]), past_key_values=each).logits for each in (fork, cache)]
+        whole = torch.cat((ids, ids[:, :1] + 3, torch.tensor([[22]])), dim=1)
+        assert error(both[0], model(whole).logits[:, -1:]) < FP32_TOLERANCE
+        assert fork.get_seq_length() == 7
+        assert cache.get_seq_length() == 9
+
+
+@torch.no_grad()
+def test_steps_write_in_place(golden_model):
+    model = golden_model("base")
+    cache = model(torch.tensor([[7, 8, 501, 504, 9]]), use_cache=True).past_key_values
+    places = set()
+    for token in range(20, 30):
+        model(torch.tensor([[token]]), past_key_values=cache)
+        places.add(cache.layers[0].keys.data_ptr())
+    assert len(places) == 1
+
+
+# Positions of other shapes
+
+
+@pytest.mark.parametrize("name", ["base", "pos1d", "int8"])
+@torch.no_grad()
+def test_positions_of_another_shape_are_refused(name, golden_model):
+    model = golden_model(name)
+    ids = torch.tensor([[7, 8, 501, 504, 9], [7, 9, 501, 504, 8], [7, 9, 501, 504, 7]])
+    positions, expected = model.get_position_ids(ids), model(ids).logits
+    rows = "[3, 5]" if name == "pos1d" else "[3, 2, 5]"
+    wrong = [positions[:, None, ..., :], positions[0], positions[:2], positions[..., :4]]
+    if name == "pos1d":
+        wrong.append(positions[:, None].expand(-1, 2, -1))
+    else:
+        wrong += [positions[:, :1], positions[:, [0, 1, 1]]]
+    for given in wrong:
+        with pytest.raises(ValueError, match=rf"position_ids (of|have) shape {re.escape(str(list(given.shape)))}"):
+            model(ids, position_ids=given)
+        with pytest.raises(ValueError, match=re.escape(rows)):
+            model.transformer(ids, position_ids=given)
+    assert torch.equal(model(ids, position_ids=positions).logits, expected)
+    assert error(model(ids, position_ids=positions[:1]).logits[:1], expected[:1]) < FP32_TOLERANCE
+
+
+@torch.no_grad()
+def test_positions_that_count_the_columns_say_nothing_new(golden_model):
+    """Libraries pass them to any model: counted with padding or without, and in steps."""
+    model = golden_model("base")
+    ids = torch.tensor([[7, 8, 9, 10, 501, 504, 9], [3, 3, 3, 8, 501, 504, 9]])
+    mask = (ids != 3).long()
+    real = mask.bool()
+    expected = model(ids, attention_mask=mask).logits
+    columns = torch.arange(7).expand(2, -1)
+    counted = mask.cumsum(1) - 1
+    for given in (columns, columns[:1], counted.clamp(min=0), counted.masked_fill(~real, 1)):
+        assert torch.equal(model(ids, attention_mask=mask, position_ids=given).logits[real], expected[real])
+    first = model(ids[:, :6], attention_mask=mask[:, :6], position_ids=columns[:, :6], use_cache=True)
+    for given in (columns[:, 6:], counted[:, 6:]):
+        step = model(ids[:, 6:], attention_mask=mask, position_ids=given, past_key_values=first.past_key_values).logits
+        assert error(step, expected[:, 6:]) < FP32_TOLERANCE
+        first.past_key_values.crop(-1)
+    for given in (columns + 1, columns.flip(1), torch.tensor([[0, 1, 2, 3, 0, 1, 2]] * 2)):
+        with pytest.raises(ValueError, match=r"do not count the columns.*get_position_ids.*Packed"):
+            model(ids, attention_mask=mask, position_ids=given)
+
+
+@pytest.mark.parametrize("name", ["base", "pos1d"])
+@pytest.mark.parametrize("flash", [False, True])
+def test_packed_rows_are_refused(name, flash, golden_model):
+    from transformers import DataCollatorWithFlattening
+
+    model = golden_model(name)
+    rows = [[7, 8, 501, 504, 9, 505], [9, 501, 504, 10, 505]]
+    labels = [[-100, -100, -100, 504, 9, 505], [-100, -100, 504, 10, 505]]
+    features = [{"input_ids": ids, "labels": wanted} for ids, wanted in zip(rows, labels, strict=True)]
+    batch = DataCollatorWithFlattening(return_position_ids=not flash, return_flash_attn_kwargs=flash)(features)
+    with pytest.raises(ValueError, match=r"[Pp]acked sequences.*pad the batch"):
+        model(**batch)
+
+
+# Masks in other forms
+
+
+@pytest.mark.parametrize("name", ["base", "prefix", "int8"])
+@pytest.mark.parametrize("side", ["left", "right", "none"])
+@torch.no_grad()
+def test_masks_as_transformers_writes_them(name, side, golden_model):
+    """Bool with True = seen, and floats to add: of the same scores as the public form, and of steps."""
+    model = golden_model(name)
+    row, pad = [7, 8, 501, 504, 9, 10], 3
+    rows = {"left": [[pad, pad, *row[2:]], row], "right": [row, [*row[:4], pad, pad]], "none": [row, row[::-1]]}
+    ids = torch.tensor(rows[side])
+    real = ids != pad
+    given = {"position_ids": model.get_position_ids(ids, attention_mask=real)}
+    hidden = model.get_masks(ids, attention_mask=real)
+    expected = model(ids, attention_mask=real.long()).logits
+    lowest = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
+    infinite = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)
+    padded_rows = ~hidden & real[:, None, :, None]  # transformers hides all from padding
+    for mask in (hidden, ~hidden, padded_rows, hidden.long(), (~hidden).long(), lowest, infinite, lowest.double()):
+        got = model(ids, attention_mask=mask, **given).logits
+        assert error(got[real], expected[real]) < FP32_TOLERANCE
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        got = model(ids, attention_mask=mask, past_key_values=cache, **given).logits
+        assert error(got[real], expected[real]) < FP32_TOLERANCE
+        if side == "right":
+            continue
+        first = {name: value[..., :5] for name, value in given.items()}
+        cache = model(ids[:, :5], attention_mask=mask[..., :5, :5], use_cache=True, **first).past_key_values
+        step = model(
+            ids[:, 5:],
+            attention_mask=mask[..., 5:, :],
+            position_ids=given["position_ids"][..., 5:],
+            past_key_values=cache,
+        ).logits
+        assert error(step, expected[:, 5:]) < FP32_TOLERANCE
+
+
+@torch.no_grad()
+def test_masks_by_transformers_own_functions(golden_model):
+    from transformers.masking_utils import create_causal_mask
+
+    for attention in ("eager", "sdpa"):
+        model = golden_model("base", attention=attention)
+        ids = torch.tensor([[504, 8, 9, 10, 11, 12]])  # an answer alone: causal
+        embeddings = model.get_input_embeddings()(ids)
+        padding = torch.tensor([[0, 0, 1, 1, 1, 1]])
+        mask = create_causal_mask(model.config, embeddings, padding, past_key_values=None)
+        assert mask.shape == (1, 1, 6, 6)
+        positions = model.get_position_ids(ids, attention_mask=padding)
+        expected = model(ids, attention_mask=padding, position_ids=positions).logits[:, 2:]
+        got = model(ids, attention_mask=mask, position_ids=positions).logits[:, 2:]
+        assert error(got, expected) < FP32_TOLERANCE
+
+
+@torch.no_grad()
+def test_masks_of_another_shape_are_refused(golden_model):
+    model = golden_model("base")
+    ids = torch.tensor([[7, 8, 501, 504, 9]] * 2)
+    for shape in ((2, 4), (2, 6), (3, 5), (5,), (2, 5, 5), (2, 1, 4, 5), (2, 1, 5, 4), (3, 1, 5, 5)):
+        with pytest.raises(
+            ValueError, match=re.escape(f"attention_mask has shape {list(shape)}, and [2, 5] or [2, 1,")
+        ):
+            model(ids, attention_mask=torch.ones(shape))
+    cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"shape \[2, 1\], and \[2, 6\]"):
+        model(ids[:, :1], attention_mask=torch.ones(2, 1), past_key_values=cache)
+
+
+# A prompt is one piece
+
+
+@pytest.mark.parametrize("name", ["base", "pos1d"])
+@torch.no_grad()
+def test_a_prompt_in_pieces_is_refused(name, golden_model):
+    model = golden_model(name)
+    ids = torch.tensor([[7, 8, 9, 10, 501, 504, 11, 12]])
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :2], past_key_values=cache)
+    with pytest.raises(ValueError, match="read in one forward on an empty cache"):
+        model(ids[:, 2:], past_key_values=cache)
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :7], past_key_values=cache)
+    second = torch.tensor([[13, 504, 14]])  # one of an answer
+    expected = model(torch.cat((ids[:, :7], second), dim=1)).logits[:, -3:]
+    assert error(model(second, past_key_values=cache).logits, expected) < FP32_TOLERANCE
+
+
+@pytest.mark.parametrize("method", ["PrefixTuningConfig", "PromptTuningConfig", "PromptEncoderConfig"])
+def test_prompts_of_peft_point_to_the_models_own(method, golden_model):
+    peft = pytest.importorskip("peft", reason="needs peft")
+    config = golden_model("base").config
+    shape = {"num_layers": config.num_layers, "num_attention_heads": config.num_attention_heads}
+    given = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4, "token_dim": config.hidden_size, **shape}
+    tuned = peft.get_peft_model(golden_model("base"), getattr(peft, method)(**given))
+    ids = torch.tensor([[7, 8, 501, 504, 9, 10]])
+    for call in (
+        lambda: tuned(input_ids=ids, attention_mask=torch.ones_like(ids)),
+        lambda: tuned(input_ids=ids, labels=ids.where(ids < 0, -100)),
+        lambda: tuned.generate(input_ids=ids[:, :4], max_new_tokens=2),
+    ):
+        with pytest.raises(ValueError, match=r"config\.pre_seq_len, model\.load_prefix"):
+            call()

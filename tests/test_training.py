@@ -6,12 +6,18 @@ import pytest
 import torch
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.utils import logging
 
 from chatglm_int8 import ChatGLMForConditionalGeneration, training_loss
 from chatglm_int8.quantization import QuantizedLinear
 from chatglm_int8.training_loss import causal_loss
 
 TOLERANCE = 1e-4
+
+
+def on_answers(ids: torch.Tensor, sop: int = 504) -> torch.Tensor:
+    """The ids as labels, -100 on the prompts."""
+    return ids.where((ids == sop).cumsum(dim=1) > 0, -100)
 
 
 def of_case(cases: dict, case: str) -> dict:
@@ -96,7 +102,7 @@ def test_checkpointing_leaves_out_the_last_product(golden_model):
     for name in calls:
         getattr(model.transformer.layers[1].mlp, name).register_forward_pre_hook(count(name))
     ids = torch.tensor([[7, 8, 501, 504, 9, 10, 505]])
-    model(ids, labels=ids, use_cache=False).loss.backward()
+    model(ids, labels=on_answers(ids), use_cache=False).loss.backward()
     assert calls == {"dense_h_to_4h": 2, "dense_4h_to_h": 1}
     assert model.transformer.prefix_encoder.embedding.weight.grad.abs().sum() > 0
 
@@ -159,7 +165,7 @@ def test_embeddings_that_stay_half_are_trained_in_float(saved, root, learn):
     assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
     config = model.config
     ids = torch.tensor([[7, 8, config.gmask_token_id, config.bos_token_id, 9, 10, 11, config.eos_token_id]])
-    losses = learn(model, ids, ids, 1e-4, 3)
+    losses = learn(model, ids, on_answers(ids, config.bos_token_id), 1e-4, 3)
     assert losses[2] < losses[1] < losses[0]
 
 
@@ -196,6 +202,141 @@ def test_trainer_overfits_one_example(tmp_path, golden_model):
     model.eval()
     answer = model.generate(torch.tensor([[7, 8, 501, 504]]), do_sample=False, max_new_tokens=5)
     assert answer[0, 4:].tolist()[:3] == [9, 10, 505]
+
+
+# Labels
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("name", ["base", "pos1d", "prefix", "int8"])
+def test_labels_on_a_prompt_are_refused(name, gradients, golden_model):
+    """Tokens in front of `<sop>` see each other both ways: a loss on them is a loss on what is in view."""
+    model = golden_model(name)
+    sound = torch.tensor([[7, 8, 501, 504, 9, 10, 505], [7, 8, 9, 11, 501, 504, 12]])
+    with torch.set_grad_enabled(gradients):
+        assert model(sound, labels=on_answers(sound)).loss.isfinite()
+        before = on_answers(sound)
+        before[1, 4] = 501
+        with pytest.raises(ValueError, match=r"Row 1 .* column 4, before its first <sop> \(column 5\).*build_inputs"):
+            model(sound, labels=before)
+        first = on_answers(sound)
+        first[:, 0] = 7  # no column predicts it
+        assert torch.equal(model(sound, labels=first).loss, model(sound, labels=on_answers(sound)).loss)
+        at_the_end = torch.tensor([[7, 8, 9, 10, 505, 501, 504]])  # plain text, as trainers of other models encode it
+        with pytest.raises(ValueError, match=r"Row 0 .* column 1, before its first <sop>"):
+            model(at_the_end, labels=at_the_end)
+        assert model(at_the_end, labels=on_answers(at_the_end)).loss.isfinite()  # <sop> itself follows its context
+        without = torch.tensor([[7, 8, 501, 504, 9], [7, 8, 9, 10, 505]])
+        with pytest.raises(ValueError, match=r"Row 1 .* has no <sop>"):
+            model(without, labels=without.where(torch.tensor([[False], [True]]), -100))
+        assert model(without, labels=without.where(torch.tensor([[False] * 4 + [True], [False] * 5]), -100)).loss > 0
+
+
+def test_labels_in_other_forms(golden_model):
+    model = golden_model("base")
+    ids = torch.tensor([[7, 8, 501, 504, 9, 10, 505]])
+    labels = on_answers(ids)
+    expected = model(ids, labels=labels).loss
+    shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    assert torch.equal(model(ids, labels=labels, shift_labels=shifted).loss, expected)
+    assert torch.equal(model(ids, labels=ids, shift_labels=shifted).loss, expected)  # the others aren't looked at
+    shifted[0, 1] = 501
+    with pytest.raises(ValueError, match=r"Row 0 .* column 2, before"):
+        model(ids, labels=labels, shift_labels=shifted)
+    ignored = labels.where(labels != -100, 0)
+    assert torch.equal(model(ids, labels=ignored, ignore_index=0).loss, expected)
+    with pytest.raises(ValueError, match=r"Row 0 .* column 1, before"):
+        model(ids, labels=ignored)
+    embeddings = model.get_input_embeddings()(ids).detach()
+    given = {"inputs_embeds": embeddings, "position_ids": model.get_position_ids(ids)}
+    torch.testing.assert_close(model(**given, labels=labels).loss, expected)
+    with pytest.raises(ValueError, match=r"Row 0 .* column 1, before"):
+        model(**given, labels=ids)
+
+
+def test_labels_behind_padding(golden_model):
+    model = golden_model("base")
+    rows, pad = [[7, 8, 501, 504, 9, 10], [7, 501, 504, 11]], 3
+    for side in ("left", "right"):
+        padding = [[pad] * (6 - len(row)) for row in rows]
+        ids = [more + row if side == "left" else row + more for row, more in zip(rows, padding, strict=True)]
+        ids = torch.tensor(ids)
+        for mask in (None, (ids != pad).long()):
+            assert model(ids, labels=on_answers(ids).where(ids != pad, -100), attention_mask=mask).loss.isfinite()
+            with pytest.raises(ValueError, match="before its first <sop>"):
+                model(ids, labels=ids.where(ids != pad, -100), attention_mask=mask)
+
+
+def test_labels_beside_masks_of_ones_own(golden_model):
+    """What a mask hides may have labels; what it shows may not."""
+    model = golden_model("base")
+    ids = torch.tensor([[7, 8, 9, 501, 504, 10, 11]])
+    causal = torch.ones(1, 1, 7, 7).triu(1).bool()
+    additive = torch.zeros(1, 1, 7, 7).masked_fill(causal, torch.finfo(torch.float32).min)
+    for mask in (causal, ~causal, additive):
+        assert model(ids, labels=ids, attention_mask=mask).loss.isfinite()
+    both_ways = model.get_masks(ids)
+    additive = torch.zeros(1, 1, 7, 7).masked_fill(both_ways, -torch.inf)
+    for mask in (both_ways, ~both_ways, additive):
+        assert model(ids, labels=on_answers(ids), attention_mask=mask).loss.isfinite()
+        with pytest.raises(ValueError, match=r"Row 0 has a label on column 1, before its first <sop>"):
+            model(ids, labels=ids, attention_mask=mask)
+    with pytest.raises(ValueError, match=r"Row 0 has a label on column 5, which its attention_mask lets column 4"):
+        model(ids, labels=ids.where(torch.arange(7) > 4, -100), attention_mask=torch.zeros(1, 1, 7, 7))
+
+
+def test_labels_on_a_continued_answer(golden_model):
+    model = golden_model("base")
+    ids = torch.tensor([[7, 8, 501, 504, 9, 10, 505]])
+    first = model(ids[:, :4], use_cache=True)
+    rest = model(ids[:, 4:], labels=ids[:, 4:], past_key_values=first.past_key_values).loss
+    labels = ids.where(torch.arange(7) > 4, -100)
+    torch.testing.assert_close(rest, model(ids, labels=labels).loss, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [3, 5, 6, 8, 40])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_labels_of_another_length_are_refused(length, gradients, golden_model):
+    model = golden_model("base")
+    ids = torch.tensor([[7, 8, 501, 504, 9, 10, 505]] * 2)
+    labels = torch.full((2, length), -100)
+    labels[:, -1] = 9
+    with (
+        torch.set_grad_enabled(gradients),
+        pytest.raises(ValueError, match=rf"labels have shape \[2, {length}\], the sequences \[2, 7\]"),
+    ):
+        model(ids, labels=labels)
+    with pytest.raises(ValueError, match=r"labels have shape \[1, 7\]"):
+        model(ids, labels=ids[:1])
+
+
+# Scores
+
+
+def test_scores_of_tokens_in_view_are_told_once(golden_model, caplog):
+    model = golden_model("base")
+    with_sop, without = torch.tensor([[7, 8, 501, 504, 9, 10]]), torch.tensor([[7, 8, 9, 10, 11, 505]])
+
+    def warnings(call) -> int:
+        logging.warning_once.cache_clear()
+        caplog.clear()
+        with torch.no_grad():
+            call()
+            call()
+        return sum("has no <sop>" in record.message for record in caplog.records)
+
+    assert warnings(lambda: model(without)) == 1
+    assert warnings(lambda: model(torch.cat((with_sop, without)))) == 1
+    assert warnings(lambda: model(without, logits_to_keep=2)) == 1
+    assert warnings(lambda: model(without, logits_to_keep=torch.tensor([1]))) == 1
+    assert warnings(lambda: model(with_sop)) == 0
+    assert warnings(lambda: model(without, logits_to_keep=1)) == 0
+    assert warnings(lambda: model(without, logits_to_keep=torch.tensor([5]))) == 0
+    assert warnings(lambda: model(without[:, :1])) == 0
+    assert warnings(lambda: model.transformer(without)) == 0
+    causal = torch.ones(1, 1, 6, 6).triu(1).bool()
+    assert warnings(lambda: model(without, attention_mask=causal)) == 0
+    assert warnings(lambda: model.generate(with_sop, do_sample=False, max_new_tokens=2)) == 0
 
 
 # The loss in chunks
@@ -294,12 +435,33 @@ def test_logits_are_computed_when_they_are_read(golden_model, monkeypatch):
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("update", ["optimizer", "head only", "blocks only"])
+def test_logits_are_not_read_from_later_weights(update, golden_model):
+    model = golden_model("base")
+    ids = torch.tensor([[7, 8, 501, 504, 9, 10]])
+    with torch.no_grad():
+        expected = model(ids).logits
+    changed = {"head only": [model.lm_head.weight], "blocks only": list(model.transformer.layers.parameters())}
+    optimizer = torch.optim.AdamW(changed.get(update, list(model.parameters())), lr=0.1)
+    early, late = (model(ids, labels=on_answers(ids), use_cache=False) for _ in range(2))
+    torch.testing.assert_close(early.logits, expected, rtol=1e-4, atol=1e-4)
+    late.loss.backward()
+    optimizer.step()
+    assert early.logits is early["logits"]
+    if update == "blocks only":
+        torch.testing.assert_close(late.logits, expected, rtol=1e-4, atol=1e-4)
+        return
+    for read in (lambda: late.logits, lambda: late["logits"], lambda: late[1], late.to_tuple):
+        with pytest.raises(RuntimeError, match=r"read output\.logits before optimizer\.step"):
+            read()
+
+
 def test_outputs_pass_through_accelerate(golden_model):
     from accelerate.utils import convert_outputs_to_fp32
 
     model = golden_model("base", torch.bfloat16)
     ids = torch.tensor([[7, 8, 501, 504, 9, 10]])
-    output = convert_outputs_to_fp32(model.forward)(ids, labels=ids, output_hidden_states=True)
+    output = convert_outputs_to_fp32(model.forward)(ids, labels=on_answers(ids), output_hidden_states=True)
     assert output.hidden_states[0].dtype == torch.float32
     assert torch.equal(output.logits, model(ids).logits)
 
@@ -307,9 +469,10 @@ def test_outputs_pass_through_accelerate(golden_model):
 def test_replicas_of_data_parallel_give_tensors(golden_model):
     model = golden_model("base")
     ids = torch.tensor([[7, 8, 501, 504, 9, 10]])
-    expected = model(ids, labels=ids)
+    labels = on_answers(ids)
+    expected = model(ids, labels=labels)
     model._is_replica = True  # as nn.DataParallel marks its copies, whose outputs it gathers by items
-    output = model(ids, labels=ids, use_cache=False)
+    output = model(ids, labels=labels, use_cache=False)
     assert all(isinstance(value, torch.Tensor) for value in output.values())
     torch.testing.assert_close(output.loss, expected.loss)
     assert torch.equal(output.logits, expected.logits)
