@@ -523,7 +523,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         is_start = is_known and int(past_length) == 0
         stored = 0 if is_start else past_length - prefix_length  # ids
         is_static = past_key_values is not None and past_key_values.is_compileable
-        if attention_mask is not None and isinstance(stored, int) and not is_traced():
+        # Caches of other classes may have more columns than tokens: their masks fit them.
+        is_usual = past_key_values is None or isinstance(past_key_values, Cache)
+        if attention_mask is not None and is_usual and isinstance(stored, int) and not is_traced():
             widest = stored + length
             if is_static:
                 widest = past_key_values.layers[0].max_cache_len - prefix_length
@@ -566,6 +568,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             if not is_start:
                 context = context & (past_length == 0)
         key_length = past_key_values.layers[0].max_cache_len if is_static else past_length + length
+        if not is_usual and attention_mask is not None and attention_mask.ndim == 4:
+            key_length = attention_mask.shape[-1]
         slots = torch.arange(length, device=inputs_embeds.device) + past_length
         mask = None
         if length > 1 or attention_mask is not None or is_static:
