@@ -17,6 +17,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import tempfile
 import threading
 from pathlib import Path
 
@@ -24,9 +25,12 @@ import torch
 from transformers.utils import logging
 
 from .kernel_cache import keep
-from .kernels_cpu_source import SOURCE
+from .kernel_sources import FILES
 
 logger = logging.get_logger(__name__)
+
+SOURCES = {name: text for name, text in FILES.items() if name.startswith("kernels/cpu/")}
+MAIN = "kernels/cpu/kernels.c"  # includes the others
 
 # -O3 unrolls and vectorises; nothing here needs errno from mathematics or traps.
 FLAGS = ("-O3", "-std=gnu11", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
@@ -335,8 +339,8 @@ def compiler() -> list[str]:
     )
 
 
-def _run(command: list[str], text: str) -> str:
-    """Run a compiler on a source text; what it printed."""
+def _run(command: list[str], text: str = "") -> str:
+    """Run a compiler, which may read a source text; what it printed."""
     try:
         # Whatever the locale's encoding is.
         settings = {"encoding": "utf-8", "errors": "replace", "timeout": _TIMEOUT}
@@ -350,17 +354,31 @@ def _run(command: list[str], text: str) -> str:
     return done.stdout
 
 
+def _compile(command: list[str], path: Path) -> None:
+    """Compile the sources, from files in a temporary folder, to `path`."""
+    with tempfile.TemporaryDirectory(prefix="chatglm_int8-") as folder:
+        for name, text in SOURCES.items():
+            file = Path(folder, name)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8", newline="\n")
+        try:
+            _run([*command, f"{folder}/{MAIN}", "-o", str(path), "-lm"])
+        except CompileError as error:  # the files are named as in the repository
+            raise type(error)(str(error).replace(f"{folder}/", "")) from None
+
+
 def build(flags: tuple[str, ...] = (*FLAGS, OPENMP)) -> Path:
-    """Compile the source with these flags, unless that was done before; the library's path.
+    """Compile the sources with these flags, unless that was done before; the library's path.
 
     Raises:
         CompileError: no compiler, or one that fails.
     """
-    command = compiler()
-    version = _run([*command, "--version"], "")
-    macros = _run([*command, *flags, "-dM", "-E", "-x", "c", "-"], "")  # say what -march=native means here
-    key = hashlib.sha256("\0".join((SOURCE, *command, *flags, version, macros)).encode()).hexdigest()[:32]
-    return keep(f"cpu-{key}.so", lambda path: _run([*command, *flags, "-x", "c", "-", "-o", str(path), "-lm"], SOURCE))
+    command = [*compiler(), *flags]
+    version = _run([*compiler(), "--version"])
+    macros = _run([*command, "-dM", "-E", "-x", "c", "-"])  # say what -march=native means here
+    parts = (*SOURCES, *SOURCES.values(), *command, version, macros)
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+    return keep(f"cpu-{key}.so", lambda path: _compile(command, path))
 
 
 def _open(flags: tuple[str, ...]) -> Library:

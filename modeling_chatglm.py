@@ -44,9 +44,6 @@ from .generation_chatglm import ChatGLMGenerationMixin
 from .kernel_cache import keep  # noqa: F401
 from .kernel_sources import FILES  # noqa: F401
 from .kernels_cpu import library as cpu_library
-from .kernels_cpu_layers import LAYERS  # noqa: F401
-from .kernels_cpu_linear import LINEAR  # noqa: F401
-from .kernels_cpu_source import SOURCE  # noqa: F401
 from .kernels_cuda import can_rotate, rotate
 from .quantization import (
     HalfEmbedding,

@@ -28,39 +28,7 @@ from chatglm_int8 import kernels_cpu
 from chatglm_int8.kernel_cache import cache_folder
 
 SHAPES = [(12288, 4096), (4096, 4096), (16384, 4096), (4096, 16384)]  # N, K of a block's four linears
-READER = r"""
-#include <stdint.h>
-#include <stdlib.h>
-#include <sys/mman.h>
-#include <omp.h>
-static uint64_t *memory;
-static int64_t words;
-/* Fill `bytes` of memory in pages of 2 MiB, so that every page exists. */
-int prepare(int64_t bytes, int threads) {
-    words = bytes / 8;
-    memory = aligned_alloc(1 << 21, bytes);
-    if (!memory) return 1;
-    madvise(memory, bytes, MADV_HUGEPAGE);
-    #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < words; i++) memory[i] = (uint64_t)i * 0x9e3779b97f4a7c15;
-    return 0;
-}
-/* Read all of it once, a contiguous part in each thread. */
-uint64_t read_all(int threads) {
-    uint64_t sum = 0;
-    #pragma omp parallel num_threads(threads) reduction(+ : sum)
-    {
-        int64_t part = words / omp_get_num_threads(), first = part * omp_get_thread_num();
-        uint64_t own[32] = {0};
-        for (int64_t i = first; i + 32 <= first + part; i += 32) {
-            for (int line = 0; line < 4; line++) __builtin_prefetch(memory + i + 128 + 8 * line);
-            for (int j = 0; j < 32; j++) own[j] += memory[i + j];
-        }
-        for (int j = 0; j < 32; j++) sum += own[j];
-    }
-    return sum;
-}
-"""
+READER = Path(__file__).with_name("read_memory.c")
 
 
 def medians(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -78,7 +46,7 @@ def reader(threads: int, size: int = 1 << 30) -> tuple[Callable[[], int], int]:
     """A function that reads `size` bytes of memory, and the size."""
     flags = ("-O3", "-march=native", "-fPIC", "-shared", "-fopenmp")
     path = cache_folder() / "reader.so"
-    kernels_cpu._run([*kernels_cpu.compiler(), *flags, "-x", "c", "-", "-o", str(path)], READER)
+    kernels_cpu._run([*kernels_cpu.compiler(), *flags, str(READER), "-o", str(path)])
     library = ctypes.CDLL(str(path))
     library.prepare.argtypes = (ctypes.c_int64, ctypes.c_int)
     if library.prepare(size, threads):

@@ -13,6 +13,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 import types
 from pathlib import Path
@@ -24,7 +25,6 @@ from transformers import DynamicCache
 
 from chatglm_int8 import ChatGLMForConditionalGeneration, cuda_graphs, kernel_cache, kernels_cpu, quantization
 from chatglm_int8.kernels_cpu import FLAGS, OPENMP, WITHOUT_AMX, Library
-from chatglm_int8.kernels_cpu_source import SOURCE
 from chatglm_int8.modeling_chatglm import GrowingLayer, apply_rotary, rotary_embedding
 from chatglm_int8.quantization import HalfEmbedding, HalfLinear, QuantizedLinear, pack_int4, unpack_int4
 
@@ -40,6 +40,8 @@ FLOAT_BAR = 1e-5  # relative Frobenius error of float32 activations
 HALF_BAR = 3  # the same of half activations, over that of rounding exact activations to float16
 
 CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+DRIVER = Path(__file__).with_name("kernels_cpu_driver.c")
+SOURCE = Path(__file__).parent.parent / "kernels" / "cpu" / "kernels.c"
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
 IS_ARM = platform.machine() in ("aarch64", "arm64")
 GCC = shutil.which("gcc")
@@ -62,7 +64,7 @@ def levels() -> dict[str, tuple[str, ...]]:
         found["AVX2"] = ("-march=x86-64-v3",)
     if IS_X86:
         found["portable C"] = ("-march=x86-64",)
-    if "EMULATE_AMX" in SOURCE and "amx_int8" not in CPU:
+    if "amx_int8" not in CPU:
         found["AMX emulated"] = ("-DEMULATE_AMX",)
     if IS_ARM:
         found["NEON"] = ("-march=armv8-a",)
@@ -643,157 +645,19 @@ def test_gelu_refuses_other_tensors(libraries):
 def test_the_source_has_no_warnings(level, openmp):
     if not openmp and level != "x86-64":
         pytest.skip("seen at the lowest level")
-    command = [GCC, *FLAGS, f"-march={level}", "-S", "-x", "c", "-", "-o", "-", "-Wall", "-Wextra", "-Werror"]
+    command = [GCC, *FLAGS, f"-march={level}", "-S", SOURCE, "-o", "-", "-Wall", "-Wextra", "-Werror"]
     # Without OpenMP its pragmas are unknown, and the number of threads is not used.
     command += [OPENMP] if openmp else ["-Wno-unknown-pragmas", "-Wno-unused-parameter"]
-    done = subprocess.run(command, input=SOURCE, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if "bad value" in done.stderr:
         pytest.skip(f"this gcc does not know {level}")
     assert done.returncode == 0, done.stderr
 
 
-# Compares with double precision; `malloc`ed to the byte, so that a sanitizer sees what is read or written beside.
-DRIVER = r"""
-#include <stdio.h>
-static unsigned seed = 1;
-static double uniform(void) { return (seed = seed * 1664525u + 1013904223u) / 2147483648.0 - 1; }
-static void *fresh(int64_t size) { void *p = malloc((size_t)size); memset(p, 255, (size_t)size); return p; } /* NaN */
-static int wrong = 0;
-static void expect(const char *what, double got, double expected, double bound) {
-    if (!(fabs(got - expected) <= bound) && wrong++ < 9)
-        printf("%s: got %.9g, expected %.9g within %.3g\n", what, got, expected, bound);
-}
-static void set(void *p, int dtype, int64_t i, double value) {
-    if (dtype == FLOAT) ((float *)p)[i] = (float)value;
-    else ((uint16_t *)p)[i] = dtype == HALF ? to_half((float)value) : to_bfloat((float)value);
-}
-static void *filled(int dtype, int64_t count, double size) {
-    void *p = fresh(count * size_of(dtype));
-    for (int64_t i = 0; i < count; i++) set(p, dtype, i, uniform() * size);
-    return p;
-}
-static const double rounding[] = {0x1p-24, 0x1p-11, 0x1p-8}, left_over[] = {0x1p-23, 0x1p-15, 0x1p-15};
-
-static void linear(int64_t M, int64_t N, int64_t K, int bits, int dtype, int has_bias, int threads) {
-    int other = (dtype + 1) % 3;
-    void *x = filled(dtype, M * K, 1), *scale = filled(other, N, 0.01), *y = fresh(M * N * size_of(dtype));
-    void *bias = has_bias ? filled((dtype + 2) % 3, N, 1) : NULL;
-    int8_t *w = fresh(N * K * bits / 8);
-    for (int64_t i = 0; i < N * K * bits / 8; i++) w[i] = (int8_t)(int)(uniform() * 128.9);
-    if (chatglm_linear(x, dtype, w, bits, scale, other, bias, (dtype + 2) % 3, y, M, N, K, threads)) wrong++;
-    for (int64_t m = 0; m < M; m++)
-        for (int64_t n = 0; n < N; n++) {
-            double sum = 0, size = 0, weights = 0, s = element(scale, other, n);
-            for (int64_t k = 0; k < K; k++) {
-                int8_t byte = w[n * (K * bits / 8) + k * bits / 8];
-                double value = s * (bits == 8 ? byte : k % 2 ? (byte & 7) - (byte & 8) : byte >> 4);
-                double product = value * element(x, dtype, m * K + k);
-                sum += product, size += fabs(product), weights += fabs(value);
-            }
-            if (bias) sum += element(bias, (dtype + 2) % 3, n);
-            double bound = size * (8 + sqrt((double)K)) * 0x1p-24 + left_over[dtype] * weights
-                           + (fabs(sum) * 1.01 + size * 0x1p-23) * rounding[dtype] + 0x1p-22;
-            expect("linear", element(y, dtype, m * N + n), sum, bound);
-        }
-    free(x), free(scale), free(y), free(bias), free(w);
-}
-
-static void half(int64_t M, int64_t N, int64_t K, int dtype, int weight_dtype, int threads) {
-    void *x = filled(dtype, M * K, 1), *w = filled(weight_dtype, N * K, 1), *y = fresh(M * N * size_of(dtype));
-    if (chatglm_half_linear(x, dtype, w, weight_dtype, y, M, N, K, threads)) wrong++;
-    for (int64_t m = 0; m < M; m++)
-        for (int64_t n = 0; n < N; n++) {
-            double sum = 0;
-            for (int64_t k = 0; k < K; k++)
-                sum += (double)element(x, dtype, m * K + k) * element(w, weight_dtype, n * K + k);
-            double bound = (double)K * 0x1p-22 + fabs(sum) * 1.01 * rounding[dtype];
-            expect("half_linear", element(y, dtype, m * N + n), sum, bound);
-        }
-    free(x), free(w), free(y);
-}
-
-static void attend(int64_t B, int64_t H, int64_t S, int64_t T, int64_t D, int dtype, int threads) {
-    void *q = filled(dtype, B * H * S * D, 2), *k = filled(dtype, B * H * T * D, 2);
-    void *v = filled(dtype, B * H * T * D, 1);
-    void *mask = filled(dtype, B * S * T, 2), *y = fresh(B * H * S * D * size_of(dtype));
-    double *p = fresh(T * 8);
-    if (chatglm_attention(q, H * S * D, S * D, D, k, H * T * D, T * D, D, v, H * T * D, T * D, D, mask, S * T, T, y,
-                          dtype, 0.25f, B, H, S, T, D, threads)) wrong++;
-    for (int64_t i = 0; i < B * H * S; i++) { /* query i of [B, H, S] */
-        int64_t b = i / S / H, h = i / S % H, s = i % S;
-        double whole = 0;
-        for (int64_t t = 0; t < T; t++) {
-            double score = 0;
-            for (int64_t d = 0; d < D; d++)
-                score += (double)element(q, dtype, i * D + d) * element(k, dtype, (i / S * T + t) * D + d);
-            whole += p[t] = exp(score * 0.25 + element(mask, dtype, (b * S + s) * T + t));
-        }
-        for (int64_t d = 0; d < D; d++) {
-            double sum = 0, got = element(y, dtype, ((b * S + s) * H + h) * D + d);
-            for (int64_t t = 0; t < T; t++) sum += p[t] / whole * element(v, dtype, (i / S * T + t) * D + d);
-            expect("attention", got, sum, 1e-4 + fabs(sum) * 1.01 * rounding[dtype]);
-        }
-    }
-    free(q), free(k), free(v), free(mask), free(y), free(p);
-}
-
-static void rotate(int64_t rows, int64_t H, int64_t D, int64_t parts, int dtype, int threads) {
-    void *x = filled(dtype, rows * H * 3 * D, 1), *c = filled(dtype, rows * D, 1), *s = filled(dtype, rows * D, 1);
-    void *y = fresh(rows * H * 3 * D * size_of(dtype));
-    memcpy(y, x, (size_t)(rows * H * 3 * D * size_of(dtype)));
-    chatglm_rotary(y, c, s, dtype, rows, H, D, parts, threads);
-    for (int64_t i = 0; i < rows * H * 3 * D; i++) {
-        int64_t row = i / (3 * D * H), d = i % D, half = D / parts / 2, is_second = d / half % 2;
-        double expected = element(x, dtype, i), sine = element(s, dtype, row * D + d);
-        if (i / D % 3 < 2) { /* no value */
-            double other = is_second ? element(x, dtype, i - half) : -element(x, dtype, i + half);
-            expected = expected * element(c, dtype, row * D + d) + other * sine;
-        }
-        expect("rotary", element(y, dtype, i), expected, 0x1p-21 + fabs(expected) * 1.01 * rounding[dtype]);
-    }
-    free(x), free(c), free(s), free(y);
-}
-
-static void gelu(int64_t count, int dtype, int threads) {
-    void *x = filled(dtype, count, 8), *y = fresh(count * size_of(dtype));
-    memcpy(y, x, (size_t)(count * size_of(dtype)));
-    chatglm_gelu(y, dtype, count, threads);
-    for (int64_t i = 0; i < count; i++) {
-        double value = element(x, dtype, i), u = 1.5957691216057308 * (value + 0.044715 * value * value * value);
-        double expected = value / (1 + exp(-u));
-        expect("gelu", element(y, dtype, i), expected, 1e-6 + fabs(expected) * 1.01 * rounding[dtype]);
-    }
-    free(x), free(y);
-}
-
-int main(void) {
-    static const int64_t Ms[] = {1, 2, 3, 7, 16, 33}, Ns[] = {1, 5, 33}, Ks[] = {2, 30, 64, 360, 2114};
-    if (!chatglm_start()) return 77;
-    for (int i = 0; i < 6; i++)
-        for (int n = 0; n < 3; n++)
-            for (int k = 0; k < 5; k++)
-                linear(Ms[i], Ns[n], Ks[k], (i + k) % 2 ? 8 : 4, (i + n + k) % 3, n % 2, 1 + (i + n) % 3);
-    for (int dtype = 0; dtype < 3; dtype++) {
-        linear(1, 9, 1, 8, dtype, 1, 2), linear(5, 9, 15, 8, dtype, 1, 2), linear(515, 3, 40, 8, dtype, 0, 2);
-        linear(9, 33, 1088, 8, dtype, 0, 1), linear(20, 65, 1088, 8, dtype, 0, 1);
-        for (int weight = 1; weight < 3; weight++)
-            half(1, 9, 130, dtype, weight, 1), half(3, 5, 15, dtype, weight, 2), half(8, 2, 1, dtype, weight, 4);
-        attend(2, 3, 1, 1, 16, dtype, 1), attend(1, 2, 1, 37, 48, dtype, 2), attend(2, 1, 1, 300, 256, dtype, 3);
-        attend(2, 3, 2, 1, 16, dtype, 1), attend(1, 2, 19, 37, 48, dtype, 2), attend(2, 1, 8, 70, 256, dtype, 3);
-        rotate(3, 2, 16, 2, dtype, 1), rotate(2, 1, 6, 1, dtype, 2), rotate(1, 3, 256, 2, dtype, 4);
-        gelu(1, dtype, 1), gelu(1500, dtype, 2), gelu(1024, dtype, 3);
-    }
-    printf("%s: %d wrong\n", chatglm_instructions(), wrong);
-    return wrong != 0;
-}
-"""
-
-
 def compile_driver(compiler: str, folder: Path, *flags: str) -> Path:
-    (folder / "driver.c").write_text(SOURCE + DRIVER, encoding="utf-8")
     program = folder / "driver"
     flags = ("-O1", "-g", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", *flags)
-    done = subprocess.run([compiler, *flags, folder / "driver.c", "-o", program, "-lm"], capture_output=True, text=True)
+    done = subprocess.run([compiler, *flags, DRIVER, "-o", program, "-lm"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return program
 
@@ -912,7 +776,7 @@ def test_compiled_once_into_a_private_folder(fresh, tmp_path, compiler):
 
 def test_other_source_flags_or_compiler_make_another_file(fresh, tmp_path, monkeypatch):
     paths = {kernels_cpu.build(), kernels_cpu.build(FLAGS)}
-    monkeypatch.setattr(kernels_cpu, "SOURCE", SOURCE + "\n/* another */\n")
+    monkeypatch.setitem(kernels_cpu.SOURCES, "kernels/cpu/gelu.h", kernels_cpu.SOURCES["kernels/cpu/gelu.h"] + "\n")
     paths.add(kernels_cpu.build())
     monkeypatch.setenv("CC", f"{os.environ['CC']} -DANOTHER=1")
     paths.add(kernels_cpu.build())
@@ -925,6 +789,14 @@ def test_cc_may_have_arguments(fresh, tmp_path, monkeypatch):
     assert kernels_cpu.compiler()[1:] == ["-DNOTHING=1", "-DSPACED=a b"]
     assert works(kernels_cpu.library())
     assert len(cached(tmp_path)) == 1
+
+
+def test_cc_may_be_relative(fresh, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CC", "./cc -I. -include marker.h")
+    (tmp_path / "marker.h").touch()
+    assert works(kernels_cpu.library())
+    assert not fresh
 
 
 @pytest.mark.parametrize("given", ["", "   "])
@@ -997,6 +869,16 @@ def test_a_compiler_that_fails_at_the_source_leaves_nothing(fresh, tmp_path, com
     assert cached(tmp_path) == []
 
 
+def test_a_compiler_error_names_the_file_of_the_repository(fresh, monkeypatch):
+    text = kernels_cpu.SOURCES["kernels/cpu/linear.h"]
+    monkeypatch.setitem(kernels_cpu.SOURCES, "kernels/cpu/linear.h", text.replace("\n", "\nint 5;\n", 1))
+    assert kernels_cpu.library() is None
+    (message,) = fresh
+    assert "\nkernels/cpu/linear.h:2:" in message
+    assert " kernels/cpu/kernels.c -o" in message
+    assert f"{tempfile.gettempdir()}/chatglm_int8-" not in message
+
+
 def test_a_compiler_that_hangs_is_given_up(fresh, tmp_path, compiler, monkeypatch):
     monkeypatch.setattr(kernels_cpu, "_TIMEOUT", 0.2)
     calls = tmp_path / "calls"
@@ -1007,22 +889,28 @@ def test_a_compiler_that_hangs_is_given_up(fresh, tmp_path, compiler, monkeypatc
     assert calls.read_text() == "\n"
 
 
-def test_a_locale_that_is_not_utf8(fresh, tmp_path, monkeypatch):
-    """The source has letters that it lacks, and a compiler may say what is no UTF-8."""
-    code = """if True:
+def test_a_locale_that_is_not_utf8(fresh, tmp_path, compiler):
+    """The sources have letters that it lacks, and a compiler may say what is no UTF-8."""
+    code = r"""if True:
         from chatglm_int8 import kernels_cpu
 
-        with open("source", "w", encoding="utf-8") as file:
-            file.write(kernels_cpu.SOURCE)
-        assert not kernels_cpu.SOURCE.isascii()
-        kernels_cpu._run(["cmp", "source", "-"], kernels_cpu.SOURCE)
-        print(ascii(kernels_cpu._run(["printf", r"\\374"], "")))
+        assert not all(map(str.isascii, kernels_cpu.SOURCES.values()))
+        try:
+            kernels_cpu.build()
+        except kernels_cpu.CompileError as error:
+            print(ascii(str(error).splitlines()[-1]))
     """
+    # Keeps the files that it is given, which lie in a temporary folder.
+    compiler(f"""for file; do case $file in *kernels.c)
+        cp -r "$(dirname "$file")" {tmp_path}/given; printf '\\374' >&2; exit 1;; esac; done""")
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == r"'\ufffd'"
+    given = {f"kernels/cpu/{path.relative_to(tmp_path / 'given').as_posix()}": path.read_bytes()
+             for path in (tmp_path / "given").rglob("*") if path.is_file()}  # fmt: skip
+    assert given == {name: text.encode() for name, text in kernels_cpu.SOURCES.items()}
 
 
 def test_a_cc_that_is_no_command(fresh, monkeypatch):

@@ -1,6 +1,5 @@
-"""C source of the CPU kernels of linears with int8 or int4 weights, a part of `kernels_cpu_source`."""
+#pragma once
 
-LINEAR = r"""
 /* ---- Linear layers with int8 or int4 weights: x [M, K], weight [N, K], y [M, N] ----
 
    Products are integers: each row of x, in blocks of columns, is written as a sum of `digits`,
@@ -25,37 +24,37 @@ LINEAR = r"""
 #undef _tile_dpbssd
 static _Thread_local int32_t tile_memory[8][16][16];
 static void _tile_zero(int t) { memset(tile_memory[t], 0, sizeof tile_memory[t]); }
-static void _tile_loadd(int t, const void *from, int64_t stride) {
-    for (int row = 0; row < 16; row++) memcpy(tile_memory[t][row], (const char *)from + row * stride, 64);
+static void _tile_loadd(int t, const void* from, int64_t stride) {
+    for (int row = 0; row < 16; row++) memcpy(tile_memory[t][row], (const char*)from + row * stride, 64);
 }
-static void _tile_stored(int t, void *to, int64_t stride) {
-    for (int row = 0; row < 16; row++) memcpy((char *)to + row * stride, tile_memory[t][row], 64);
+static void _tile_stored(int t, void* to, int64_t stride) {
+    for (int row = 0; row < 16; row++) memcpy((char*)to + row * stride, tile_memory[t][row], 64);
 }
 static void _tile_dpbssd(int sum, int a, int b) {
-    const int8_t *rows = (const int8_t *)tile_memory[a], *columns = (const int8_t *)tile_memory[b];
+    const int8_t *rows = (const int8_t*)tile_memory[a], *columns = (const int8_t*)tile_memory[b];
     for (int n = 0; n < 16; n++)
         for (int m = 0; m < 16; m++)
             for (int k = 0; k < 64; k++)
                 tile_memory[sum][n][m] += rows[n * 64 + k] * columns[k / 4 * 64 + m * 4 + k % 4];
 }
-static void _tile_loadconfig(const void *config) { (void)config; }
+static void _tile_loadconfig(const void* config) { (void)config; }
 static void _tile_release(void) {}
 #endif
 
 enum {
-    PADDED_M = 16,    /* rows of sums are padded to a multiple of this */
+    PADDED_M = 16, /* rows of sums are padded to a multiple of this */
     DIGIT_MAX = sizeof(digit_t) == 1 ? 127 : 32767,
     CHUNK = sizeof(panel_t) == 1 ? 256 : 128, /* output features that a thread takes at once, at most */
-    FEW_CHUNK = 16,   /* the same of few rows: as many as make a vector of results */
+    FEW_CHUNK = 16,                           /* the same of few rows: as many as make a vector of results */
 #ifdef BYTE_TILES
-    JOINED = 1,       /* whether two bytes make a digit */
-    GROUP = 256,      /* rows whose digits of a block stay in the cache beside weights */
+    JOINED = 1,  /* whether two bytes make a digit */
+    GROUP = 256, /* rows whose digits of a block stay in the cache beside weights */
 #else
     JOINED = 0,
     GROUP = sizeof(panel_t) == 1 ? 512 : 64,
 #endif
     STORED_M = JOINED ? 16 : 32, /* rows, at most, that meet weights where they are stored: too few for a panel */
-    M_AT_ONCE = 512,  /* rows of x that are held as digits */
+    M_AT_ONCE = 512,             /* rows of x that are held as digits */
     /* Of tiles of bytes and of pairs, whose sums of a block are exact in 32 bits: */
     TILE_BLOCK = 512,       /* columns of a block */
     TILE_DIGIT_MAX = 32639, /* a weight more is 32767 at most; times 128, summed over a block, it is below 2^31 */
@@ -64,24 +63,24 @@ enum {
 
 struct job {
     const void *x, *scale, *bias;
-    const int8_t *weight;
-    void *y;
+    const int8_t* weight;
+    void* y;
     int x_dtype, scale_dtype, bias_dtype, bits;
-    int planes;           /* digits that a number has */
-    int width;            /* rows of x in a tile of PADDED_M sums: that, or half as many, each in two places */
-    int pairs;            /* whether products are taken in pairs: see add_pairs */
-    int64_t tile_n;       /* weight rows of a tile */
-    int64_t M, N, K, block; /* block: columns of a block, BLOCK at most */
+    int planes;                 /* digits that a number has */
+    int width;                  /* rows of x in a tile of PADDED_M sums: that, or half as many, each in two places */
+    int pairs;                  /* whether products are taken in pairs: see add_pairs */
+    int64_t tile_n;             /* weight rows of a tile */
+    int64_t M, N, K, block;     /* block: columns of a block, BLOCK at most */
     int64_t padded_M, padded_K; /* padded_M: sums that a weight row has */
-    digit_t *row_digits;  /* of one row: [plane][padded_K] */
-    panel_t *digits;      /* of several: [plane][padded_M][padded_K], or as tile_of or pairs_of says */
-    float *digit_scale;   /* [blocks][planes][padded_M] */
-    int32_t *start;       /* what sums start with, if not 0: of bytes [blocks][byte_tiles][padded_M], of pairs
-                             [blocks][planes][padded_M], of one row [parts][halves][planes][FLOATS] */
+    digit_t* row_digits;        /* of one row: [plane][padded_K] */
+    panel_t* digits;            /* of several: [plane][padded_M][padded_K], or as tile_of or pairs_of says */
+    float* digit_scale;         /* [blocks][planes][padded_M] */
+    int32_t* start;             /* what sums start with, if not 0: of bytes [blocks][byte_tiles][padded_M], of pairs
+                                   [blocks][planes][padded_M], of one row [parts][halves][planes][FLOATS] */
 };
 
 /* Columns of a block, with those that pad K. */
-static inline int64_t block_columns(const struct job *j, int64_t block) {
+static inline int64_t block_columns(const struct job* j, int64_t block) {
     return least(j->block, j->padded_K - block * j->block);
 }
 
@@ -93,17 +92,17 @@ static int digits_of(int x_dtype, size_t digit_size) { return (digit_size == 1 ?
 #ifdef AMX
 /* Places from one digit of a row of x to its next. Fewer rows than a tile has leave no gap: two digits of 8 rows are
    one tile. */
-static inline int next_digit(const struct job *j) { return (int)least(j->M, TILE_M); }
-static inline int byte_tiles(const struct job *j) { return (j->planes * next_digit(j) + TILE_M - 1) / TILE_M; }
+static inline int next_digit(const struct job* j) { return (int)least(j->M, TILE_M); }
+static inline int byte_tiles(const struct job* j) { return (j->planes * next_digit(j) + TILE_M - 1) / TILE_M; }
 #else
-static inline int byte_tiles(const struct job *j) { return j->planes + JOINED; }
+static inline int byte_tiles(const struct job* j) { return j->planes + JOINED; }
 #endif
 
 /* Bytes of digits in the order that tiles are multiplied in, where a sum takes four at a time:
    [block][m / 16][k / 64][tile][k / 4 % 16][place][k % 4], and of 8 rows [block][k / 64][tile][k / 8 % 8][m][k % 8].
    Of a matrix unit, tiles have 16 places each, and digit i of row m is in place i · next_digit + m % 16 of all of them.
    Else the place is m % 16, and the tiles are the two bytes of the first digit, and the second digit. */
-static inline panel_t *tile_of(const struct job *j, int64_t m, int64_t block) {
+static inline panel_t* tile_of(const struct job* j, int64_t m, int64_t block) {
     int64_t columns = block_columns(j, block);
     return j->digits + (block * j->block * j->padded_M + m / 16 * 16 * columns) * byte_tiles(j);
 }
@@ -114,14 +113,15 @@ static inline panel_t *tile_of(const struct job *j, int64_t m, int64_t block) {
    time. Digits of 16 bits are two bytes, 256 · high + low. Weight rows lie `stride` bytes apart, and their parts of 64
    columns `step` bytes. `stored`: as stored, so not unsigned yet, while others are fetched from `ahead` on. `bytes`:
    byte_tiles. */
-static inline __attribute__((always_inline)) void
-add_bytes(const struct job *j, const int8_t *weights, int64_t stride, int64_t step, const int stored, int64_t block,
-          int64_t m, const int8_t *ahead, const int bytes, const int deep, float (*total)[PADDED_M]) {
+static inline __attribute__((always_inline)) void add_bytes(const struct job* j, const int8_t* weights, int64_t stride,
+                                                            int64_t step, const int stored, int64_t block, int64_t m,
+                                                            const int8_t* ahead, const int bytes, const int deep,
+                                                            float (*total)[PADDED_M]) {
     const int64_t size = 64 * (64 / deep); /* of a plane's 64 columns */
     const int64_t P = j->padded_M;
     for (int i = 0; i < PADDED_M; i += FLOATS) {
         const int8_t *x = tile_of(j, m, block) + 4 * i, *w = weights;
-        const int32_t *start = j->start + block * bytes * P + m + i;
+        const int32_t* start = j->start + block * bytes * P + m + i;
         const sums a = load_sums(start), b = load_sums(start + P), c = load_sums(start + (bytes - 1) * P);
         /* An array would stay in memory, with gcc 12. */
 #define START(n) sums a##n = a, b##n = b, c##n = c;
@@ -136,33 +136,37 @@ add_bytes(const struct job *j, const int8_t *weights, int64_t stride, int64_t st
                 const int8_t *from = w + part, *digit = x + 64 / deep * part;
                 const digits x_a = load_digits(digit), x_b = load_digits(digit + size);
                 const digits x_c = load_digits(digit + (bytes - 1) * size);
-#define ADD(n) { \
-                digits of_w = deep == 4 ? repeat4(from + n * stride) : repeat8(from + n * stride); \
-                if (stored) of_w = flip_signs(of_w); \
-                a##n = add_products(a##n, of_w, x_a); \
-                b##n = add_products(b##n, of_w, x_b); \
-                if (bytes == 3) c##n = add_products(c##n, of_w, x_c); }
+#define ADD(n)                                                                             \
+    {                                                                                      \
+        digits of_w = deep == 4 ? repeat4(from + n * stride) : repeat8(from + n * stride); \
+        if (stored) of_w = flip_signs(of_w);                                               \
+        a##n = add_products(a##n, of_w, x_a);                                              \
+        b##n = add_products(b##n, of_w, x_b);                                              \
+        if (bytes == 3) c##n = add_products(c##n, of_w, x_c);                              \
+    }
                 FOR_BYTE_N(ADD)
             }
         }
-        const float *scales = j->digit_scale + block * (bytes - 1) * P + m + i;
+        const float* scales = j->digit_scale + block * (bytes - 1) * P + m + i;
         const floats scale = load(scales), last_scale = load(scales + (bytes - 2) * P);
 #define WHOLE(s) from_sums(deep == 4 ? s : add_neighbours(s))
-#define TOTAL(n) { \
-        floats sum = load(total[n] + i); \
-        sum = multiply_add(WHOLE(join_sums(a##n, b##n)), scale, sum); \
+#define TOTAL(n)                                                          \
+    {                                                                     \
+        floats sum = load(total[n] + i);                                  \
+        sum = multiply_add(WHOLE(join_sums(a##n, b##n)), scale, sum);     \
         if (bytes == 3) sum = multiply_add(WHOLE(c##n), last_scale, sum); \
-        store(total[n] + i, sum); }
+        store(total[n] + i, sum);                                         \
+    }
         FOR_BYTE_N(TOTAL)
     }
 }
 
 /* For a compiler, a function each. */
-#define TILE(name, stored, bytes, deep) \
-    static __attribute__((noinline)) void name(const struct job *j, const int8_t *weights, int64_t stride, \
-                                               int64_t step, int64_t block, int64_t m, const int8_t *ahead, \
-                                               float (*total)[PADDED_M]) { \
-        add_bytes(j, weights, stride, step, stored, block, m, ahead, bytes, deep, total); \
+#define TILE(name, stored, bytes, deep)                                                                     \
+    static __attribute__((noinline)) void name(const struct job* j, const int8_t* weights, int64_t stride,  \
+                                               int64_t step, int64_t block, int64_t m, const int8_t* ahead, \
+                                               float (*total)[PADDED_M]) {                                  \
+        add_bytes(j, weights, stride, step, stored, block, m, ahead, bytes, deep, total);                   \
     }
 TILE(tile_of_half, 0, 2, 4)
 TILE(tile_of_half_stored, 1, 2, 4)
@@ -174,10 +178,10 @@ TILE(tile_of_float_few, 0, 3, 8)
 TILE(tile_of_float_few_stored, 1, 3, 8)
 #undef TILE
 
-static void multiply_bytes(const struct job *j, const panel_t *weights, int64_t stride, int64_t step, int64_t block,
-                           int64_t m, const int8_t *ahead, float (*total)[PADDED_M]) {
-    static void (*const tiles[2][2][2])(const struct job *, const int8_t *, int64_t, int64_t, int64_t, int64_t,
-                                        const int8_t *, float (*)[PADDED_M]) = {
+static void multiply_bytes(const struct job* j, const panel_t* weights, int64_t stride, int64_t step, int64_t block,
+                           int64_t m, const int8_t* ahead, float (*total)[PADDED_M]) {
+    static void (*const tiles[2][2][2])(const struct job*, const int8_t*, int64_t, int64_t, int64_t, int64_t,
+                                        const int8_t*, float (*)[PADDED_M]) = {
         {{tile_of_half, tile_of_half_stored}, {tile_of_half_few, tile_of_half_few_stored}},
         {{tile_of_float, tile_of_float_stored}, {tile_of_float_few, tile_of_float_few_stored}},
     };
@@ -190,8 +194,8 @@ typedef int32_t products[3 * TILE_M]; /* of a weight row and all digits of 16 ro
 
 /* product[n] = weights · digits, of 16 weight rows. They lie `stride` bytes apart, and their parts of 64 columns `step`
    bytes. Each step fetches `share` lines from `ahead` on. */
-static void multiply_digits(const panel_t *weights, int64_t stride, int64_t step, const panel_t *x, int tiles,
-                            int64_t steps, int64_t share, const int8_t *ahead, products *product) {
+static void multiply_digits(const panel_t* weights, int64_t stride, int64_t step, const panel_t* x, int tiles,
+                            int64_t steps, int64_t share, const int8_t* ahead, products* product) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -215,8 +219,8 @@ static void multiply_digits(const panel_t *weights, int64_t stride, int64_t step
 }
 
 /* The same of two digits for 32 weight rows, which share what is loaded of x. */
-static void multiply_two_digits(const panel_t *weights, int64_t stride, int64_t step, const panel_t *x, int64_t steps,
-                                int64_t share, const int8_t *ahead, products *product) {
+static void multiply_two_digits(const panel_t* weights, int64_t stride, int64_t step, const panel_t* x, int64_t steps,
+                                int64_t share, const int8_t* ahead, products* product) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -242,13 +246,13 @@ static void multiply_two_digits(const panel_t *weights, int64_t stride, int64_t 
    are K and 64 in the weight itself, and 64 and 64 · tile_n in a panel. Of the weight itself 16 rows side by side are
    left to the hardware, which on a Xeon was about as fast as the best of many ways to prefetch. More than 16 rows of x
    take longer, and meanwhile fetch other weight rows from `ahead` on. */
-static void multiply_tile(const struct job *j, const panel_t *weights, int64_t stride, int64_t step, int64_t block,
-                          int64_t m, const int8_t *ahead, float (*sums)[PADDED_M]) {
+static void multiply_tile(const struct job* j, const panel_t* weights, int64_t stride, int64_t step, int64_t block,
+                          int64_t m, const int8_t* ahead, float (*sums)[PADDED_M]) {
     const int64_t steps = block_columns(j, block) / 64, tiles = j->padded_M / TILE_M;
     const int64_t share = step == 64 && tiles > 1 ? 16 / tiles : 0; /* lines that 16 weight rows fetch in a step */
     const int apart = next_digit(j);
-    const panel_t *x = tile_of(j, m, block);
-    const float *scale = j->digit_scale + block * j->planes * j->padded_M + m;
+    const panel_t* x = tile_of(j, m, block);
+    const float* scale = j->digit_scale + block * j->planes * j->padded_M + m;
     ahead += m / TILE_M * steps * 2 * share * LINE;
     _Alignas(64) products product[TILE_N];
     if (j->tile_n == TILE_N && j->planes == 2)
@@ -270,13 +274,13 @@ static void multiply_tile(const struct job *j, const panel_t *weights, int64_t s
 #define multiply_tile multiply_bytes
 #else
 /* total[n, m] += weights · digits, for the TILE_N rows of a panel and TILE_M rows of x. */
-static void multiply_tile(const struct job *j, const panel_t *panel, int64_t stride, int64_t step, int64_t block,
-                          int64_t m, const int8_t *ahead, float (*total)[PADDED_M]) {
+static void multiply_tile(const struct job* j, const panel_t* panel, int64_t stride, int64_t step, int64_t block,
+                          int64_t m, const int8_t* ahead, float (*total)[PADDED_M]) {
     int64_t columns = block_columns(j, block);
     (void)step, (void)ahead;
     for (int plane = 0; plane < j->planes; plane++) {
-        const panel_t *x = j->digits + (plane * j->padded_M + m) * j->padded_K + block * j->block;
-        const float *scale = j->digit_scale + (block * j->planes + plane) * j->padded_M + m;
+        const panel_t* x = j->digits + (plane * j->padded_M + m) * j->padded_K + block * j->block;
+        const float* scale = j->digit_scale + (block * j->planes + plane) * j->padded_M + m;
         sums sum[TILE_N][TILE_M];
         for (int n = 0; n < TILE_N; n++)
             for (int i = 0; i < TILE_M; i++) sum[n][i] = no_sums();
@@ -311,21 +315,21 @@ static void multiply_tile(const struct job *j, const panel_t *panel, int64_t str
 
 /* Digits of 16 rows of x from m on, of 16 bits: [block][m / 16][k / 2][m % 16][k % 2], followed by those of 8 bits:
    [block][m / 16][k / 4][m % 16][k % 4]. */
-static inline int16_t *pairs_of(const struct job *j, int64_t m, int64_t block) {
+static inline int16_t* pairs_of(const struct job* j, int64_t m, int64_t block) {
     int64_t columns = block_columns(j, block);
-    return (int16_t *)j->digits + block * j->block * j->padded_M + m * columns;
+    return (int16_t*)j->digits + block * j->block * j->padded_M + m * columns;
 }
-static inline int8_t *rest_of(const struct job *j, int64_t m, int64_t block) {
-    return (int8_t *)j->digits + 2 * j->padded_M * j->padded_K + (pairs_of(j, m, block) - (int16_t *)j->digits);
+static inline int8_t* rest_of(const struct job* j, int64_t m, int64_t block) {
+    return (int8_t*)j->digits + 2 * j->padded_M * j->padded_K + (pairs_of(j, m, block) - (int16_t*)j->digits);
 }
 
 static inline sums multiply_pairs(sums s, __m512i a, __m512i b) { return (sums)_mm512_dpwssd_epi32((__m512i)s, a, b); }
 
 /* What sums of 16 rows of x start with: minus the sums of x0·x1, and of 128·x. */
-static void start_pairs(const struct job *j, int64_t m, int64_t block) {
+static void start_pairs(const struct job* j, int64_t m, int64_t block) {
     const int64_t columns = block_columns(j, block);
-    const int16_t *x = pairs_of(j, m, block);
-    int32_t *start = j->start + block * j->planes * j->padded_M + m;
+    const int16_t* x = pairs_of(j, m, block);
+    int32_t* start = j->start + block * j->planes * j->padded_M + m;
     sums s = no_sums(), rest = no_sums();
     for (int64_t k = 0; k < columns; k += 4, x += 64)
         s = multiply_pairs(s, _mm512_loadu_si512(x), _mm512_loadu_si512(x + 32));
@@ -344,11 +348,11 @@ struct pairs_panel {
 };
 
 /* Makes the panel of its bytes, which become unsigned if there are digits of 8 bits to multiply by them. */
-static void widen_panel(const struct job *j, struct pairs_panel *panel, int64_t columns) {
+static void widen_panel(const struct job* j, struct pairs_panel* panel, int64_t columns) {
     for (int n = 0; n < TILE_N; n++) {
         sums s = no_sums();
         for (int64_t k = n * 32; k < columns * TILE_N; k += 32 * TILE_N) {
-            __m512i w = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)(panel->bytes + k)));
+            __m512i w = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const void*)(panel->bytes + k)));
             _mm512_storeu_si512(panel->pairs + k, w);
             s = multiply_pairs(s, w, _mm512_srli_epi64(w, 32));
         }
@@ -359,13 +363,13 @@ static void widen_panel(const struct job *j, struct pairs_panel *panel, int64_t 
 }
 
 /* total[half][n, m] += weights · digits of 16 bits, for TILE_N weight rows and two times 16 rows of x from m on. */
-static __attribute__((noinline)) void add_pairs(const struct job *j, const struct pairs_panel *panel, int64_t block,
+static __attribute__((noinline)) void add_pairs(const struct job* j, const struct pairs_panel* panel, int64_t block,
                                                 int64_t m, float (*total)[TILE_N][PADDED_M]) {
     const int64_t columns = block_columns(j, block), at = block * j->planes * j->padded_M + m;
     const int16_t *w = panel->pairs, *x = pairs_of(j, m, block), *y = pairs_of(j, m + 16, block);
     const __m512i x_start = _mm512_loadu_si512(j->start + at), y_start = _mm512_loadu_si512(j->start + at + 16);
     for (int n = 0; n < TILE_N; n++) __builtin_prefetch(total[0][n], 1), __builtin_prefetch(total[1][n], 1);
-#define START_PAIRS(n) \
+#define START_PAIRS(n)                                           \
     const __m512i start##n = _mm512_set1_epi32(panel->start[n]); \
     sums a##n = (sums)_mm512_add_epi32(x_start, start##n), b##n = (sums)_mm512_add_epi32(y_start, start##n);
     FOR_BYTE_N(START_PAIRS)
@@ -373,21 +377,23 @@ static __attribute__((noinline)) void add_pairs(const struct job *j, const struc
         for (int four = 0; four < 32; four += 4, x += 64, y += 64) {
             const __m512i x0 = _mm512_loadu_si512(x), x1 = _mm512_loadu_si512(x + 32);
             const __m512i y0 = _mm512_loadu_si512(y), y1 = _mm512_loadu_si512(y + 32);
-#define ADD_PAIRS(n) { \
-            const __m512i w0 = repeat4(w + n * 32 + four), w1 = repeat4(w + n * 32 + four + 2); \
-            a##n = multiply_pairs(a##n, _mm512_add_epi16(x0, w1), _mm512_add_epi16(x1, w0)); \
-            b##n = multiply_pairs(b##n, _mm512_add_epi16(y0, w1), _mm512_add_epi16(y1, w0)); }
+#define ADD_PAIRS(n)                                                                        \
+    {                                                                                       \
+        const __m512i w0 = repeat4(w + n * 32 + four), w1 = repeat4(w + n * 32 + four + 2); \
+        a##n = multiply_pairs(a##n, _mm512_add_epi16(x0, w1), _mm512_add_epi16(x1, w0));    \
+        b##n = multiply_pairs(b##n, _mm512_add_epi16(y0, w1), _mm512_add_epi16(y1, w0));    \
+    }
             FOR_BYTE_N(ADD_PAIRS)
         }
     const floats x_scale = load(j->digit_scale + at), y_scale = load(j->digit_scale + at + 16);
-#define TOTAL_PAIRS(n) \
+#define TOTAL_PAIRS(n)                                                             \
     store(total[0][n], multiply_add(from_sums(a##n), x_scale, load(total[0][n]))); \
     store(total[1][n], multiply_add(from_sums(b##n), y_scale, load(total[1][n])));
     FOR_BYTE_N(TOTAL_PAIRS)
 }
 
 /* The same for digits of 8 bits. */
-static __attribute__((noinline)) void add_rest(const struct job *j, const struct pairs_panel *panel, int64_t block,
+static __attribute__((noinline)) void add_rest(const struct job* j, const struct pairs_panel* panel, int64_t block,
                                                int64_t m, float (*total)[TILE_N][PADDED_M]) {
     const int64_t columns = block_columns(j, block);
     const int64_t at = (block * j->planes + 1) * j->padded_M + m;
@@ -398,10 +404,12 @@ static __attribute__((noinline)) void add_rest(const struct job *j, const struct
     for (int64_t k = 0; k < columns; k += 32, w += 32 * TILE_N)
         for (int four = 0; four < 32; four += 4, x += 64, y += 64) {
             const digits of_x = load_digits(x), of_y = load_digits(y);
-#define ADD_REST(n) { \
-            const digits of_w = repeat4(w + n * 32 + four); \
-            a##n = add_products(a##n, of_w, of_x); \
-            b##n = add_products(b##n, of_w, of_y); }
+#define ADD_REST(n)                                     \
+    {                                                   \
+        const digits of_w = repeat4(w + n * 32 + four); \
+        a##n = add_products(a##n, of_w, of_x);          \
+        b##n = add_products(b##n, of_w, of_y);          \
+    }
             FOR_BYTE_N(ADD_REST)
         }
     const floats x_scale = load(j->digit_scale + at), y_scale = load(j->digit_scale + at + 16);
@@ -411,9 +419,12 @@ static __attribute__((noinline)) void add_rest(const struct job *j, const struct
 
 /* `count` columns of row m of x from `first` on, all of one block, as floats. For int4 the even columns come first,
    then the odd ones, as the high and the low halves of bytes. */
-static void read_columns(const struct job *j, int64_t m, int64_t first, int64_t count, float *out) {
-    const char *row = (const char *)j->x + m * j->K * size_of(j->x_dtype);
-    if (j->bits == 8) { read_floats(row + first * size_of(j->x_dtype), j->x_dtype, count, out); return; }
+static void read_columns(const struct job* j, int64_t m, int64_t first, int64_t count, float* out) {
+    const char* row = (const char*)j->x + m * j->K * size_of(j->x_dtype);
+    if (j->bits == 8) {
+        read_floats(row + first * size_of(j->x_dtype), j->x_dtype, count, out);
+        return;
+    }
     float pairs[2 * BLOCK];
     for (int64_t half = j->K / 2, done = 0, part; done < count; done += part) {
         int odd = first + done >= half;
@@ -426,7 +437,7 @@ static void read_columns(const struct job *j, int64_t m, int64_t first, int64_t 
 
 /* One block of row m of x as digits of at most `digit_max[plane]`, the next digits `stride` numbers farther, padded
    with zeros to a multiple of LINE; and their scales. What is not finite makes the whole block NaN. */
-static void split_block(const struct job *j, int64_t m, int64_t block, const int *digit_max, int16_t *digits,
+static void split_block(const struct job* j, int64_t m, int64_t block, const int* digit_max, int16_t* digits,
                         int64_t stride) {
     int64_t padded = block_columns(j, block), count = least(j->block, j->K - block * j->block);
     float rest[BLOCK];
@@ -457,15 +468,16 @@ static void split_block(const struct job *j, int64_t m, int64_t block, const int
 }
 
 /* `count` digits, as numbers of `size` bytes. */
-static void write_digits(const int16_t *digits, int64_t count, size_t size, void *to) {
-    if (size == 2) memcpy(to, digits, (size_t)count * 2);
+static void write_digits(const int16_t* digits, int64_t count, size_t size, void* to) {
+    if (size == 2)
+        memcpy(to, digits, (size_t)count * 2);
     else
-        for (int64_t k = 0; k < count; k++) ((int8_t *)to)[k] = (int8_t)digits[k];
+        for (int64_t k = 0; k < count; k++) ((int8_t*)to)[k] = (int8_t)digits[k];
 }
 
 #ifdef TILES
 /* PADDED_M lines of 64 bytes, in turn 4 bytes of each line; or half as many, and 8 bytes. */
-static void interleave(const int8_t *lines, int64_t stride, int deep, int8_t *to) {
+static void interleave(const int8_t* lines, int64_t stride, int deep, int8_t* to) {
     if (deep == 4)
         for (int k = 0; k < 64; k += 4)
             for (int i = 0; i < PADDED_M; i++, to += 4) memcpy(to, lines + i * stride + k, 4);
@@ -476,7 +488,7 @@ static void interleave(const int8_t *lines, int64_t stride, int deep, int8_t *to
 #endif
 
 /* One block of the rows of x of a tile, from m on, as far as there are so many, as digits in their place. */
-static void split_rows(const struct job *j, int64_t m, int64_t block) {
+static void split_rows(const struct job* j, int64_t m, int64_t block) {
     int64_t rows = least(j->width, j->M - m), columns = block_columns(j, block);
     int16_t digits[3][BLOCK];
 #ifdef TILES
@@ -497,7 +509,8 @@ static void split_rows(const struct job *j, int64_t m, int64_t block) {
             write_digits(digits[plane], columns, 1, lines[place / TILE_M][place % TILE_M]);
         }
 #else
-        if (j->pairs) memcpy(lines[0][i], digits[0], (size_t)columns * 2);
+        if (j->pairs)
+            memcpy(lines[0][i], digits[0], (size_t)columns * 2);
         else
             for (int64_t k = 0; k < columns; k++) {
                 lines[0][i][k] = (int8_t)((digits[0][k] + 128) >> 8);
@@ -509,14 +522,14 @@ static void split_rows(const struct job *j, int64_t m, int64_t block) {
 #ifdef PAIRS
     if (j->pairs) {
         for (int64_t k = 0; k < 2 * columns; k += 64)
-            interleave(lines[0][0] + k, STRIDE, 4, (int8_t *)pairs_of(j, m, block) + k * 16);
+            interleave(lines[0][0] + k, STRIDE, 4, (int8_t*)pairs_of(j, m, block) + k * 16);
         for (int64_t k = 0; k < columns && j->planes == 2; k += 64)
             interleave(lines[2][0] + k, STRIDE, 4, rest_of(j, m, block) + k * 16);
         start_pairs(j, m, block);
         return;
     }
 #endif
-    int8_t *to = tile_of(j, m, block);
+    int8_t* to = tile_of(j, m, block);
     for (int64_t k = 0; k < columns; k += 64)
         for (int tile = 0; tile < byte_tiles(j); tile++, to += 64 * j->width)
             interleave(lines[tile][0] + k, STRIDE, deep, to);
@@ -530,12 +543,12 @@ static void split_rows(const struct job *j, int64_t m, int64_t block) {
 #endif
 #ifdef BYTE_TILES
     const int64_t size = 64 * j->width, P = j->padded_M;
-    float *scales = j->digit_scale + block * j->planes * P + m;
+    float* scales = j->digit_scale + block * j->planes * P + m;
     for (int plane = 0; plane < j->planes && deep == 8; plane++) /* two sums a row */
         for (int i = PADDED_M - 1; i > 0; i--) scales[plane * P + i] = scales[plane * P + i / 2];
     for (int tile = 0; tile < byte_tiles(j); tile++)
         for (int i = 0; i < PADDED_M; i += FLOATS) { /* sums start with all that 128 added to weights adds to them */
-            const int8_t *x = tile_of(j, m, block) + tile * size + 4 * i;
+            const int8_t* x = tile_of(j, m, block) + tile * size + 4 * i;
             sums start = no_sums();
             for (int64_t k = 0; k < columns; k += 64, x += byte_tiles(j) * size)
                 for (int64_t from = 0; from < size; from += 64)
@@ -547,18 +560,18 @@ static void split_rows(const struct job *j, int64_t m, int64_t block) {
 
 /* `rows` weight rows from n on, columns of one block, as digits, 0 where there are none: [tile_n][BLOCK], for tiles
    [k / 64][tile_n][64], for pairs [k / 32][TILE_N][32]. */
-static void fill_panel(const struct job *j, int64_t n, int64_t rows, int64_t block, panel_t *panel) {
+static void fill_panel(const struct job* j, int64_t n, int64_t rows, int64_t block, panel_t* panel) {
     int64_t first = block * j->block, columns = least(j->block, j->K - first), bytes = j->K * j->bits / 8;
     int64_t padded = block_columns(j, block);
     for (int64_t i = 0; i < j->tile_n; i++) {
 #ifdef TILES
         panel_t to[BLOCK];
 #else
-        panel_t *to = panel + i * BLOCK;
+        panel_t* to = panel + i * BLOCK;
 #endif
         int64_t k = 0;
         if (i < rows) {
-            const int8_t *row = j->weight + (n + i) * bytes;
+            const int8_t* row = j->weight + (n + i) * bytes;
             if (j->bits == 8) {
                 for (; k < columns; k++) to[k] = row[first + k];
             } else {
@@ -584,31 +597,33 @@ static void fill_panel(const struct job *j, int64_t n, int64_t rows, int64_t blo
 }
 
 /* Prefetch what fill_panel will read of weight row n, if there is one. */
-static void prefetch_row(const struct job *j, int64_t n, int64_t block) {
+static void prefetch_row(const struct job* j, int64_t n, int64_t block) {
     int64_t bytes = j->K * j->bits / 8, first = block * j->block % bytes, columns = least(j->block, bytes - first);
     if (n < j->N)
         for (int64_t k = 0; k < columns; k += LINE) __builtin_prefetch(j->weight + n * bytes + first + k, 0, 2);
 }
 
 /* The scales and biases (0 if there are none) of `height` output features from n on, CHUNK at most. */
-static void read_vectors(const struct job *j, int64_t n, int64_t height, float *scale, float *bias) {
-    read_floats((const char *)j->scale + n * size_of(j->scale_dtype), j->scale_dtype, height, scale);
-    if (j->bias) read_floats((const char *)j->bias + n * size_of(j->bias_dtype), j->bias_dtype, height, bias);
-    else memset(bias, 0, (size_t)height * sizeof *bias);
+static void read_vectors(const struct job* j, int64_t n, int64_t height, float* scale, float* bias) {
+    read_floats((const char*)j->scale + n * size_of(j->scale_dtype), j->scale_dtype, height, scale);
+    if (j->bias)
+        read_floats((const char*)j->bias + n * size_of(j->bias_dtype), j->bias_dtype, height, bias);
+    else
+        memset(bias, 0, (size_t)height * sizeof *bias);
 }
 
 /* ---- One row ---- */
 
 /* Bytes of a weight row from `first` on whose numbers are of one block; of int4, the high and the low halves each. */
-static int64_t part_bytes(const struct job *j, int64_t first) {
+static int64_t part_bytes(const struct job* j, int64_t first) {
     int64_t bytes = j->K * j->bits / 8, part = least(j->block - first % j->block, bytes - first);
     return j->bits == 8 ? part : least(part, j->block - (first + bytes) % j->block);
 }
 
 #ifdef UNSIGNED_WEIGHTS
 /* What sums start with, as weights have 128 or 8 added to them. */
-static void set_start(const struct job *j) {
-    int32_t *start = j->start;
+static void set_start(const struct job* j) {
+    int32_t* start = j->start;
     int64_t bytes = j->K * j->bits / 8;
     for (int64_t first = 0, part; first < bytes; first += part) {
         part = part_bytes(j, first);
@@ -623,17 +638,20 @@ static void set_start(const struct job *j) {
             }
     }
 }
-static inline sums start_sums(const int32_t *start) { return load_sums(start); }
+static inline sums start_sums(const int32_t* start) { return load_sums(start); }
 #else
-static void set_start(const struct job *j) { (void)j; }
-static inline sums start_sums(const int32_t *start) { (void)start; return no_sums(); }
+static void set_start(const struct job* j) { (void)j; }
+static inline sums start_sums(const int32_t* start) {
+    (void)start;
+    return no_sums();
+}
 #endif
 
 /* s[r] += bytes of `count` weight rows, which lie `stride` bytes apart, times LINE digits from x on; of int4, high
    halves times these and low halves times those from x + low on. */
-static inline __attribute__((always_inline)) void
-add_line(const int8_t *w, int64_t stride, const int count, const int halves, const digit_t *x, int64_t low,
-         int64_t x_stride, const int planes, sums (*s)[2][3]) {
+static inline __attribute__((always_inline)) void add_line(const int8_t* w, int64_t stride, const int count,
+                                                           const int halves, const digit_t* x, int64_t low,
+                                                           int64_t x_stride, const int planes, sums (*s)[2][3]) {
     for (int i = 0; i < LINE; i += LANES) {
         digits of_x[2][3];
         for (int half = 0; half < halves; half++)
@@ -652,11 +670,12 @@ add_line(const int8_t *w, int64_t stride, const int count, const int halves, con
 
 /* sum[r] += weights · digits of `part` bytes from `first` on, as part_bytes says, of `count` weight rows. Their bytes
    begin at w. `ahead`: what to prefetch beside one row, for long, if it is taken in strips. */
-static inline __attribute__((always_inline)) void
-add_part(const struct job *j, const int8_t *w, const int count, const int halves, const int planes, int64_t first,
-         int64_t part, const int32_t *start, const int8_t *ahead, const int strips, floats *sum) {
+static inline __attribute__((always_inline)) void add_part(const struct job* j, const int8_t* w, const int count,
+                                                           const int halves, const int planes, int64_t first,
+                                                           int64_t part, const int32_t* start, const int8_t* ahead,
+                                                           const int strips, floats* sum) {
     const int64_t bytes = halves == 1 ? j->K : j->K / 2;
-    const digit_t *x = j->row_digits + first;
+    const digit_t* x = j->row_digits + first;
     int64_t k = 0;
     sums s[ROWS][2][3];
     for (int r = 0; r < count; r++)
@@ -665,8 +684,10 @@ add_part(const struct job *j, const int8_t *w, const int count, const int halves
                 s[r][half][plane] = start_sums(start + (half * planes + plane) * FLOATS);
     for (; k + LINE <= part; k += LINE) {
         int64_t near = first + k + NEAR < bytes ? NEAR : NEAR + (count - 1) * bytes; /* the next rows' beginnings */
-        if (strips) __builtin_prefetch(ahead + k);
-        else if (count == 1) __builtin_prefetch(ahead + k, 0, 0);
+        if (strips)
+            __builtin_prefetch(ahead + k);
+        else if (count == 1)
+            __builtin_prefetch(ahead + k, 0, 0);
         else
             for (int r = 0; r < count; r++) __builtin_prefetch(w + k + r * bytes + near);
         add_line(w + k, bytes, count, halves, x + k, bytes, j->padded_K, planes, s);
@@ -678,7 +699,7 @@ add_part(const struct job *j, const int8_t *w, const int count, const int halves
         add_line(rest[0], LINE, count, halves, x + k, bytes, j->padded_K, planes, s);
     }
     for (int half = 0; half < halves; half++) {
-        const float *scale = j->digit_scale + (first + half * bytes) / j->block * planes;
+        const float* scale = j->digit_scale + (first + half * bytes) / j->block * planes;
         for (int plane = 0; plane < planes; plane++)
             for (int r = 0; r < count; r++)
                 sum[r] = multiply_add(from_sums(s[r][half][plane]), all(scale[plane]), sum[r]);
@@ -686,11 +707,11 @@ add_part(const struct job *j, const int8_t *w, const int count, const int halves
 }
 
 /* line[r] = weight row n + r · x, for `count` weight rows side by side. */
-static inline __attribute__((always_inline)) void
-dot_rows(const struct job *j, int64_t n, const int count, const int halves, const int planes, float *line) {
+static inline __attribute__((always_inline)) void dot_rows(const struct job* j, int64_t n, const int count,
+                                                           const int halves, const int planes, float* line) {
     const int64_t bytes = halves == 1 ? j->K : j->K / 2;
-    const int8_t *w = j->weight + n * bytes;
-    const int32_t *start = j->start;
+    const int8_t* w = j->weight + n * bytes;
+    const int32_t* start = j->start;
     floats sum[ROWS];
     for (int r = 0; r < count; r++) sum[r] = zeros();
     for (int64_t k = 0, part; k < bytes; k += part, start += halves * planes * FLOATS) {
@@ -702,8 +723,8 @@ dot_rows(const struct job *j, int64_t n, const int count, const int halves, cons
 
 /* The same for STRIPS rows one after the other, in strips: the digits of a long row would leave the nearest cache. What
    is fetched meanwhile are the next rows, as they lie in memory. */
-static inline __attribute__((always_inline)) void
-dot_strips(const struct job *j, int64_t n, const int halves, const int planes, float *line) {
+static inline __attribute__((always_inline)) void dot_strips(const struct job* j, int64_t n, const int halves,
+                                                             const int planes, float* line) {
     const int64_t bytes = halves == 1 ? j->K : j->K / 2;
     const int8_t *w = j->weight + n * bytes, *ahead = w + STRIPS * bytes;
     const int32_t *start = j->start, *next = start;
@@ -724,15 +745,18 @@ dot_strips(const struct job *j, int64_t n, const int halves, const int planes, f
 enum way { BY_ROW, BY_ROWS, BY_STRIPS };
 
 /* The same for as many rows as `way` takes. */
-static inline __attribute__((always_inline)) void
-dot_by(const struct job *j, int64_t n, enum way way, const int halves, const int planes, float *line) {
-    if (way == BY_ROW) dot_rows(j, n, 1, halves, planes, line);
-    else if (way == BY_ROWS) dot_rows(j, n, ROWS, halves, planes, line);
-    else dot_strips(j, n, halves, planes, line);
+static inline __attribute__((always_inline)) void dot_by(const struct job* j, int64_t n, enum way way, const int halves,
+                                                         const int planes, float* line) {
+    if (way == BY_ROW)
+        dot_rows(j, n, 1, halves, planes, line);
+    else if (way == BY_ROWS)
+        dot_rows(j, n, ROWS, halves, planes, line);
+    else
+        dot_strips(j, n, halves, planes, line);
 }
 
 /* y[begin:end] for one row. */
-static void multiply_row(const struct job *j, int64_t begin, int64_t end) {
+static void multiply_row(const struct job* j, int64_t begin, int64_t end) {
     enum { OF_HALF = sizeof(digit_t) == 1 ? 2 : 1, OF_FLOAT = OF_HALF + 1 };
     const int rows_of[] = {[BY_ROW] = 1, [BY_ROWS] = ROWS, [BY_STRIPS] = STRIPS};
     const enum way many = !on_amd() ? BY_ROWS : j->K * j->bits / 8 > STRIP ? BY_STRIPS : BY_ROW;
@@ -742,10 +766,14 @@ static void multiply_row(const struct job *j, int64_t begin, int64_t end) {
         enum way way = many;
         for (int64_t n = 0; n < height; n += rows_of[way]) {
             if (height - n < rows_of[way]) way = BY_ROW;
-            if (j->bits == 8 && j->planes == OF_HALF) dot_by(j, n0 + n, way, 1, OF_HALF, line + n);
-            else if (j->bits == 8) dot_by(j, n0 + n, way, 1, OF_FLOAT, line + n);
-            else if (j->planes == OF_HALF) dot_by(j, n0 + n, way, 2, OF_HALF, line + n);
-            else dot_by(j, n0 + n, way, 2, OF_FLOAT, line + n);
+            if (j->bits == 8 && j->planes == OF_HALF)
+                dot_by(j, n0 + n, way, 1, OF_HALF, line + n);
+            else if (j->bits == 8)
+                dot_by(j, n0 + n, way, 1, OF_FLOAT, line + n);
+            else if (j->planes == OF_HALF)
+                dot_by(j, n0 + n, way, 2, OF_HALF, line + n);
+            else
+                dot_by(j, n0 + n, way, 2, OF_FLOAT, line + n);
         }
         read_vectors(j, n0, height, scale, bias);
         for (int64_t n = 0; n < height; n++) line[n] = line[n] * scale[n] + bias[n];
@@ -755,8 +783,8 @@ static void multiply_row(const struct job *j, int64_t begin, int64_t end) {
 
 #ifdef PAIRS
 /* sums[n, m] of `height` output features from n0 on, PAIR_CHUNK at most, as many as `panels` have weight rows. */
-static void multiply_chunk_by_pairs(const struct job *j, int64_t n0, int64_t height, int64_t end,
-                                    float (*sums)[TILE_N][PADDED_M], struct pairs_panel *panels) {
+static void multiply_chunk_by_pairs(const struct job* j, int64_t n0, int64_t height, int64_t end,
+                                    float (*sums)[TILE_N][PADDED_M], struct pairs_panel* panels) {
     int64_t m_tiles = j->padded_M / PADDED_M, tiles = (height + TILE_N - 1) / TILE_N;
     for (int64_t block = 0; block * j->block < j->padded_K; block++) {
         const int64_t columns = block_columns(j, block);
@@ -767,12 +795,12 @@ static void multiply_chunk_by_pairs(const struct job *j, int64_t n0, int64_t hei
             widen_panel(j, panels + i, columns);
         }
         for (int64_t m = 0; m < j->M; m += 2 * PADDED_M) {
-            const char *next_x = (const char *)pairs_of(j, m + 2 * PADDED_M, block); /* fetched meanwhile */
+            const char* next_x = (const char*)pairs_of(j, m + 2 * PADDED_M, block); /* fetched meanwhile */
             int64_t next_bytes = columns * 4 * PADDED_M / tiles;
             for (; fetched * j->M < (m + 2 * PADDED_M) * PAIR_CHUNK && next_n + fetched < end; fetched++)
                 prefetch_row(j, next_n + fetched, next_block);
             for (int64_t i = 0; i < tiles; i++) {
-                float(*tile)[TILE_N][PADDED_M] = sums + i * m_tiles + m / PADDED_M;
+                float (*tile)[TILE_N][PADDED_M] = sums + i * m_tiles + m / PADDED_M;
                 for (int64_t k = i * next_bytes; k < (i + 1) * next_bytes; k += LINE) __builtin_prefetch(next_x + k);
                 add_pairs(j, panels + i, block, m, tile);
                 if (j->planes == 2) add_rest(j, panels + i, block, m, tile);
@@ -784,7 +812,7 @@ static void multiply_chunk_by_pairs(const struct job *j, int64_t n0, int64_t hei
 
 #ifdef __AVX512F__
 /* Columns of 16 rows as rows, times `scale` plus `bias`: to[i][n] = rows[n][i] · scale[n] + bias[n]. */
-static void turn(const float *const *rows, floats scale, floats bias, float *to, int64_t stride) {
+static void turn(const float* const* rows, floats scale, floats bias, float* to, int64_t stride) {
     __m512 one[16], two[16];
     for (int i = 0; i < 16; i += 2) { /* a pair of rows, then four, have their numbers side by side */
         __m512 a = load(rows[i]), b = load(rows[i + 1]);
@@ -810,25 +838,25 @@ static void turn(const float *const *rows, floats scale, floats bias, float *to,
 
 /* y[:, begin:end] for several rows. `sums` holds [chunk / tile_n][padded_M / PADDED_M][TILE_N][PADDED_M] floats,
    `panel` TILE_N · BLOCK digits. */
-static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64_t chunk,
-                          float (*sums)[TILE_N][PADDED_M], panel_t *panel) {
+static void multiply_rows(const struct job* j, int64_t begin, int64_t end, int64_t chunk,
+                          float (*sums)[TILE_N][PADDED_M], panel_t* panel) {
     const int64_t m_tiles = j->padded_M / PADDED_M, tile_n = j->tile_n;
     float scale[CHUNK], bias[CHUNK], lines[PADDED_M][CHUNK];
     for (int64_t n0 = begin; n0 < end; n0 += chunk) {
         int64_t height = least(chunk, end - n0);
         memset(sums, 0, (size_t)((height + tile_n - 1) / tile_n * m_tiles) * sizeof *sums);
 #ifdef PAIRS
-        if (j->pairs) multiply_chunk_by_pairs(j, n0, height, end, sums, (struct pairs_panel *)panel);
+        if (j->pairs) multiply_chunk_by_pairs(j, n0, height, end, sums, (struct pairs_panel*)panel);
 #endif
         for (int64_t block = 0; block * j->block < j->padded_K && !j->pairs; block++)
             for (int64_t group = 0; group < j->M; group += GROUP)
                 for (int64_t n = n0; n < n0 + height; n += tile_n) {
                     int64_t rows = least(tile_n, n0 + height - n), stride = BLOCK, step = TILE_K;
                     int64_t last = least(group + GROUP, j->M), next_n = n + tile_n, next_block = block, fetched = 0;
-                    const panel_t *weights = panel;
+                    const panel_t* weights = panel;
                     /* Stored weights of the next chunk are fetched as they lie in memory, not in many streams. */
-                    const int8_t *ahead = j->weight + (n0 + chunk) * j->K + block * j->block * chunk
-                                          + (n - n0) * block_columns(j, block);
+                    const int8_t* ahead =
+                        j->weight + (n0 + chunk) * j->K + block * j->block * chunk + (n - n0) * block_columns(j, block);
                     if (next_n >= n0 + height) next_block++, next_n = n0;
                     if (next_block * j->block >= j->K) next_block = 0, next_n = n0 + chunk;
 #ifdef TILES
@@ -844,11 +872,11 @@ static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64
                     fill_panel(j, n, rows, block, panel);
 #endif
                     for (int64_t m = group; m < last; m += TILE_M) {
-                        float(*tile)[PADDED_M] = sums[(n - n0) / tile_n * m_tiles + m / PADDED_M];
+                        float (*tile)[PADDED_M] = sums[(n - n0) / tile_n * m_tiles + m / PADDED_M];
                         for (; weights == panel && fetched * (last - group) < (m + TILE_M - group) * tile_n; fetched++)
                             prefetch_row(j, next_n + fetched, next_block);
                         multiply_tile(j, weights, stride, step, block, m, ahead,
-                                      (float(*)[PADDED_M]) & tile[0][m % PADDED_M]);
+                                      (float (*)[PADDED_M]) & tile[0][m % PADDED_M]);
                     }
                 }
         read_vectors(j, n0, height, scale, bias);
@@ -856,14 +884,14 @@ static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64
             int64_t n = 0;
 #ifdef __AVX512F__
             for (; j->width == PADDED_M && n + FLOATS <= height; n += FLOATS) {
-                const float *rows[FLOATS];
+                const float* rows[FLOATS];
                 for (int i = 0; i < FLOATS; i++)
                     rows[i] = sums[(n + i) / tile_n * m_tiles + m0 / PADDED_M][(n + i) % tile_n];
                 turn(rows, load(scale + n), load(bias + n), lines[0] + n, CHUNK);
             }
 #endif
             for (; n < height; n++) {
-                const float *row = sums[n / tile_n * m_tiles + m0 / PADDED_M][n % tile_n];
+                const float* row = sums[n / tile_n * m_tiles + m0 / PADDED_M][n % tile_n];
                 for (int i = 0; i < j->width; i++) lines[i][n] = row[i * PADDED_M / j->width] * scale[n] + bias[n];
             }
             for (int64_t m = m0; m < least(m0 + PADDED_M, j->M); m++)
@@ -874,7 +902,11 @@ static void multiply_rows(const struct job *j, int64_t begin, int64_t end, int64
 
 #ifdef AMX
 static void start_tiles(void) {
-    struct { uint8_t palette, start, reserved[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } config = {.palette = 1};
+    struct {
+        uint8_t palette, start, reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } config = {.palette = 1};
     for (int i = 0; i < 8; i++) config.row_bytes[i] = 64, config.rows[i] = 16;
     __asm__ volatile("" ::"r"(&config) : "memory"); /* gcc 12 believes that only 8 bytes of it are read */
     _tile_loadconfig(&config);
@@ -887,16 +919,28 @@ static void stop_tiles(void) {}
 
 /* y = x · (scale · weight)ᵀ + bias. x and y have x_dtype; weight is int8, or int4 with the even column in the high half
    of a byte; scale [N] and bias [N] (or NULL) have dtypes of their own. Returns OK or NO_MEMORY. */
-int chatglm_linear(const void *x, int x_dtype, const int8_t *weight, int bits, const void *scale, int scale_dtype,
-                   const void *bias, int bias_dtype, void *y, int64_t M, int64_t N, int64_t K, int threads) {
+int chatglm_linear(const void* x, int x_dtype, const int8_t* weight, int bits, const void* scale, int scale_dtype,
+                   const void* bias, int bias_dtype, void* y, int64_t M, int64_t N, int64_t K, int threads) {
     int one = M == 1;
     threads = of_threads(threads, M * N * K);
     for (int64_t m = 0; m < M; m += M_AT_ONCE) { /* the rows that are held as digits at once */
         struct job j = {
-            .x = (const char *)x + m * K * size_of(x_dtype), .x_dtype = x_dtype, .weight = weight, .bits = bits,
-            .scale = scale, .scale_dtype = scale_dtype, .bias = bias, .bias_dtype = bias_dtype,
-            .y = (char *)y + m * N * size_of(x_dtype), .M = least(M - m, M_AT_ONCE), .N = N, .K = K,
-            .width = PADDED_M, .tile_n = TILE_N, .padded_K = round_up(K, LINE), .block = BLOCK,
+            .x = (const char*)x + m * K * size_of(x_dtype),
+            .x_dtype = x_dtype,
+            .weight = weight,
+            .bits = bits,
+            .scale = scale,
+            .scale_dtype = scale_dtype,
+            .bias = bias,
+            .bias_dtype = bias_dtype,
+            .y = (char*)y + m * N * size_of(x_dtype),
+            .M = least(M - m, M_AT_ONCE),
+            .N = N,
+            .K = K,
+            .width = PADDED_M,
+            .tile_n = TILE_N,
+            .padded_K = round_up(K, LINE),
+            .block = BLOCK,
         };
 #ifdef PAIRS
         j.pairs = j.M > PADDED_M && on_amd();
@@ -925,38 +969,41 @@ int chatglm_linear(const void *x, int x_dtype, const int8_t *weight, int bits, c
         size_t digits_size = (size_t)(j.planes * j.padded_M * j.padded_K) * digit_size;
         size_t beyond = LINE * sizeof(digit_t); /* read after one row's digits, and multiplied by zeros */
         size_t all = all_own + scale_size + start_size + digits_size + beyond;
-        char *memory = aligned_alloc(64, round_up((int64_t)all, 64));
+        char* memory = aligned_alloc(64, round_up((int64_t)all, 64));
         if (!memory) return NO_MEMORY;
-        j.digit_scale = (float *)(memory + all_own);
-        j.start = (int32_t *)(memory + all_own + scale_size);
-        char *digits = memory + all_own + scale_size + start_size;
-        if (one) j.row_digits = (digit_t *)digits;
-        else j.digits = (panel_t *)digits;
+        j.digit_scale = (float*)(memory + all_own);
+        j.start = (int32_t*)(memory + all_own + scale_size);
+        char* digits = memory + all_own + scale_size + start_size;
+        if (one)
+            j.row_digits = (digit_t*)digits;
+        else
+            j.digits = (panel_t*)digits;
         memset(j.digit_scale, 0, scale_size); /* of the rows that pad M */
         if (one) {
             memset(digits + digits_size, 0, beyond);
             for (int block = 0; block < blocks; block++) {
                 int16_t split[3][BLOCK];
                 split_block(&j, 0, block, (int[]){DIGIT_MAX, DIGIT_MAX, DIGIT_MAX}, split[0], BLOCK);
-                digit_t *to = j.row_digits + block * BLOCK;
+                digit_t* to = j.row_digits + block * BLOCK;
                 for (int plane = 0; plane < j.planes; plane++, to += j.padded_K)
                     write_digits(split[plane], block_columns(&j, block), sizeof(digit_t), to);
             }
             set_start(&j);
         }
-        #pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads)
         {
             int64_t tiles = (N + j.tile_n - 1) / j.tile_n;
             int64_t begin = part_begin(tiles) * j.tile_n, end = least(part_end(tiles) * j.tile_n, N);
-            if (one) multiply_row(&j, begin, end);
+            if (one)
+                multiply_row(&j, begin, end);
             else {
-                char *own = memory + (size_t)thread_number() * own_size;
+                char* own = memory + (size_t)thread_number() * own_size;
                 int64_t parts = blocks * (j.padded_M / PADDED_M); /* also of those that pad M */
                 for (int64_t i = part_begin(parts); i < part_end(parts); i++)
                     split_rows(&j, i / blocks * PADDED_M, i % blocks);
-                #pragma omp barrier
+#pragma omp barrier
                 start_tiles();
-                multiply_rows(&j, begin, end, chunk, (float(*)[TILE_N][PADDED_M])own, (panel_t *)(own + sums_size));
+                multiply_rows(&j, begin, end, chunk, (float (*)[TILE_N][PADDED_M])own, (panel_t*)(own + sums_size));
                 stop_tiles();
             }
         }
@@ -964,4 +1011,3 @@ int chatglm_linear(const void *x, int x_dtype, const int8_t *weight, int bits, c
     }
     return OK;
 }
-"""
