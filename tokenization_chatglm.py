@@ -8,21 +8,24 @@ have pieces of their own, since SentencePiece itself would fold them into one sp
 Everything here is Python over SentencePiece; masks and positions are the model's business.
 """
 
+import dataclasses
 import os
 import re
 from collections.abc import Iterable, Mapping
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from .transformers_version import NEEDED  # noqa: F401  first: it raises before the names that version 4 lacks
 
 # isort: split
 from sentencepiece import SentencePieceProcessor
-from transformers import PreTrainedTokenizer
+from transformers import BatchEncoding, PreTrainedTokenizer
+from transformers.utils import to_py_obj
 
 try:  # transformers asks for jinja2 itself, at the first chat template
     from jinja2.exceptions import TemplateError
 except ImportError:
-    TemplateError = ValueError
+    TemplateError = Exception
 
 VOCABULARY_NAME = "ice_text.model"
 TRAINED_LENGTH = 2048
@@ -47,65 +50,100 @@ _CLEAN_UP_START = re.compile(f" (?:[{re.escape(''.join(sorted({spaced[1] for spa
 DELETED = "\x01"
 
 # The prompt that the model was trained on. Alone, a query is its own prompt; otherwise rounds are
-# counted from 0. The text of a system message stands on lines of its own before them.
+# counted from 0. Messages become rounds of a question and an answer so:
+#
+#   user           a question; several in a row are one, joined by line breaks
+#   assistant      an answer, joined likewise; one before all questions answers an empty question
+#   system         stands on lines of its own before the round of the unanswered question, or of the
+#                  next one, wherever it comes; nothing if it is blank
+#   developer      the same as system
+#
+# The last round needs a question. If it has an answer too, that stands behind [gMASK]<sop>.
+# In messages the names of special tokens are spoilt by U+0001, so that a prompt that is rendered
+# outside of this tokenizer can be encoded too. (`apply_chat_template` spoils them before: it has
+# all names, and continue_final_message looks for the very message.)
 CHAT_TEMPLATE = r"""
+{#- The {% generation %} is all behind [gMASK]<sop>. return_assistant_tokens_mask finds
+    these marks in the ids, so the template does without that tag, and jinja2 alone can read it. -#}
 {%- macro text(message) -%}
   {%- set content = message['content'] -%}
-  {%- if content is string -%}
-    {{- content -}}
-  {%- elif content is defined and content is iterable and content is not mapping -%}
-    {%- for part in content -%}
-      {%- if part is mapping and part['type'] == 'text' and part['text'] is string -%}
-        {{- part['text'] -}}
-      {%- else -%}
-        {{- raise_exception('Content may only have parts {"type": "text", "text": ...}: '
-                            ~ 'this model reads text alone.') -}}
-      {%- endif -%}
-    {%- endfor -%}
-  {%- else -%}
-    {{- raise_exception('The content of a message has to be a string or a list of text parts; '
-                        ~ 'the one of a message with role "' ~ message['role'] ~ '" is not.') -}}
-  {%- endif -%}
+  {%- set joined -%}
+    {%- if content is string -%}
+      {{- content -}}
+    {%- elif content is defined and content is iterable and content is not mapping -%}
+      {%- for part in content -%}
+        {%- if part is mapping and part['type'] == 'text' and part['text'] is string -%}
+          {{- part['text'] -}}
+        {%- else -%}
+          {{- raise_exception('Content may only have parts {"type": "text", "text": ...}: '
+                              ~ 'this model reads text alone.') -}}
+        {%- endif -%}
+      {%- endfor -%}
+    {%- else -%}
+      {{- raise_exception('The content of a message has to be a string or a list of text parts; '
+                          ~ 'the one of a message with role "' ~ message['role'] ~ '" is not.') -}}
+    {%- endif -%}
+  {%- endset -%}
+  {{- joined | replace('[MASK]', '[\x01MASK]') | replace('<sop>', '<\x01sop>')
+             | replace('<eop>', '<\x01eop>') | replace('<pad>', '<\x01pad>')
+             | replace('<unk>', '<\x01unk>') -}}
 {%- endmacro -%}
 {%- if tools or documents -%}
   {{- raise_exception('This model was not trained on tools or documents: leave them out, or put '
                       ~ 'them in the text of a system message.') -}}
 {%- endif -%}
-{%- set answered = messages[-1]['role'] == 'assistant' -%}
-{%- set asked = messages[:-1] if answered else messages -%}
-{%- set first = 1 if messages[0]['role'] == 'system' else 0 -%}
-{%- for message in asked -%}
-  {%- set turn = loop.index0 - first -%}
-  {%- if turn < 0 -%}
-    {{- text(message) ~ '\n' -}}
-  {%- elif turn % 2 == 0 and message['role'] == 'user' -%}
-    {%- if asked | length > 1 -%}
-      {{- '[Round ' ~ turn // 2 ~ ']\n问：' ~ text(message) ~ '\n答：' -}}
-    {%- elif text(message) == '' -%}
-      {{- raise_exception('The query is empty: there is nothing to answer.') -}}
-    {%- else -%}
-      {{- text(message) -}}
-    {%- endif -%}
-  {%- elif turn % 2 == 1 and message['role'] == 'assistant' -%}
-    {{- text(message) ~ '\n' -}}
+{%- set now = namespace(rounds=[], system='', question=none, answer=none) -%}
+{%- for message in messages -%}
+  {%- set role = message['role'] -%}
+  {%- if role not in ['system', 'developer', 'user', 'assistant'] -%}
+    {{- raise_exception('Message ' ~ loop.index0 ~ ' has role "' ~ role ~ '" where "'
+                        ~ ('user' if now.question is none or now.answer is not none else 'assistant')
+                        ~ '" was expected: roles are "system" (or "developer"), "user" and '
+                        ~ '"assistant".') -}}
+  {%- endif -%}
+  {%- set said = text(message) -%}
+  {%- if role == 'assistant' -%}
+    {%- set now.answer = said if now.answer is none else now.answer ~ '\n' ~ said -%}
   {%- else -%}
-    {{- raise_exception('Message ' ~ loop.index0 ~ ' has role "' ~ message['role'] ~ '" where "'
-                        ~ ('assistant' if turn % 2 else 'user') ~ '" was expected: roles are one '
-                        ~ '"system" at most, then "user" and "assistant" in turn.') -}}
+    {%- if now.answer is not none -%}
+      {%- set now.rounds = now.rounds + [[now.system, now.question or '', now.answer]] -%}
+      {%- set now.system = '' -%}
+      {%- set now.question = none -%}
+      {%- set now.answer = none -%}
+    {%- endif -%}
+    {%- if role == 'user' -%}
+      {%- set now.question = said if now.question is none else now.question ~ '\n' ~ said -%}
+    {%- elif said | trim -%}
+      {%- set now.system = now.system ~ said ~ '\n' -%}
+    {%- endif -%}
   {%- endif -%}
 {%- endfor -%}
-{%- if not asked or asked[-1]['role'] != 'user' -%}
-  {{- raise_exception('A conversation needs a message with role "user" to answer: roles are one '
-                      ~ '"system" at most, then "user" and "assistant" in turn.') -}}
-{%- elif answered and add_generation_prompt -%}
+{%- if now.question is none -%}
+  {{- raise_exception('A conversation needs a message with role "user" to answer: its last '
+                      ~ 'question is the prompt.') -}}
+{%- elif now.answer is not none and add_generation_prompt -%}
   {{- raise_exception('The last message is an answer already: pass continue_final_message=True to '
                       ~ 'go on with it, or end with a message of role "user".') -}}
-{%- elif answered -%}
-  {{- '[gMASK]<sop>' ~ text(messages[-1]) ~ '<eop>' -}}
+{%- elif now.rounds or now.system -%}
+  {%- for system, question, answer in now.rounds -%}
+    {{- system ~ '[Round ' ~ loop.index0 ~ ']\n问：' ~ question ~ '\n答：' ~ answer ~ '\n' -}}
+  {%- endfor -%}
+  {{- now.system ~ '[Round ' ~ now.rounds | length ~ ']\n问：' ~ now.question ~ '\n答：' -}}
+{%- elif now.question == '' -%}
+  {{- raise_exception('The query is empty: there is nothing to answer.') -}}
+{%- else -%}
+  {{- now.question -}}
+{%- endif -%}
+{%- if now.answer is not none -%}
+  {{- '[gMASK]<sop>' ~ now.answer ~ '<eop>' -}}
 {%- elif add_generation_prompt -%}
   {{- '[gMASK]<sop>' -}}
 {%- endif -%}
 """
+
+
+class ConversationError(ValueError, TemplateError):
+    """A conversation that has no prompt. Libraries catch jinja2's TemplateError."""
 
 
 class DecodeStream:
@@ -118,7 +156,10 @@ class DecodeStream:
 
     Args:
         tokenizer: whose ids they are.
-        skip_special_tokens, clean_up_tokenization_spaces: as in `tokenizer.decode`.
+        skip_special_tokens: leave out `<unk>` and special tokens that you added, too. Control tokens
+            are never shown, unless with `control_names`.
+        clean_up_tokenization_spaces: as in `tokenizer.decode`.
+        control_names: show control tokens by their names.
     """
 
     def __init__(
@@ -126,11 +167,13 @@ class DecodeStream:
         tokenizer: "ChatGLMTokenizer",
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool | None = None,
+        control_names: bool = False,
     ):
         if clean_up_tokenization_spaces is None:
             clean_up_tokenization_spaces = tokenizer.clean_up_tokenization_spaces
         self._tokenizer = tokenizer
         self._skipped = frozenset(tokenizer.all_special_ids if skip_special_tokens else ())
+        self._named = tokenizer._control if control_names else frozenset()
         self._bytes = bytearray()
         self._started = False
         self._held = [""] * len(CLEAN_UP) if clean_up_tokenization_spaces else []
@@ -156,7 +199,8 @@ class DecodeStream:
         else:
             text = self._characters(last=True)
             text += self._surface(token, at_start=not (self._started or text))
-        self._started = self._started or text != ""
+        # The text behind a special token was encoded on its own, with a dummy prefix.
+        self._started = token not in self._named and (self._started or text != "")
         return self._clean_up(text, last=False)
 
     def _characters(self, last: bool) -> str:
@@ -194,7 +238,7 @@ class DecodeStream:
         if token not in self._tokenizer._vocabulary:  # added by the user
             return token
         if token in self._tokenizer._control:
-            return ""
+            return token if token in self._named else ""
         if at_start:  # the dummy prefix
             token = token.removeprefix("▁")
         return token.replace("▁", " ")
@@ -209,8 +253,15 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     In plain text `[MASK]`, `<sop>`, `<eop>`, `<pad>`, `<unk>` and tokens that you added name those
     tokens, and the text on either side is encoded on its own; `[gMASK]` and `</s>` are ordinary
-    text. With `split_special_tokens=True`, and for everything inside the messages given to
-    `apply_chat_template`, no text can become a special token.
+    text. With `split_special_tokens=True` no text can become a special token.
+
+    The exception is `[gMASK]<sop>`, with no or one space between: text that has it is a finished
+    prompt, to which an answer may be joined, and gets no marks behind it. So a string rendered by
+    `apply_chat_template` gives the ids that `tokenize=True` gives, whatever `add_special_tokens`
+    is; ended by the user and rendered without `add_generation_prompt` it has no marks, and is
+    encoded like all plain text. In messages given to `apply_chat_template` nothing can become a
+    special token, then or later: U+0001, which the vocabulary deletes, stands inside the names
+    that were typed. Leave it there.
 
     Args:
         vocab_file: path of `ice_text.model`.
@@ -299,6 +350,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     # Vocabulary
 
     @property
+    def sp_tokenizer(self) -> SimpleNamespace:
+        """The vocabulary where the published code had it, which converters of weights read:
+        `sp_tokenizer.text_tokenizer.sp` is the SentencePieceProcessor."""
+        return SimpleNamespace(text_tokenizer=SimpleNamespace(sp=self.sp_model))
+
+    @property
     def vocab_size(self) -> int:
         """Number of pieces and image tokens, without added tokens."""
         return len(self._tokens)
@@ -338,15 +395,37 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
                 `[gMASK]` and `</s>` too, mean the tokens. Raises ValueError if nothing else is in
                 it. Messages that went into it must have been through `_hide` before.
             kwargs: of `PreTrainedTokenizer.tokenize`, as `split_special_tokens`.
+
+        Raises NotImplementedError for `return_offsets_mapping=True`.
         """
+        if kwargs.pop("return_offsets_mapping", False):
+            raise NotImplementedError(
+                "return_offsets_mapping=True: this tokenizer, written in Python, has no offsets. "
+                "For the tokens of an answer there is apply_chat_template(return_assistant_tokens_mask=True)."
+            )
         if not genuine_marks:
-            named = {self.bos_token, self.eos_token, self.pad_token, self.unk_token}
-            plain = {self.gmask_token, self.end_token} - named - {self.mask_token, None}
-            return super().tokenize(_hide(text, plain), **kwargs)
+            marks = f"{self.gmask_token}{self.bos_token}"
+            plain = set(self.all_special_tokens) - self._named_in_text()
+            parts = re.split(self._marks_in_text(), text)
+            return super().tokenize(marks.join(_hide(part, plain) for part in parts), **kwargs)
         tokens = super().tokenize(text, **{**kwargs, "split_special_tokens": False})
         if not set(tokens) - {self.gmask_token, self.bos_token, self.eos_token}:
-            raise ValueError("The conversation has no text that gives tokens: the query is empty.")
+            raise ConversationError("The conversation has no text that gives tokens: the query is empty.")
         return tokens
+
+    def _named_in_text(self) -> set[str]:
+        """Special tokens that their names in plain text mean: all but `[gMASK]` and `</s>`."""
+        roles = {self.bos_token, self.eos_token, self.pad_token, self.unk_token, self.mask_token}
+        return set(self.all_special_tokens) - ({self.gmask_token, self.end_token} - roles)
+
+    def _marks_in_text(self) -> str:
+        """A regular expression for `[gMASK]<sop>` in plain text."""
+        return f"{re.escape(str(self.gmask_token))} ?{re.escape(str(self.bos_token))}"
+
+    def _find_marks(self, ids: list[int]) -> int | None:
+        """Index of the first `[gMASK] <sop>` in ids."""
+        marks = [self.gmask_token_id, self.bos_token_id]
+        return next((i for i in range(len(ids) - 1) if ids[i : i + 2] == marks), None)
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
         if self.remove_space:
@@ -361,8 +440,11 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        """Returns ids `a [gMASK] <sop>`, or for a pair `a [gMASK] <sop> b <eop>`."""
-        ids = [*token_ids_0, self.gmask_token_id, self.bos_token_id]
+        """Returns ids `a [gMASK] <sop>`, or for a pair `a [gMASK] <sop> b <eop>`; marks that `a` has
+        are not doubled."""
+        ids = list(token_ids_0)
+        if self._find_marks(ids) is None:
+            ids += [self.gmask_token_id, self.bos_token_id]
         return ids if token_ids_1 is None else [*ids, *token_ids_1, self.eos_token_id]
 
     def get_special_tokens_mask(
@@ -375,8 +457,25 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         `build_inputs_with_special_tokens` makes of the arguments, or of finished ids."""
         if already_has_special_tokens:
             return super().get_special_tokens_mask(token_ids_0, token_ids_1, True)
-        mask = [0] * len(token_ids_0) + [1, 1]
+        if self._find_marks(token_ids_0) is None:
+            mask = [0] * len(token_ids_0) + [1, 1]
+        else:
+            mask = super().get_special_tokens_mask(token_ids_0, already_has_special_tokens=True)
         return mask if token_ids_1 is None else [*mask, *[0] * len(token_ids_1), 1]
+
+    def prepare_for_model(
+        self, ids: list[int], pair_ids: list[int] | None = None, add_special_tokens: bool = True, **kwargs: Any
+    ) -> BatchEncoding:
+        """As in `PreTrainedTokenizer`; ids that have their marks `[gMASK] <sop>` get no others."""
+        if not add_special_tokens or self._find_marks(ids) is None:
+            return super().prepare_for_model(ids, pair_ids, add_special_tokens, **kwargs)
+        if pair_ids is not None:
+            ids = [*ids, *pair_ids, self.eos_token_id]
+        tensors, axis = kwargs.pop("return_tensors", None), kwargs.pop("prepend_batch_axis", False)
+        out = super().prepare_for_model(ids, None, False, **kwargs)
+        if "special_tokens_mask" in out:
+            out["special_tokens_mask"] = self.get_special_tokens_mask(out["input_ids"], already_has_special_tokens=True)
+        return BatchEncoding(out, tensor_type=tensors, prepend_batch_axis=axis)
 
     def truncate_sequences(
         self,
@@ -389,11 +488,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """As in `PreTrainedTokenizer`, but the marks `[gMASK] <sop>` of a rendered conversation
         stay: from the right, the answer behind them goes first and then the end of the prompt;
         from the left, the start of the prompt first."""
-        marks = [self.gmask_token_id, self.bos_token_id]
-        at = next((i for i in range(len(ids) - 1) if ids[i : i + 2] == marks), None)
+        at = self._find_marks(ids)
         if pair_ids is not None or at is None:
             return super().truncate_sequences(ids, pair_ids, num_tokens_to_remove, *args, **kwargs)
-        prompt, answer = ids[:at], ids[at + 2 :]
+        prompt, marks, answer = ids[:at], ids[at : at + 2], ids[at + 2 :]
         if self.truncation_side == "right":
             of_answer = min(num_tokens_to_remove, len(answer))
         else:
@@ -415,44 +513,76 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         continue_final_message: bool | str = False,
         tokenize: bool = True,
         *,
+        return_dict: bool = True,
+        return_assistant_tokens_mask: bool = False,
         tokenizer_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Makes the prompt of one conversation, or of several.
 
-        Arguments and results are those of `PreTrainedTokenizer.apply_chat_template`, with two
+        Arguments and results are those of `PreTrainedTokenizer.apply_chat_template`, with these
         differences. What stands in the messages never becomes a special token, with any template
-        (`sanitize_control_tokens` of newer versions is always on). Mistakes in a conversation
-        raise ValueError.
+        (`sanitize_control_tokens` of newer versions is always on), also where the string of
+        `tokenize=False` is encoded later. A message may be any object with `role` and `content`.
+        `return_assistant_tokens_mask=True` gives `assistant_masks`, 1 for each token behind
+        `[gMASK] <sop>`, `<eop>` too: earlier answers are context, which this model reads both ways.
 
-        With the template of this class a conversation is one "system" message at most, then "user"
-        and "assistant" in turn; content is a string or a list of parts `{"type": "text", ...}`.
-        Ended by the user, it gives the prompt, and with `add_generation_prompt` the marks
+        With the template of this class, messages have the roles "system" (or "developer"), "user"
+        and "assistant"; content is a string or a list of parts `{"type": "text", ...}`. How other
+        orders than user and assistant in turn become rounds stands at `CHAT_TEMPLATE`. Ended by the
+        user, a conversation gives the prompt, and with `add_generation_prompt` the marks
         `[gMASK] <sop>` behind it; ended by the assistant, `prompt [gMASK] <sop> answer <eop>`, or
         without `<eop>` with `continue_final_message`.
+
+        Raises:
+            ConversationError: a ValueError and jinja2's TemplateError: a mistake in a conversation.
         """
+        if return_assistant_tokens_mask and not (tokenize and return_dict):
+            raise ValueError("return_assistant_tokens_mask=True requires return_dict=True and tokenize=True.")
         kwargs.pop("sanitize_control_tokens", None)
-        _check_conversation(conversation)
-        if tokenize:  # as a string there are no ids to protect
-            hidden = self.all_special_tokens
-            conversation = _hide(conversation, hidden)
-            tools, documents = _hide(tools, hidden), _hide(documents, hidden)
+        names = self.all_special_tokens
         try:
-            return super().apply_chat_template(
-                conversation,
-                tools=tools,
-                documents=documents,
+            out = super().apply_chat_template(
+                _hide(_conversation(conversation), names),
+                tools=_hide(tools, names),
+                documents=_hide(documents, names),
                 chat_template=chat_template,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 tokenize=tokenize,
+                return_dict=return_dict,
                 tokenizer_kwargs={**(tokenizer_kwargs or {}), "genuine_marks": True},
                 **kwargs,
             )
         except TemplateError as error:
             if type(error) is not TemplateError:  # a mistake in the template, not in its input
                 raise
-            raise ValueError(str(error)) from None
+            raise ConversationError(str(error)) from None
+        if not tokenize:
+            return self._show(out) if isinstance(out, str) else [self._show(text) for text in out]
+        if return_assistant_tokens_mask:
+            rows = to_py_obj(out["input_ids"])
+            attended = to_py_obj(out["attention_mask"])
+            if isinstance(rows[0], int):
+                out["assistant_masks"] = self._answer_mask(rows, attended)
+            else:
+                out["assistant_masks"] = [self._answer_mask(*row) for row in zip(rows, attended, strict=True)]
+            out.convert_to_tensors(kwargs.get("return_tensors"))
+        return out
+
+    def _show(self, text: str) -> str:
+        """Drops each U+0001 of a rendered conversation that keeps no name from being read."""
+        if DELETED not in text:
+            return text
+        names = [*self._named_in_text(), *(f"{self.gmask_token}{space}{self.bos_token}" for space in ("", " "))]
+        shown = re.sub(f"{DELETED}(?!{'|'.join(re.escape(name[1:]) for name in names)})", "", text)
+        return shown if self.tokenize(shown) == self.tokenize(text) else text
+
+    def _answer_mask(self, ids: list[int], attention_mask: list[int]) -> list[int]:
+        """1 for what stands behind `[gMASK] <sop>` and is no padding."""
+        marks = self._find_marks(ids)
+        start = len(ids) if marks is None else marks + 2
+        return [0] * start + attention_mask[start:]
 
     # Ids to text
 
@@ -460,6 +590,43 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """Joins tokens to text: control tokens vanish, `<unk>` is " ⁇ ", bytes form characters."""
         stream = DecodeStream(self, clean_up_tokenization_spaces=False)
         return "".join([stream._add(token) for token in tokens]) + stream.flush()
+
+    def decode(
+        self,
+        token_ids: Any,
+        skip_special_tokens: bool | None = None,
+        clean_up_tokenization_spaces: bool | None = None,
+        **kwargs: Any,
+    ) -> str | list[str]:
+        """Turns ids into text.
+
+        Args:
+            token_ids: one id, the ids of a sequence, or several sequences, as lists, arrays or tensors.
+            skip_special_tokens: None, the default, decodes as the release does, without control
+                tokens; False shows them by their names, as `<eop>`; True leaves out `<unk>` and
+                special tokens that you added, too.
+            clean_up_tokenization_spaces: drop spaces before punctuation and English endings; None:
+                as `tokenizer.clean_up_tokenization_spaces` says.
+            kwargs: ignored, as in `PreTrainedTokenizer`.
+
+        Returns the text, or a list of texts for several sequences. Raises ValueError for an id
+        outside of the vocabulary.
+        """
+        token_ids = to_py_obj(token_ids)
+        if isinstance(token_ids, int):
+            token_ids = [token_ids]
+        if token_ids and isinstance(token_ids[0], (list, tuple)):
+            return [self.decode(ids, skip_special_tokens, clean_up_tokenization_spaces) for ids in token_ids]
+        names = skip_special_tokens is not None and not skip_special_tokens
+        stream = DecodeStream(self, bool(skip_special_tokens), False, control_names=names)
+        text = "".join(map(stream.step, token_ids)) + stream.flush()
+        if clean_up_tokenization_spaces is None:
+            clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
+        return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
+
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool | None = None, *args: Any, **kwargs: Any):
+        """Returns the texts of several sequences; arguments as of `decode`."""
+        return super().batch_decode(sequences, skip_special_tokens, *args, **kwargs)
 
     def clean_up_tokenization(self, text: str) -> str:
         """Drops spaces before punctuation and English endings; `decode` does it by default."""
@@ -470,7 +637,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def decode_stream(
         self, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
     ) -> DecodeStream:
-        """Returns an object that decodes one sequence token by token; see `DecodeStream`."""
+        """Returns an object that decodes one sequence token by token; see `DecodeStream`.
+
+        Control tokens are not shown, whatever `skip_special_tokens` is."""
         return DecodeStream(self, skip_special_tokens, clean_up_tokenization_spaces)
 
 
@@ -538,24 +707,38 @@ def _hide(value: Any, tokens: Iterable[str]) -> Any:
         return {key: _hide(item, tokens) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_hide(item, tokens) for item in value]
-    return _hide(value.messages, tokens) if hasattr(value, "messages") else value
+    return value
 
 
-def _check_conversation(conversation: Any) -> None:
-    batch = conversation
-    if not isinstance(batch, (list, tuple)) or not batch or isinstance(batch[0], Mapping):
-        batch = [conversation]
-    for chat in batch:
-        messages = getattr(chat, "messages", chat)
-        if (
-            not isinstance(messages, (list, tuple))
-            or not messages
-            or not all(isinstance(message, Mapping) for message in messages)
-        ):
-            raise ValueError(
-                'A conversation is a list of at least one message {"role": ..., "content": ...}; '
-                f"got {messages!r:.200}."
-            )
+def _conversation(value: Any) -> list:
+    """Returns a conversation as a list of dicts, or a list of such lists for several."""
+    messages = getattr(value, "messages", value)
+    if isinstance(messages, (list, tuple)) and messages:
+        if all(isinstance(item, (list, tuple)) or hasattr(item, "messages") for item in messages):
+            return [_conversation(item) for item in messages]
+        found = [_message(message) for message in messages]
+        if all(isinstance(message, dict) for message in found):
+            return found
+    raise ConversationError(
+        f'A conversation is a list of at least one message {{"role": ..., "content": ...}}; got {messages!r:.200}.'
+    )
+
+
+def _message(value: Any) -> Any:
+    """Returns a message, and the parts of its content, as dicts, lists and strings."""
+    if isinstance(value, str):
+        return str.__str__(value)  # of a member of an enumeration, the value
+    if isinstance(value, Mapping):
+        return {key: _message(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_message(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _message(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if callable(getattr(value, "model_dump", None)):  # pydantic
+        return _message(value.model_dump())
+    if hasattr(value, "role") and hasattr(value, "content"):
+        return {"role": _message(value.role), "content": _message(value.content)}
+    return value
 
 
 ChatGLMTokenizer.register_for_auto_class()

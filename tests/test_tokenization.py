@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from jinja2.exceptions import TemplateError
 
 from chatglm_int8 import tokenization_chatglm
 from chatglm_int8.tokenization_chatglm import CLEAN_UP, WHITE_SPACE, ChatGLMTokenizer
@@ -24,6 +25,7 @@ CONTROL = ["<s>", "</s>", "<pad>", "[MASK]", "[gMASK]", "[sMASK]", "<unused_0>",
 CONTROL += ["<ENC>", "<dBLOCK>"]
 HELLO = {"role": "user", "content": "你好"}
 ANSWER = {"role": "assistant", "content": "hello world."}
+SYSTEM = {"role": "system", "content": "S"}
 TOY_TEXT = [
     "你好，世界。hello world, this is a small text.",
     "晚上睡不着应该怎么办？ What should I do?",
@@ -284,8 +286,8 @@ def test_stream_is_decode(tokenizer):
     rng = random.Random(20230626)
     for _ in range(2000):
         ids, skip, clean = random_ids(tokenizer, rng), rng.random() < 0.5, rng.random() < 0.7
-        how = {"skip_special_tokens": skip, "clean_up_tokenization_spaces": clean}
-        stream, text = tokenizer.decode_stream(**how), ""
+        stream, text = tokenizer.decode_stream(skip, clean), ""
+        how = {"skip_special_tokens": skip or None, "clean_up_tokenization_spaces": clean}
         for count, index in enumerate(ids, start=1):
             text += stream.step(index)
             end = copy.copy(stream)
@@ -331,18 +333,54 @@ def test_chat_format(tokenizer):
     two = "[Round 0]\n问：你好\n答：hello world.\n[Round 1]\n问：你好\n答："
     assert rendered(tokenizer, HELLO, ANSWER, HELLO) == two
     assert rendered(tokenizer, HELLO, ANSWER, HELLO, add_generation_prompt=True) == two + marks
-    system = {"role": "system", "content": "S"}
     one = "S\n[Round 0]\n问：你好\n答："
-    assert rendered(tokenizer, system, HELLO) == one
+    assert rendered(tokenizer, SYSTEM, HELLO) == one
     # Training data: the answer behind the marks, closed.
     closed = f"{marks}hello world.<eop>"
     assert rendered(tokenizer, HELLO, ANSWER) == "你好" + closed
     assert rendered(tokenizer, HELLO, ANSWER, HELLO, ANSWER) == two + closed
-    assert rendered(tokenizer, system, HELLO, ANSWER) == one + closed
+    assert rendered(tokenizer, SYSTEM, HELLO, ANSWER) == one + closed
     part = rendered(tokenizer, HELLO, ANSWER, continue_final_message=True)
     assert part == f"你好{marks}hello world."
     parts = {"role": "user", "content": [{"type": "text", "text": t} for t in ("你", "好")]}
     assert rendered(tokenizer, parts, ANSWER, parts) == two
+
+
+@pytest.mark.parametrize(
+    ("roles", "expected"),
+    [
+        ("u u", "q0\nq1"),
+        ("u u a", "q0\nq1[gMASK]<sop>a2<eop>"),
+        ("u a a", "q0[gMASK]<sop>a1\na2<eop>"),
+        ("u a u u", "[Round 0]\n问：q0\n答：a1\n[Round 1]\n问：q2\nq3\n答："),
+        ("u a a u", "[Round 0]\n问：q0\n答：a1\na2\n[Round 1]\n问：q3\n答："),
+        ("a u", "[Round 0]\n问：\n答：a0\n[Round 1]\n问：q1\n答："),
+        ("s a u", "s0\n[Round 0]\n问：\n答：a1\n[Round 1]\n问：q2\n答："),
+        ("s s u", "s0\ns1\n[Round 0]\n问：q2\n答："),
+        ("d u", "s0\n[Round 0]\n问：q1\n答："),
+        ("u s", "s1\n[Round 0]\n问：q0\n答："),
+        ("u s u", "s1\n[Round 0]\n问：q0\nq2\n答："),
+        ("u a s u", "[Round 0]\n问：q0\n答：a1\ns2\n[Round 1]\n问：q3\n答："),
+        ("u s a u", "s1\n[Round 0]\n问：q0\n答：a2\n[Round 1]\n问：q3\n答："),
+        ("u a u s a", "[Round 0]\n问：q0\n答：a1\ns3\n[Round 1]\n问：q2\n答：[gMASK]<sop>a4<eop>"),
+    ],
+)
+def test_other_orders_of_roles(fresh, roles, expected):
+    names = {
+        "u": ("user", "q"),
+        "a": ("assistant", "a"),
+        "s": ("system", "s"),
+        "d": ("developer", "s"),
+    }
+    conversation = [
+        {"role": names[short][0], "content": names[short][1] + str(i)} for i, short in enumerate(roles.split())
+    ]
+    assert rendered(fresh, *conversation) == expected
+
+
+def test_a_blank_system_message_says_nothing(fresh):
+    for text in ("", " \n"):
+        assert rendered(fresh, {"role": "system", "content": text}, HELLO) == "你好"
 
 
 def test_chat_ids(tokenizer):
@@ -412,9 +450,9 @@ def test_own_template(tokenizer):
         ([{"role": "user", "content": "\u3000\u200b"}], "query is empty"),
         ([{"role": "robot", "content": "a"}], 'has role "robot" where "user" was expected'),
         ([{"content": "a"}], 'where "user" was expected'),
-        ([HELLO, HELLO], 'Message 1 has role "user" where "assistant" was expected'),
-        ([HELLO, {"role": "system", "content": "a"}, HELLO], 'Message 1 has role "system"'),
+        ([HELLO, {"role": "tool", "content": "a"}], 'Message 1 has role "tool" where "assistant" was expected'),
         ([ANSWER], 'needs a message with role "user"'),
+        ([HELLO, ANSWER, SYSTEM], 'needs a message with role "user"'),
         ([{"role": "system", "content": "a"}], 'needs a message with role "user"'),
         ([HELLO, ANSWER], "continue_final_message=True"),
         ([{"role": "user"}], "content of a message has to be a string"),
@@ -423,8 +461,9 @@ def test_own_template(tokenizer):
     ],
 )
 def test_mistakes_in_conversations(fresh, conversation, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        fresh.apply_chat_template(conversation, add_generation_prompt=True)
+    for kind in (ValueError, TemplateError):  # the kind that libraries catch, too
+        with pytest.raises(kind, match=re.escape(message)):
+            fresh.apply_chat_template(conversation, add_generation_prompt=True)
 
 
 def test_tools_are_refused(fresh):
