@@ -9,10 +9,12 @@ complement, so that its weight is [N, K/2]. This is the storage of the published
 The arithmetic is plain PyTorch, which runs on any device, and is replaced by compiled kernels where there are some.
 """
 
+import sys
 from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .kernels_cpu import MAX_HALF_ROWS
 from .kernels_cpu import library as cpu_library
@@ -85,6 +87,7 @@ def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
 def dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
     """The float weight `q · scale` of stored int8 [N, K] (INT4: [N, K/2]) and scales [N], as `dtype` [N, K]."""
     check_bits(bits)
+    weight = unguarded(weight)
     integers = unpack_int4(weight) if bits == 4 else weight
     return integers.to(dtype).mul_(scale.to(dtype)[:, None])
 
@@ -139,6 +142,24 @@ def _input_gradient(grad_y: torch.Tensor, weight: torch.Tensor, scale: torch.Ten
         return cuda_input_gradient(grad_y, weight, scale, bits)
     grad_x = _plain_input_gradient(grad_y.reshape(-1, grad_y.shape[-1]), weight, scale, bits)
     return grad_x.view(*grad_y.shape[:-1], grad_x.shape[-1])
+
+
+def _exported_linear(x, weight, scale, bias, bits):
+    """x [M, K] → [M, N] by operators that every runtime of exported programs has; the weight stays int8 in the file."""
+    if bits == 4:
+        # The runtimes shift no signed bytes.
+        packed = weight.to(x.dtype)
+        high = (packed / 16).floor()
+        low = packed - 16 * high
+        wide = torch.stack((high, torch.where(low < 8, low, low - 16)), dim=-1).flatten(-2)
+    else:
+        wide = weight.to(x.dtype)
+    return nn.functional.linear(x, wide * scale.to(x.dtype)[:, None], None if bias is None else bias.to(x.dtype))
+
+
+def _is_exported() -> bool:
+    """Whether torch.export or torch.onnx.export traces, whose programs run without this module."""
+    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
 
 
 @torch.library.custom_op("chatglm_int8::quantized_linear", mutates_args=())
@@ -269,17 +290,96 @@ class _TrainingNorm(torch.autograd.Function):
         return cuda_training_norm_gradient(x, *ctx.others, grad_normed, grad_rounded), None, None, None, None
 
 
+# Words in the names of arithmetic functions, which mean nothing with integers that lack their scales.
+_ARITHMETIC = {"abs", "neg", "pow", "norm", "mean", "sum", "cumsum", "linear", "embedding", "einsum", "dot", "lerp"}
+_ARITHMETIC |= {"matmul", "mm", "mv", "bmm", "addmm", "addmv", "baddbmm", "addcmul", "addcdiv", "inner", "outer"}
+_ARITHMETIC |= {"subtract", "multiply", "divide", "svd", "qr", "inv", "pinv", "eigh"}
+_ARITHMETIC |= {
+    prefix + name for prefix in ("", "i", "r") for name in ("add", "sub", "mul", "div", "truediv", "floordiv")
+}
+
+_DTYPE = torch.Tensor.dtype.__get__
+
+
+class StoredIntegers(torch.Tensor):
+    """What reading `QuantizedLinear.weight` gives: the parameter, but arithmetic with it is refused.
+
+    Without their scales the integers are no weight. Code that takes them for one, such as PEFT's DoRA and all merging,
+    would go on with wrong numbers. Shape, dtype, device, copies, slices, comparisons and operations on bits are those
+    of the parameter, and what is written here is written there.
+    """
+
+    _is_param = True  # for isinstance(…, nn.Parameter)
+
+    @staticmethod
+    def of(integers: torch.Tensor) -> "StoredIntegers":
+        """The same tensor, guarded."""
+        guarded = torch.Tensor._make_subclass(StoredIntegers, integers.detach())
+        guarded.__dict__["stored"] = integers
+        return guarded
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["stored"], name)
+
+    def __setattr__(self, name: str, value) -> None:
+        if name == "data":
+            _check_is_integer("data", value)
+        setattr(self.__dict__["stored"], name, value)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        name = func.__name__
+        if func == _DTYPE and sys._getframe(1).f_globals.get("__name__", "").startswith("peft.tuners.unilora"):
+            _refuse("UniLoRA, whose scales have the dtype of the weight and would all be 0,")
+        given = tree_map(unguarded, (args, kwargs or {}))
+        if not _ARITHMETIC.isdisjoint(name.split("_")):
+            _refuse(name)
+        own = str(func).startswith("chatglm_int8.")
+        for value in () if own else tree_leaves(given):
+            _check_is_integer(name, value)
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*given[0], **given[1])
+        if own or name.endswith("_like") or name.startswith("new_"):
+            return result
+        tree_map(lambda value: _check_is_integer(name, value), result)
+        return tree_map(lambda value: StoredIntegers.of(value) if _is_stored(value) else value, result)
+
+
+def _is_stored(value) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype == torch.int8 and value.ndim > 0
+
+
+def unguarded(value):
+    """The tensor of `StoredIntegers`; anything else as it is."""
+    return value.__dict__["stored"] if isinstance(value, StoredIntegers) else value
+
+
+def _check_is_integer(name: str, value) -> None:
+    is_tensor = isinstance(value, torch.Tensor)
+    if isinstance(value, float) or (is_tensor and (value.is_floating_point() or value.is_complex())):
+        _refuse(name)
+
+
+def _refuse(name: str) -> None:
+    raise RuntimeError(  # a TypeError would get lost in Python's operators
+        f"{name} was called with the weight of a QuantizedLinear, integers without their scales. For its float weight "
+        "call dequantize(). To read, change or merge weights, dequantise the model first (`chatglm merge dequantize`); "
+        "LoRA is merged by `chatglm merge lora`."
+    )
+
+
 class QuantizedLinear(nn.Linear):
     """A linear layer with int8 or packed int4 weights; a subclass of `nn.Linear` so that PEFT finds it.
 
     Attributes:
-        weight: int8 [N, K], INT4 [N, K/2]; never trained, and left alone by `.half()`, `.float()`, `dtype=`.
+        weight: int8 [N, K], INT4 [N, K/2]; never trained, and left alone by `.half()`, `.float()`, `dtype=`. Arithmetic
+            with it raises a RuntimeError (see `StoredIntegers`); `dequantize` gives the float weight.
         weight_scale: float [N]; follows the model's dtype.
         bias: float [N] or None.
         bits: 8 or 4.
 
     The input is [..., K] and the output [..., N], both of the activation's dtype, or of autocast's. Gradients reach the
-    input only.
+    input, and a bias that requires them.
     """
 
     def __init__(
@@ -323,10 +423,21 @@ class QuantizedLinear(nn.Linear):
         if x.shape[-1] != self.in_features:
             raise ValueError(f"Expected an activation [..., {self.in_features}], got {list(x.shape)}.")
         x = _autocast(x)
-        weights = self.weights()
+        weight, scale, bias, bits = self.weights()
+        if not self.trains_bias():
+            return self._multiply(x, weight, scale, bias, bits)
+        return self._multiply(x, weight, scale, None, bits) + bias.to(x.dtype)
+
+    def trains_bias(self) -> bool:
+        """Whether autograd wants a gradient of the bias."""
+        bias = self.weights()[2]
+        return bias is not None and bias.requires_grad and torch.is_grad_enabled()
+
+    def _multiply(self, x: torch.Tensor, *weights) -> torch.Tensor:
         if is_traced():
-            y = torch.ops.chatglm_int8.quantized_linear(x.reshape(-1, self.in_features), *weights)
-            return y.view(*x.shape[:-1], self.out_features)
+            rows = x.reshape(-1, self.in_features)
+            linear = _exported_linear if _is_exported() else torch.ops.chatglm_int8.quantized_linear
+            return linear(rows, *weights).view(*x.shape[:-1], self.out_features)
         if not (torch.is_grad_enabled() and x.requires_grad):
             return _linear(x, *weights)
         if cuda_available(x.device, x.dtype):
@@ -334,17 +445,30 @@ class QuantizedLinear(nn.Linear):
         # Others make rows, whose view must not come out of an autograd function: nobody could change it in place.
         return _Product.apply(x.reshape(-1, self.in_features), weights).view(*x.shape[:-1], self.out_features)
 
+    def __getattr__(self, name: str):
+        value = super().__getattr__(name)
+        return StoredIntegers.of(value) if name == "weight" and type(value) is nn.Parameter else value
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As every module's; a float weight is refused."""
+        if name == "weight":
+            if isinstance(param, StoredIntegers):
+                param = nn.Parameter(unguarded(param).data, requires_grad=False)
+            _check_is_integer("QuantizedLinear.weight = …", param)
+        super().register_parameter(name, param)
+
     def weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int]:
         """Weight, scale, bias and bits."""
         parameters = self._parameters
         try:  # an attribute is looked for in other places first, which takes as long as half a launch
             return parameters["weight"], parameters["weight_scale"], parameters["bias"], self.bits
-        except KeyError:  # somebody has put something else in their place
-            return self.weight, self.weight_scale, self.bias, self.bits
+        except KeyError:  # FSDP puts views in their place
+            return unguarded(self.weight), self.weight_scale, self.bias, self.bits
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The float weight [N, K], of the scales' dtype unless `dtype` says otherwise."""
-        return dequantize_weight(self.weight, self.weight_scale, self.bits, dtype or self.weight_scale.dtype)
+        weight, scale, _, bits = self.weights()
+        return dequantize_weight(weight, scale, bits, dtype or scale.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}"
@@ -399,6 +523,7 @@ def _may_add(linear: nn.Module, x: torch.Tensor) -> bool:
     return (
         dtype is not None
         and _is_only(linear, QuantizedLinear)
+        and not linear.trains_bias()
         and x.dtype in (torch.float32, dtype)
         and x.shape[-1] == linear.in_features
         and cuda_available(x.device, dtype)
@@ -470,7 +595,7 @@ def apply_layer_norm(
         return norm(x)
     # For few rows, the linear's kernel may do it.
     deferred = before is not None and x.numel() <= MOST_FEW_ROWS * width and _is_plain(before, QuantizedLinear, x)
-    deferred = deferred and not has_hooks(within) and cuda_takes_norm(x, before.weight, before.bits)
+    deferred = deferred and not has_hooks(within) and cuda_takes_norm(x, before.weights()[0], before.bits)
     return cuda_layer_norm(x, weight, bias, norm.eps, deferred)
 
 

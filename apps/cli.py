@@ -9,14 +9,7 @@ import sys
 from .arguments import HelpFormatter
 from .streams import complain, flush_output, prepare_streams
 
-PROGRAMS = {  # names of subcommands, and their modules
-    "chat": "chat",
-    "web": "web",
-    "serve": "server",
-    "ray": "ray",
-    "merge": "merge",
-    "quantize": "quantize",
-}
+PROGRAMS = {"chat": "chat", "merge": "merge", "quantize": "quantize"}  # names of subcommands and of their modules
 
 
 def parse(command_line: list[str]) -> tuple[object, argparse.Namespace]:

@@ -117,7 +117,7 @@ class CompiledLinear(nn.Module):
 
     def __init__(self, layer: QuantizedLinear):
         super().__init__()
-        self.weight, self.scale, self.bias = layer.weight, layer.weight_scale, layer.bias
+        self.weight, self.scale, self.bias, _ = layer.weights()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(x, self.weight.to(x.dtype)) * self.scale + self.bias

@@ -357,13 +357,38 @@ def test_gradient_is_the_derivative(bits):
     assert torch.autograd.gradcheck(layer, random_weight(3, 6, torch.float64).requires_grad_())
 
 
-def test_a_trainable_bias_and_scale_still_get_no_gradient():
-    layer = make_layer()
+@pytest.mark.parametrize("is_frozen", [False, True], ids=["input trains", "input is frozen"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_trainable_bias_gets_its_gradient(dtype, is_frozen):
+    layer = make_layer().to(dtype)
+    x = random_weight(3, 64, dtype).view(1, 3, 64).requires_grad_(not is_frozen)
+    grad_y = random_weight(3, 48, dtype, seed=2).view(1, 3, 48)
+    expected = layer(x).detach()
+    (grad_x,) = (None,) if is_frozen else torch.autograd.grad(layer(x), x, grad_y)
     layer.bias.requires_grad_()
+    y = layer(x)
+    torch.testing.assert_close(y.detach(), expected)
+    y.backward(grad_y)
+    torch.testing.assert_close(
+        layer.bias.grad.double(), grad_y.double().sum((0, 1)), rtol=4 * ROUNDING[dtype], atol=0.05
+    )
+    assert is_frozen or torch.equal(x.grad, grad_x)
+
+
+def test_a_trainable_bias_in_a_compiled_layer():
+    if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        pytest.skip("torch.compile needs a C++ compiler on the CPU")
+    layer, x = make_layer(16, 32), random_weight(3, 32)
+    layer.bias.requires_grad_()
+    torch.compile(layer, fullgraph=True)(x).sum().backward()
+    torch.testing.assert_close(layer.bias.grad, torch.full((16,), 3.0))
+
+
+def test_a_trainable_scale_still_gets_no_gradient():
+    layer = make_layer()
     layer.weight_scale.requires_grad_()
     x = random_weight(2, 64).requires_grad_()
     layer(x).sum().backward()
-    assert layer.bias.grad is None
     assert layer.weight_scale.grad is None
     assert x.grad is not None
 
@@ -473,6 +498,125 @@ def test_a_state_dict_of_another_width_is_refused():
         make_layer(bits=8).load_state_dict(make_layer(bits=4).state_dict())
     with pytest.raises(RuntimeError, match="weight_scale"):
         make_layer().load_state_dict(nn.Linear(64, 48).state_dict())
+
+
+# The stored integers
+
+
+FLOAT_USES = {
+    "float": lambda w: w.float(),
+    "to": lambda w: w.to(torch.float64),
+    "to a float tensor": lambda w: w.to(torch.ones(1)),
+    "mul": lambda w: w * 0.5,
+    "rmul": lambda w: torch.ones(64) * w,
+    "add": lambda w: w + torch.ones(48, 64),
+    "add int8": lambda w: w + torch.ones_like(w),
+    "iadd of data": lambda w: w.data.__iadd__(torch.ones(48, 64)),
+    "add_ of a copy": lambda w: w.detach().clone().add_(1),
+    "matmul": lambda w: w @ torch.ones(64, 2, dtype=torch.int8),
+    "linear": lambda w: nn.functional.linear(torch.ones(2, 64), w),
+    "transposed": lambda w: torch.ones(2, 64) @ w.T,
+    "norm": lambda w: torch.linalg.norm(w, dim=1),
+    "copy_": lambda w: w.copy_(torch.ones(48, 64)),
+    "data": lambda w: setattr(w, "data", torch.ones(48, 64)),
+    "rows": lambda w: w[:3].T.float(),
+    "chunks": lambda w: w.chunk(2)[0] * 2.0,
+    "cat": lambda w: torch.cat([w, torch.ones(1, 64)]),
+}
+
+
+@pytest.mark.parametrize("use", FLOAT_USES)
+def test_integers_are_not_taken_for_floats(use):
+    layer = make_layer()
+    before = layer.state_dict()["weight"].clone()
+    with pytest.raises(RuntimeError, match=r"integers without their scales.*dequantize"):
+        FLOAT_USES[use](layer.weight)
+    assert torch.equal(layer.state_dict()["weight"], before)
+
+
+def test_a_float_weight_is_refused():
+    layer = make_layer()
+    with pytest.raises(RuntimeError, match="integers without their scales"):
+        layer.weight = nn.Parameter(torch.ones(48, 64))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_integers_are_a_parameter_otherwise(bits, tmp_path):
+    layer = make_layer(bits=bits)
+    weight, stored = layer.weight, dict(layer.named_parameters())["weight"]
+    assert type(stored) is nn.Parameter  # which state dictionaries, optimizers and DDP see
+    assert isinstance(weight, nn.Parameter)
+    assert (weight.dtype, weight.shape, weight.device) == (stored.dtype, stored.shape, stored.device)
+    assert weight.data_ptr() == stored.data_ptr()
+    assert not weight.requires_grad
+    assert torch.equal(weight, stored)
+    assert weight.tolist() == stored.tolist()
+    assert "tensor" in repr(weight)
+    assert torch.equal(weight.to(torch.int16) >> 4, stored.to(torch.int16) >> 4)
+    assert torch.equal(dequantize_weight(weight, layer.weight_scale, bits, torch.float32), layer.dequantize())
+    weight.mark = 1
+    assert stored.mark == layer.weight.mark == 1
+    weight[0].zero_()
+    assert not stored[0].any()
+    weight.data = torch.ones_like(stored)
+    assert (stored == 1).all()
+    assert stored is dict(layer.named_parameters())["weight"]
+    torch.save({"weight": weight}, tmp_path / "saved")
+    assert type(torch.load(tmp_path / "saved")["weight"]) is nn.Parameter
+    layer.weight = nn.Parameter(weight.clone().zero_(), requires_grad=False)
+    assert type(layer.state_dict()["weight"]) is torch.Tensor
+    assert type(dict(layer.named_parameters())["weight"]) is nn.Parameter
+    assert torch.equal(layer(torch.ones(2, 64)), layer.bias.expand(2, -1))
+
+
+# Export
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exported_programs_have_operators_of_torch_alone(bits, dtype):
+    layer, x = make_layer(bits=bits).to(dtype).eval(), random_weight(6, 64, dtype).view(2, 3, 64)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({1: torch.export.Dim.DYNAMIC},))
+    assert all(str(node.target).startswith("aten") for node in program.graph.nodes if node.op == "call_function")
+    x = x[:, :2].reshape(-1, 64)
+    expected, size = reference(layer, x)
+    difference = (program.module()(x.view(2, 2, 64)).view(4, 48).double() - expected).abs()
+    assert (difference <= bound(dtype, size, 64) + ROUNDING[dtype] * size).all()  # scale · integer is rounded, too
+
+
+def run_onnx(module: nn.Module, given: torch.Tensor, path: Path, dynamo: bool) -> torch.Tensor:
+    pytest.importorskip("onnxscript", reason="needs onnx and onnxscript")
+    runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+    torch.onnx.export(module, (given,), path, dynamo=dynamo)
+    session = runtime.InferenceSession(path)
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: given.numpy()})[0])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_runtime_computes_the_same(bits, tmp_path):
+    layer, x = make_layer(bits=bits).eval(), random_weight(6, 64).view(2, 3, 64)
+    torch.testing.assert_close(run_onnx(layer, x, tmp_path / "layer.onnx", False), layer(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dynamo", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_runtime_scores_the_same(bits, dynamo, golden_model, tmp_path):
+    class Scores(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = golden_model(f"int{bits}")
+
+        def forward(self, ids):
+            return self.model(ids, use_cache=False).logits
+
+    model, ids = Scores().eval(), torch.tensor([[7, 8, 9, 501, 504, 10, 11]])
+    with torch.no_grad():
+        expected = model(ids)
+    got = run_onnx(model, ids, tmp_path / "model.onnx", dynamo)
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 # Whole models
