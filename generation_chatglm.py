@@ -281,6 +281,11 @@ class ChatGLMGenerationMixin(GenerationMixin):
             return {"input_ids": input_ids[:, -1:], CACHE: past_key_values}
         new = slice(-next_sequence_length, None) if next_sequence_length is not None else slice(None)
         position_ids = self.get_position_ids(input_ids, attention_mask=attention_mask)
+        if attention_mask is not None and past_key_values is not None and past_key_values.is_compileable:
+            # A mask that grew would make torch.compile begin anew at every step.
+            places = past_key_values.layers[0].max_cache_len - (self.config.pre_seq_len or 0)
+            unfilled = places - attention_mask.shape[1]
+            attention_mask = torch.nn.functional.pad(attention_mask, (0, unfilled), value=1)
         inputs = {
             "input_ids": input_ids[:, new].contiguous(),
             "position_ids": position_ids[..., new].contiguous(),
