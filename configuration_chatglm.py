@@ -56,6 +56,7 @@ class ChatGLMConfig(PreTrainedConfig):
         "num_hidden_layers": "num_layers",
         "max_position_embeddings": "max_sequence_length",
     }
+    sep_token_id = None  # read by converters to other formats
 
     def __init__(
         self,

@@ -15,10 +15,15 @@ from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-from .transformers_version import NEEDED  # noqa: F401  first: it raises before the names that version 4 lacks
-
-# isort: split
+import transformers
 from sentencepiece import SentencePieceProcessor
+
+if int(transformers.__version__.split(".")[0]) < 5:  # as transformers_version.py says; this file stands alone
+    raise ImportError(
+        f"This code needs transformers 5 or newer, but version {transformers.__version__} is installed: "
+        "pip install -U 'transformers>=5'."
+    )
+
 from transformers import BatchEncoding, PreTrainedTokenizer
 from transformers.utils import to_py_obj
 
@@ -405,22 +410,17 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             )
         if not genuine_marks:
             marks = f"{self.gmask_token}{self.bos_token}"
-            plain = set(self.all_special_tokens) - self._named_in_text()
-            parts = re.split(self._marks_in_text(), text)
-            return super().tokenize(marks.join(_hide(part, plain) for part in parts), **kwargs)
+            parts = re.split(f"{re.escape(str(self.gmask_token))} ?{re.escape(str(self.bos_token))}", text)
+            return super().tokenize(marks.join(_hide(part, self._plain_names()) for part in parts), **kwargs)
         tokens = super().tokenize(text, **{**kwargs, "split_special_tokens": False})
         if not set(tokens) - {self.gmask_token, self.bos_token, self.eos_token}:
             raise ConversationError("The conversation has no text that gives tokens: the query is empty.")
         return tokens
 
-    def _named_in_text(self) -> set[str]:
-        """Special tokens that their names in plain text mean: all but `[gMASK]` and `</s>`."""
-        roles = {self.bos_token, self.eos_token, self.pad_token, self.unk_token, self.mask_token}
-        return set(self.all_special_tokens) - ({self.gmask_token, self.end_token} - roles)
-
-    def _marks_in_text(self) -> str:
-        """A regular expression for `[gMASK]<sop>` in plain text."""
-        return f"{re.escape(str(self.gmask_token))} ?{re.escape(str(self.bos_token))}"
+    def _plain_names(self) -> set[str]:
+        """Names of special tokens that are ordinary text in plain text: `[gMASK]` and `</s>`."""
+        named = {self.bos_token, self.eos_token, self.pad_token, self.unk_token, self.mask_token, None}
+        return {self.gmask_token, self.end_token} - named
 
     def _find_marks(self, ids: list[int]) -> int | None:
         """Index of the first `[gMASK] <sop>` in ids."""
@@ -574,7 +574,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """Drops each U+0001 of a rendered conversation that keeps no name from being read."""
         if DELETED not in text:
             return text
-        names = [*self._named_in_text(), *(f"{self.gmask_token}{space}{self.bos_token}" for space in ("", " "))]
+        names = {*self.all_special_tokens, *(f"{self.gmask_token}{space}{self.bos_token}" for space in ("", " "))}
+        names -= self._plain_names()
         shown = re.sub(f"{DELETED}(?!{'|'.join(re.escape(name[1:]) for name in names)})", "", text)
         return shown if self.tokenize(shown) == self.tokenize(text) else text
 
@@ -615,11 +616,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         token_ids = to_py_obj(token_ids)
         if isinstance(token_ids, int):
             token_ids = [token_ids]
-        if token_ids and isinstance(token_ids[0], (list, tuple)):
+        elif token_ids and isinstance(token_ids[0], (list, tuple)):
             return [self.decode(ids, skip_special_tokens, clean_up_tokenization_spaces) for ids in token_ids]
         names = skip_special_tokens is not None and not skip_special_tokens
-        stream = DecodeStream(self, bool(skip_special_tokens), False, control_names=names)
-        text = "".join(map(stream.step, token_ids)) + stream.flush()
+        stream = DecodeStream(self, clean_up_tokenization_spaces=False, control_names=names)
+        tokens = self.convert_ids_to_tokens(token_ids, bool(skip_special_tokens))
+        text = "".join(map(stream._add, tokens)) + stream.flush()
         if clean_up_tokenization_spaces is None:
             clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
         return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text

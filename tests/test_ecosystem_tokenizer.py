@@ -25,7 +25,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, DataCollatorWithPadding, TextStreamer, pipeline
 
-from chatglm_int8 import ChatGLMForConditionalGeneration
+from chatglm_int8 import ChatGLMConfig, ChatGLMForConditionalGeneration
 from chatglm_int8.tokenization_chatglm import ChatGLMTokenizer
 
 TEXT = "你好 hello world, this is a small text. I can chat\n\tand  more"
@@ -433,6 +433,9 @@ def test_trl_finds_the_generation(tokenizer):
 
 
 def test_converter_of_a_peer(tokenizer, tmp_path):
-    """chatglm.cpp reads the vocabulary so."""
+    """chatglm.cpp reads the vocabulary and the configuration so."""
+    assert ChatGLMConfig().sep_token_id is None
+    assert "sep_token_id" not in ChatGLMConfig().to_dict()
+    assert ChatGLMConfig.from_dict({"sep_token_id": 7}).to_dict()["sep_token_id"] == 7
     data = tokenizer.sp_tokenizer.text_tokenizer.sp.serialized_model_proto()
     assert data == (tmp_path / tokenizer.save_vocabulary(tmp_path)[0]).read_bytes()
