@@ -9,7 +9,14 @@ import sys
 from .arguments import HelpFormatter
 from .streams import complain, flush_output, prepare_streams
 
-PROGRAMS = {"chat": "chat", "merge": "merge", "quantize": "quantize"}  # names of subcommands and of their modules
+PROGRAMS = {  # names of subcommands, and their modules
+    "chat": "chat",
+    "web": "web",
+    "serve": "server",
+    "ray": "ray",
+    "merge": "merge",
+    "quantize": "quantize",
+}
 
 
 def parse(command_line: list[str]) -> tuple[object, argparse.Namespace]:

@@ -4,7 +4,7 @@
     python benchmarks/serve.py --soak [--clients 64] [--seconds 180]
     python benchmarks/serve.py --random 28 --fixed [--device cuda]
 
-It starts examples/api_server.py, asks it over HTTP from this process, and prints a table. The soak asks for answers of
+It starts `chatglm serve`, asks it over HTTP from this process, and prints a table. The soak asks for answers of
 5 to 200 tokens; a third of the requests hang up in the middle, and every answer that is read to its end is compared
 with the one that the server gave when it was asked nothing else. `--random` measures random weights in the shape of
 ChatGLM-6B-INT8, made in memory.
@@ -39,14 +39,15 @@ def read_questions() -> list[str]:
 
 
 def serve_random(layers: int, device: str | None, dtype: str, port: int) -> None:
-    """What api_server.py does, for a model of random weights and a vocabulary that has a text for each of its ids."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    import api_server
+    """What `chatglm serve` does, for a model of random weights and a vocabulary that has a text for each of its ids."""
     import torch
     import uvicorn
     from generate import random_model
 
     from chatglm_int8 import ChatGLMTokenizer
+    from chatglm_int8.apps.server.app import create_app
+    from chatglm_int8.apps.server.scheduler import Scheduler
+    from chatglm_int8.apps.server.settings import Settings
 
     model = random_model(layers, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     # As embedding and head are one matrix, the likeliest token would always be the last one again.
@@ -58,9 +59,9 @@ def serve_random(layers: int, device: str | None, dtype: str, port: int) -> None
     tokenizer = ChatGLMTokenizer(vocabulary, num_image_tokens=missing)
     for name in ("bos_token_id", "eos_token_id", "mask_token_id", "gmask_token_id", "pad_token_id"):
         setattr(model.config, name, getattr(tokenizer, name))
-    settings = api_server.Settings(max_batch=BATCH, max_queue=QUEUE)
-    scheduler = api_server.Scheduler(model, tokenizer, BATCH, QUEUE)
-    uvicorn.run(api_server.create_app(settings, scheduler), port=port, log_level="warning")
+    settings = Settings(max_batch=BATCH, max_queue=QUEUE)
+    scheduler = Scheduler(model, tokenizer, BATCH, QUEUE)
+    uvicorn.run(create_app(settings, scheduler), port=port, log_level="warning")
 
 
 class Server:
@@ -265,7 +266,7 @@ def main() -> int:
     if arguments.random:
         command = [__file__, "--random", str(arguments.random), *options]
     else:
-        command = [str(ROOT / "examples" / "api_server.py"), "--model", arguments.model, *options]
+        command = ["-m", "chatglm_int8", "serve", "--model", arguments.model, *options]
         command += ["--max-batch", str(BATCH), "--max-queue", str(QUEUE)]
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores: {' '.join(command)}")
     server = Server(command)

@@ -2,7 +2,6 @@
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +9,8 @@ from transformers import AutoModel, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from chatglm_int8 import cuda_graphs, generation_chatglm, quantization
+from chatglm_int8.apps.server.answers import Sampling
+from chatglm_int8.apps.server.scheduler import Scheduler
 from chatglm_int8.cuda_graphs import StepCache, StepGraph
 from chatglm_int8.quantization import QuantizedLinear
 
@@ -220,19 +221,16 @@ def test_recorded_steps_in_threads(cases, golden_model):
 @pytest.mark.parametrize("name", ["int8", "pos1d", "prefix"])
 def test_recorded_steps_of_a_server(name, golden_model, monkeypatch):
     """Rows of several lengths come, are decoded together, and go; each gets what `generate` gives it alone."""
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "examples"))
-    import batching
-
     batches, replay = [], StepGraph.replay
     monkeypatch.setattr(StepGraph, "replay", lambda self, model: batches.append(len(self.ids)) or replay(self, model))
     model = golden_model(name, torch.float16, "sdpa").cuda()
     end = [model.config.gmask_token_id, model.config.bos_token_id]
     torch.manual_seed(0)
     jobs = [
-        ([*torch.randint(10, 400, (length,)).tolist(), *end], batching.Sampling(limit, temperature=0))
+        ([*torch.randint(10, 400, (length,)).tolist(), *end], Sampling(limit, temperature=0))
         for length, limit in ((3, 12), (30, 5), (1, 9), (17, 12), (9, 7))
     ]
-    scheduler = batching.Scheduler(model, range(model.config.vocab_size), max_batch=3)
+    scheduler = Scheduler(model, range(model.config.vocab_size), max_batch=3)
 
     async def answer(prompt, sampling):
         return [token.id async for token in scheduler.submit(prompt, [sampling])[0]]

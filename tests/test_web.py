@@ -1,4 +1,4 @@
-"""The web demo, in a real Chromium where there is one."""
+"""The web page, in a real Chromium where there is one."""
 
 import asyncio
 import os
@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 import urllib.request
 from pathlib import Path
 
@@ -15,19 +16,13 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
 
 gradio = pytest.importorskip("gradio", reason='needs gradio: pip install ".[demo]"')
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-if CHROMIUM is None:
-    pytest.skip("needs a chromium on the PATH", allow_module_level=True)
 
-import cli_demo  # noqa: E402
-import web_demo  # noqa: E402
-from batching import Busy, Failed, Token  # noqa: E402
-
-pytestmark = pytest.mark.slow  # a browser
+from chatglm_int8.apps import cli, loading  # noqa: E402
+from chatglm_int8.apps.server import scheduler  # noqa: E402
+from chatglm_int8.apps.server.answers import Busy, Failed, Token  # noqa: E402
+from chatglm_int8.apps.web import page as web_page  # noqa: E402
 
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 OPTIONS += ["--disable-sync", "--no-first-run"]
@@ -97,17 +92,21 @@ class Scripted:
 
 @pytest.fixture(scope="module")
 def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("needs a chromium on the PATH")
     with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
-        yield chromium
-        chromium.close()
+        running = playwright.chromium.launch(executable_path=chromium, args=OPTIONS)
+        yield running
+        running.close()
 
 
 @pytest.fixture(scope="module")
 def site():
     scripted = Scripted()
     options = {"prevent_thread_lock": True, "quiet": True, "server_name": "127.0.0.1", "server_port": free_port()}
-    _, url, _ = web_demo.launch(web_demo.Chat(scripted), **options)
+    _, url, _ = web_page.launch(web_page.Chat(scripted), **options)
     yield scripted, url
     gradio.close_all(verbose=False)
 
@@ -166,6 +165,29 @@ class Page:
         return self.page.locator("#stop").is_disabled()
 
 
+def test_page_under_a_path_of_a_proxy():
+    """The page asks for its parts where the proxy shows them, and the proxy drops the path."""
+    options = {"prevent_thread_lock": True, "quiet": True, "server_name": "127.0.0.1", "server_port": free_port()}
+    try:
+        _, url, _ = web_page.launch(web_page.Chat(Scripted()), root_path="/chat", **options)
+        proxied = urllib.request.Request(url, headers={"Host": "example.org", "X-Forwarded-Proto": "https"})
+        with urllib.request.urlopen(proxied) as response:
+            page = response.read().decode()
+        assert '"root":"https://example.org/chat"' in page.replace(" ", "")
+    finally:
+        gradio.close_all(verbose=False)
+
+
+def test_the_command_gives_its_path_to_the_page(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(loading, "load", lambda *_: (None, None))
+    monkeypatch.setattr(scheduler, "Scheduler", lambda *_, **__: types.SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(web_page, "launch", lambda chat, **options: seen.update(options))
+    assert cli.main(["web", "--root-path", "/chat", "--port", "80"]) == 0
+    assert seen == {"server_name": "127.0.0.1", "server_port": 80, "root_path": "/chat"}
+
+
+@pytest.mark.slow
 def test_conversation(browser, site):
     """Typed, streamed, answered again, cleared; what was said before goes along."""
     scripted, url = site
@@ -193,6 +215,7 @@ def test_conversation(browser, site):
         assert not page.outside
 
 
+@pytest.mark.slow
 def test_streaming_and_stop(browser, site):
     scripted, url = site
     with Page(browser, url) as page:
@@ -215,6 +238,7 @@ def test_streaming_and_stop(browser, site):
         assert (query, " ".join(kept.split())) == ("long story", stopped)
 
 
+@pytest.mark.slow
 def test_clear_and_reload_in_mid_answer(browser, site):
     """Nothing of it comes back, and its place is free."""
     scripted, url = site
@@ -238,6 +262,7 @@ def test_clear_and_reload_in_mid_answer(browser, site):
         assert scripted.asked[-1] == ("three", [])
 
 
+@pytest.mark.slow
 def test_two_people_at_once(browser, site):
     """Neither waits for the other, nor sees anything of them."""
     _, url = site
@@ -258,15 +283,17 @@ def test_two_people_at_once(browser, site):
         one.click("stop")
 
 
+@pytest.mark.slow
 def test_languages(browser, site):
     _, url = site
-    for locale, texts in (("en-US", web_demo.TEXTS["en"]), ("zh-CN", web_demo.TEXTS["zh-CN"])):
+    for locale, texts in (("en-US", web_page.TEXTS["en"]), ("zh-CN", web_page.TEXTS["zh-CN"])):
         with Page(browser, url, locale) as page:
             for name in ("send", "stop", "again", "clear"):
                 page.page.locator(f"#{name}", has_text=texts[name]).wait_for()
             assert page.box.get_attribute("placeholder") == texts["ask"]
 
 
+@pytest.mark.slow
 def test_markdown_is_rendered_and_html_is_not_run(browser, site):
     _, url = site
     with Page(browser, url) as page:
@@ -281,6 +308,7 @@ def test_markdown_is_rendered_and_html_is_not_run(browser, site):
         assert page.page.evaluate("window.hacked") is None
 
 
+@pytest.mark.slow
 def test_settings_and_troubles(browser, site):
     scripted, url = site
     with Page(browser, url) as page:
@@ -312,18 +340,20 @@ def test_settings_and_troubles(browser, site):
         assert len(scripted.asked) == count
 
 
+@pytest.mark.slow
 def test_examples_can_be_clicked(browser, site):
     scripted, url = site
     with Page(browser, url) as page:
-        page.page.get_by_text(web_demo.EXAMPLES[0], exact=True).click()
+        page.page.get_by_text(web_page.EXAMPLES[0], exact=True).click()
         page.wait_for(lambda: page.messages("bot") and page.is_idle())
-        assert scripted.asked[-1] == (web_demo.EXAMPLES[0], [])
+        assert scripted.asked[-1] == (web_page.EXAMPLES[0], [])
 
 
+@pytest.mark.slow
 def test_command(browser):
     """The command of the README, with the model of this checkout."""
     port = free_port()
-    command = [sys.executable, str(ROOT / "examples" / "web_demo.py"), "--port", str(port), "--device", "cpu"]
+    command = [sys.executable, str(ROOT / "examples" / "web_page.py"), "--port", str(port), "--device", "cpu"]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         url = f"http://127.0.0.1:{port}"
@@ -342,7 +372,7 @@ def test_command(browser):
             numbers.nth(2).press("Tab")
             page.ask("你好")
             page.wait_for(lambda: page.messages("bot") and page.is_idle(), 60)
-            model, tokenizer = cli_demo.load(str(ROOT), "cpu", "auto")
+            model, tokenizer = loading.load(str(ROOT), "cpu", "auto")
             assert page.messages("bot") == [model.chat(tokenizer, "你好", do_sample=False)[0]]
             assert not page.outside
     finally:

@@ -1,8 +1,6 @@
-"""The server: batched decoding, OpenAI's API in front of it, and what clients can do wrong."""
+"""The server: OpenAI's API, what asks for nothing and for too much, and what clients can do wrong."""
 
 import argparse
-import asyncio
-import contextlib
 import functools
 import inspect
 import json
@@ -20,458 +18,36 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
+from chatglm_int8 import ChatGLMForConditionalGeneration
 
 for needed in ("fastapi", "uvicorn", "prometheus_client", "httpx", "openai", "schemathesis"):
     pytest.importorskip(needed, reason=f'needs {needed}: pip install -e ".[test]"')
 
-import api_server  # noqa: E402
-import batching  # noqa: E402
-import cli_demo  # noqa: E402
 import httpx  # noqa: E402
 import openai  # noqa: E402
 import schemathesis  # noqa: E402
 import uvicorn  # noqa: E402
-from batching import AnswerText, Busy, Failed, RowCache, Sampling, Scheduler, TimeLimit  # noqa: E402
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper  # noqa: E402
 
-from chatglm_int8 import ChatGLMForConditionalGeneration  # noqa: E402
+from chatglm_int8.apps import cli  # noqa: E402
+from chatglm_int8.apps.loading import load  # noqa: E402
+from chatglm_int8.apps.server import forms, gate, settings  # noqa: E402
+from chatglm_int8.apps.server.app import create_app  # noqa: E402
+from chatglm_int8.apps.server.http_server import http_config  # noqa: E402
+from chatglm_int8.apps.server.prompts import Prompts  # noqa: E402
 
+ROOT = Path(__file__).resolve().parent.parent
 CHAT = "/v1/chat/completions"
 QUERIES = ["你好", "Hello", "What can you do?", "中国的首都是哪里？", "Tell me a joke", "你是谁", "Thank you", "谢谢"]
 LONG = {"min_tokens": 30, "max_tokens": 30, "temperature": 0}
 
 
-# batching.py
-
-
-def prompts_for(model, count: int, seed: int = 0) -> list[list[int]]:
-    """Prompts of 3 to 20 ids."""
-    generator = random.Random(seed)
-    low = max(model.config.bos_token_id, model.config.eos_token_id, model.config.gmask_token_id) + 1
-    ids = range(6, model.config.mask_token_id) if low >= model.config.vocab_size else range(6, 60)
-    end = [model.config.gmask_token_id, model.config.bos_token_id]
-    return [[*generator.choices(ids, k=generator.randint(1, 18)), *end] for _ in range(count)]
-
-
-def generated(model, prompt: list[int], sampling: Sampling) -> list[int]:
-    """What `generate` answers."""
-    if sampling.seed is not None:
-        torch.manual_seed(sampling.seed)
-    settings = {"max_new_tokens": sampling.max_new_tokens, "do_sample": sampling.temperature > 0}
-    settings["min_new_tokens"] = sampling.min_new_tokens or None
-    if settings["do_sample"]:
-        settings.update(temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
-    ids = model.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist()
-    return ids[: ids.index(model.config.eos_token_id)] if model.config.eos_token_id in ids else ids
-
-
-@contextlib.contextmanager
-def scheduling(model, tokenizer=None, **options):
-    # Of a tokenizer, only the length counts here.
-    scheduler = Scheduler(model, tokenizer or range(model.config.vocab_size), **options)
-    try:
-        yield scheduler
-    finally:
-        scheduler.close()
-
-
-def answers_of(scheduler: Scheduler, jobs: list[tuple[list[int], Sampling]]) -> list[list[batching.Token]]:
-    """The tokens of all jobs, submitted at once."""
-
-    async def one(prompt, sampling):
-        (answer,) = scheduler.submit(prompt, [sampling])
-        return [token async for token in answer]
-
-    async def all_of_them():
-        return await asyncio.gather(*(one(*job) for job in jobs))
-
-    return asyncio.run(all_of_them())
-
-
-def ids_of(answers: list[list[batching.Token]]) -> list[list[int]]:
-    return [[token.id for token in answer] for answer in answers]
-
-
-@pytest.mark.parametrize(
-    ("name", "unit"), [("base", 1), ("base", 16), ("pos1d", 1), ("prefix", 1), ("prefix", 16), ("int8", 1), ("int4", 1)]
-)
-def test_batched_answers_are_those_of_generate(name, unit, golden_model, monkeypatch):
-    """Greedy and sampled, each with its own seed and settings, in more answers than rows, in a cache that grows.
-
-    T and padded prompts are a multiple of `unit`, as on a GPU.
-    """
-    monkeypatch.setattr(batching, "FIRST_COLUMNS", 8)
-    model = golden_model(name, attention="sdpa")
-    generator = random.Random(1)
-    jobs = []
-    for index, prompt in enumerate(prompts_for(model, 12)):
-        limit, least = generator.randint(1, 24), generator.choice([0, 0, 1, 8])
-        warpers = generator.choice([(0, 1.0, 0), (0.95, 0.7, 50), (1.0, 1.0, 0), (1.7, 0.9, 20)])
-        jobs.append((prompt, Sampling(limit, min(limit, least), *warpers, seed=index)))
-    with scheduling(model, max_batch=5) as scheduler:
-        scheduler._cache.unit = unit
-        got = ids_of(answers_of(scheduler, jobs))
-        again = ids_of([answers_of(scheduler, [job])[0] for job in jobs])
-    expected = [generated(model, *job) for job in jobs]
-    assert got == expected
-    assert again == expected
-    assert len({len(ids) for ids in got}) > 3
-
-
-@pytest.mark.parametrize("warpers", [(1.0, 0, 1.0), (0.95, 50, 0.7), (1.7, 20, 0.9), (1.3, 4990, 0.8)])
-def test_rows_are_drawn_as_by_multinomial(warpers):
-    """Warped as transformers does it, with the same random numbers, and as many, as torch.multinomial on each row."""
-    temperature, top_k, top_p = warpers
-    steps = 3 * torch.randn(20, 3, 5000, generator=torch.Generator().manual_seed(1))
-    expected = [[], [], []]
-    for row in range(3):
-        generator = torch.Generator().manual_seed(row)
-        for scores in steps[:, row : row + 1]:
-            for warp in (
-                TemperatureLogitsWarper(temperature),
-                TopKLogitsWarper(top_k or 5000),
-                TopPLogitsWarper(top_p),
-            ):
-                scores = warp(None, scores)
-            expected[row].append(int(torch.multinomial(scores.softmax(dim=-1), 1, generator=generator)))
-    generators = [torch.Generator().manual_seed(row) for row in range(3)]
-    got = []
-    for scores in steps:
-        noise = torch.stack([torch.empty(5000).exponential_(generator=generator) for generator in generators])
-        got.append(batching._draw(scores, noise, *warpers).tolist())
-    assert [list(row) for row in zip(*got, strict=True)] == expected
-
-
-def test_penalties_and_logprobs(golden_model):
-    """Against OpenAI's formula, token by token."""
-    model = golden_model("base", attention="sdpa")
-    (prompt,) = prompts_for(model, 1)
-    sampling = Sampling(12, temperature=0, presence_penalty=1.5, frequency_penalty=0.7, top_logprobs=3)
-    with scheduling(model) as scheduler:
-        plain, answer = answers_of(scheduler, [(prompt, Sampling(12, temperature=0)), (prompt, sampling)])
-    ids = list(prompt)
-    for token in answer:
-        with torch.no_grad():
-            scores = model(torch.tensor([ids])).logits[0, -1].float()
-        logprobs = scores.log_softmax(dim=-1)
-        assert token.logprob == pytest.approx(float(logprobs[token.id]), abs=1e-4)
-        values, best = logprobs.topk(3)
-        assert [pair[0] for pair in token.top] == best.tolist()
-        assert [pair[1] for pair in token.top] == pytest.approx(values.tolist(), abs=1e-4)
-        for other in set(ids[len(prompt) :]):
-            scores[other] -= 1.5 + 0.7 * ids[len(prompt) :].count(other)
-        assert token.id == int(scores.argmax())
-        ids.append(token.id)
-    assert ids_of([plain]) != ids_of([answer])
-    assert plain[0].logprob is None
-
-
-def test_ids_without_text_are_never_chosen(golden_model):
-    """However hot the sampling is, and not among the likeliest either: embeddings have more rows than vocabularies."""
-    model = golden_model("base", attention="sdpa")
-    (prompt,) = prompts_for(model, 1)
-    known = model.config.vocab_size // 2
-    sampling = Sampling(40, temperature=1e30, top_p=1.0, top_k=0, seed=1, top_logprobs=20)
-    with scheduling(model, tokenizer=range(known)) as scheduler:
-        (answer,) = answers_of(scheduler, [(prompt, sampling)])
-    assert len(answer) == 40
-    assert all(index < known for token in answer for index in (token.id, *dict(token.top)))
-
-
-def test_cancelled_answers_leave_before_the_next_step(golden_model, monkeypatch):
-    model = golden_model("base", attention="sdpa")
-    model.config.eos_token_id = -1  # nothing ends by itself
-    (prompt,) = prompts_for(model, 1)
-    with scheduling(model, max_batch=2, max_queue=2) as scheduler:
-        rows = []
-        step = scheduler._step
-        monkeypatch.setattr(scheduler, "_step", lambda: (rows.append(list(scheduler._rows)), step()))
-
-        async def run():
-            first, second, queued = scheduler.submit(prompt, [Sampling(60) for _ in range(3)])
-            async for _ in first:
-                break
-            first.cancel()
-            seen = len(rows)
-            ids = [token.id async for token in second]
-            assert len([token async for token in first]) <= seen + 1
-            assert first.finish_reason == "cancelled"
-            queued_ids = [token.id async for token in queued]
-            assert len(ids) == len(queued_ids) == 60
-            return first, seen
-
-        first, seen = asyncio.run(run())
-        # A step may have been on its way when `cancel` was called.
-        assert all(first not in step_rows for step_rows in rows[seen + 1 :])
-        assert rows[-1]
-
-
-def test_several_answers_are_followed_at_once():
-    """What came before a failure is given first."""
-
-    async def run():
-        first, second = (batching.Answer([1], Sampling(3), deadline=0) for _ in range(2))
-        batching._deliver([(second, batching.Token(1)), (second, batching.Token(2)), (second, Failed("broken"))])
-        await batching.arrival([first, second])
-        assert first.take() == []
-        assert ids_of([second.take()]) == [[1, 2]]
-        await batching.arrival([first, second])
-        with pytest.raises(Failed):
-            second.take()
-        waiting = asyncio.ensure_future(batching.arrival([first, second]))
-        await asyncio.sleep(0)
-        assert not waiting.done()
-        batching._deliver([(first, batching.Token(3)), (first, "length")])
-        await waiting
-        assert ids_of([first.take()]) == [[3]]
-        assert first.finish_reason == "length"
-
-    asyncio.run(run())
-
-
-def test_full_queue_takes_all_or_nothing(golden_model):
-    model = golden_model("base", attention="sdpa")
-    (prompt,) = prompts_for(model, 1)
-    with scheduling(model, max_batch=1, max_queue=2) as scheduler:
-
-        async def run():
-            answers = scheduler.submit(prompt, [Sampling(40)] * 3)
-            with pytest.raises(Busy):
-                scheduler.submit(prompt, [Sampling(40)])
-            for answer in answers[1:]:
-                answer.cancel()
-            tokens = [token async for token in answers[0]]
-            for _ in range(100):  # both have left by now, or are about to
-                if not scheduler.waiting + scheduler.running:
-                    break
-                await asyncio.sleep(0.05)
-            with pytest.raises(Busy):
-                scheduler.submit(prompt, [Sampling(40)] * 4)
-            assert not scheduler.waiting + scheduler.running
-            return tokens
-
-        assert asyncio.run(run())
-
-
-def test_time_limit_and_close(golden_model):
-    model = golden_model("base", attention="sdpa")
-    model.config.eos_token_id = -1
-    (prompt,) = prompts_for(model, 1)
-    scheduler = Scheduler(model, range(model.config.vocab_size), max_batch=1, time_limit=0.05)
-
-    async def late():
-        answers = scheduler.submit(prompt, [Sampling(10_000)] * 2)
-        scheduler.time_limit = 60
-        for answer in answers:  # one running, one waiting
-            with pytest.raises(TimeLimit):
-                async for _ in answer:
-                    pass
-        (last,) = scheduler.submit(prompt, [Sampling(10_000)])
-        async for _ in last:
-            break
-        await asyncio.to_thread(scheduler.close)
-        with pytest.raises(Failed, match="shutting down"):
-            async for _ in last:
-                pass
-        with pytest.raises(Failed, match="shutting down"):
-            scheduler.submit(prompt, [Sampling(1)])
-
-    model.config.max_sequence_length = 100_000
-    scheduler.max_length = 100_000
-    scheduler._cache._limit = 100_000
-    asyncio.run(late())
-
-
-@pytest.mark.parametrize("error", [RuntimeError("secret path"), torch.OutOfMemoryError("secret path")])
-def test_a_failed_step_fails_its_answers_alone(error, golden_model, monkeypatch):
-    model = golden_model("base", attention="sdpa")
-    jobs = [(prompt, Sampling(8, seed=3)) for prompt in prompts_for(model, 3)]
-    expected = [generated(model, *job) for job in jobs]
-    with scheduling(model) as scheduler:
-        step = scheduler._step
-
-        def fail():
-            raise error
-
-        monkeypatch.setattr(scheduler, "_step", fail)
-        with pytest.raises(Failed) as failure:
-            answers_of(scheduler, jobs)
-        assert "secret" not in str(failure.value)
-        monkeypatch.setattr(scheduler, "_step", step)
-        assert ids_of(answers_of(scheduler, jobs)) == expected
-        assert scheduler.healthy
-
-
-@pytest.mark.parametrize(
-    ("error", "counts"), [(RuntimeError("secret"), True), (torch.OutOfMemoryError("secret"), False)]
-)
-def test_a_prompt_that_fails(error, counts, golden_model, monkeypatch):
-    """Its client is told; three in a row that are not for want of memory, and the scheduler is broken."""
-    job = ([7, 8, 501, 504], Sampling(4, seed=1, min_new_tokens=4))
-    with scheduling(golden_model("base", attention="sdpa")) as scheduler:
-        prefill = scheduler._prefill
-
-        def fail(group):
-            raise error
-
-        monkeypatch.setattr(scheduler, "_prefill", fail)
-        for i in range(3):
-            with pytest.raises(Failed) as failure:
-                answers_of(scheduler, [job])
-            assert "secret" not in str(failure.value)
-            assert scheduler.healthy == (i < 2 or not counts)
-        monkeypatch.setattr(scheduler, "_prefill", prefill)
-        assert len(answers_of(scheduler, [job])[0]) == 4
-        assert scheduler.healthy
-
-
-def test_broken_scores_give_a_fixed_id(golden_model):
-    model = golden_model("base", attention="sdpa")
-    model.transformer.final_layernorm.weight.data[0] = float("nan")
-    with scheduling(model) as scheduler:
-        for temperature in (0, 1.0):
-            (ids,) = ids_of(answers_of(scheduler, [([7, 8, 501, 504], Sampling(3, temperature=temperature))]))
-            assert ids == [5, 5, 5]
-
-
-def test_without_a_seed_answers_differ(golden_model):
-    job = ([7, 8, 501, 504], Sampling(8, temperature=2.0, top_p=1.0, min_new_tokens=8))
-    with scheduling(golden_model("base", attention="sdpa")) as scheduler:
-        assert len(set(map(tuple, ids_of(answers_of(scheduler, [job] * 4))))) > 1
-
-
-def test_an_answer_ends_where_the_room_does(golden_model):
-    model = golden_model("base", attention="sdpa")
-    model.config.eos_token_id = -1
-
-    async def run() -> tuple[int, str]:
-        (answer,) = scheduler.submit([7, 8, 501, 504], [Sampling(10_000, temperature=0)])
-        return len([token async for token in answer]), answer.finish_reason
-
-    with scheduling(model, max_length=20) as scheduler:
-        assert asyncio.run(run()) == (16, "length")
-
-
-def test_those_who_wait_may_leave_or_be_late(golden_model):
-    model = golden_model("base", attention="sdpa")
-    model.config.eos_token_id = -1
-    prompt = [7, 8, 501, 504]
-
-    async def run() -> None:
-        (first,) = scheduler.submit(prompt, [Sampling(1500)])
-        async for _ in first:
-            break
-        (gone,) = scheduler.submit(prompt, [Sampling(5)])
-        scheduler.time_limit = 0.05
-        (late,) = scheduler.submit(prompt, [Sampling(5)])
-        gone.cancel()
-        assert [token async for token in gone] == []
-        assert gone.finish_reason == "cancelled"
-        with pytest.raises(TimeLimit):
-            async for _ in late:
-                pass
-        assert (scheduler.waiting, scheduler.running, first.finish_reason) == (0, 1, None)
-        first.cancel()
-
-    with scheduling(model, max_batch=1) as scheduler:
-        asyncio.run(run())
-
-
-def test_rows_leave_nothing_behind(golden_model):
-    """NaN in a row that left must not reach the one that takes its place."""
-    model = golden_model("base", attention="sdpa")
-    cache = RowCache(model, rows=3, columns=20)
-
-    class Prefilled:
-        def __init__(self, value: float):
-            heads, width = model.config.num_attention_heads, model.config.hidden_size
-            states = torch.full((1, heads, 9, width // heads), value)
-            layer = type("Layer", (), {"keys": states, "values": states})
-            self.layers = [layer] * model.config.num_layers
-
-    for value, length in ((1.0, 4), (float("nan"), 9), (3.0, 2)):
-        cache.append(Prefilled(value), 0, length)
-    cache.remove(1)
-    assert cache.lengths == [4, 2]
-    for store in cache._stores:
-        assert (store[:, 0, :, :4] == 1).all()
-        assert (store[:, 1, :, :2] == 3).all()
-        assert (store[:, 0, :, 4:] == 0).all()
-        assert (store[:, 1, :, 2:] == 0).all()
-        assert (store[:, 2] == 0).all()
-
-
-def test_prompts_of_like_length_are_read_together():
-    def waiting(*lengths):
-        return [type("Answer", (), {"prompt": [0] * length, "length": length}) for length in lengths]
-
-    def group(rows, *lengths):
-        return [answer.length for answer in batching._prefill_group(waiting(*lengths), rows)]
-
-    assert group(8) == []
-    assert group(8, 10, 12, 9) == [10, 12, 9]
-    assert group(2, 10, 12, 9) == [10, 12]
-    assert group(8, 10, 500, 12) == [10, 12]  # the long one is first next time
-    assert group(8, 1500, 1400) == [1500]
-    assert group(0, 3) == []
-    assert [answer.length for answer in batching._prefill_group(waiting(10, 60, 50, 12), 8, 200)] == [10, 60, 50]
-
-
-class Characters:
-    """A tokenizer of one that decodes each id to a string of a list."""
-
-    def __init__(self, strings: list[str]):
-        self.strings = strings
-
-    def decode_stream(self):
-        return type("Stream", (), {"step": lambda _, i: self.strings[i], "flush": lambda _: ""})()
-
-
-def test_pieces_of_text_make_up_the_whole(golden_model):
-    """However it is cut into tokens; with stop strings, up to the one that is complete first."""
-    process = golden_model("base").process_response
-    generator = random.Random(3)
-    alphabet = [*"ab ,!?:;，中文\n[]", "[[训练时间]]", "[[训练时", "间]]", "ab\n", "b,"]
-    stopped = 0
-    for _ in range(4000):
-        strings = generator.choices(alphabet, k=12)
-        stop = [
-            "".join(generator.choices("ab,，\n中 ", k=generator.randint(1, 3))) for _ in range(generator.randint(0, 2))
-        ]
-        chat = generator.random() < 0.7
-        text = AnswerText(Characters(strings), process if chat else None, stop)
-        got = ""
-        for index in range(len(strings)):
-            got += text.step(index)
-            if text.stopped:
-                break
-        got += text.finish()
-
-        whole = "".join(strings)
-        if chat:
-            space = whole[len(whole.rstrip()) :]
-            whole = process(whole) + (space if process(whole) else "")
-        found = [(whole.find(s) + len(s), whole.find(s)) for s in stop if s in whole]
-        expected = whole[: min(found)[1]] if found else whole
-        assert got == (expected.rstrip() if chat else expected), (strings, stop)
-        assert text.stopped == bool(found)
-        stopped += text.stopped
-    assert 500 < stopped < 3500
-
-
-# api_server.py
-
-
 class Running:
     """A server in a thread of this process."""
 
-    def __init__(self, **settings):
-        settings = {"device": "cpu", "dtype": "float32", **settings}
-        self.app = api_server.create_app(api_server.Settings(**settings))
+    def __init__(self, **given):
+        self.app = create_app(settings.Settings(**{"device": "cpu", "dtype": "float32", **given}))
         address = argparse.Namespace(host="127.0.0.1", port=0, keep_alive=75)
-        self.server = uvicorn.Server(api_server.http_config(self.app, address))
+        self.server = uvicorn.Server(http_config(self.app, address))
         self.thread = threading.Thread(target=self.server.run)
 
     def __enter__(self):
@@ -517,7 +93,7 @@ def small_server():
 @pytest.fixture(scope="module")
 def reference():
     """Model and tokenizer of our own."""
-    return cli_demo.load(str(ROOT), "cpu", "float32")
+    return load(str(ROOT), "cpu", "float32")
 
 
 @pytest.fixture
@@ -724,14 +300,14 @@ def test_errors_have_one_form(small_server, method, path, content, status):
 
 def test_defaults_are_those_of_chat():
     arguments = inspect.signature(ChatGLMForConditionalGeneration.chat).parameters
-    for form in (api_server.ChatForm, api_server.CompletionForm, api_server.PublicForm):
+    for form in (forms.ChatForm, forms.CompletionForm, forms.PublicForm):
         for name in ("temperature", "top_p"):
             assert form.model_fields[name].default == arguments[name].default
-    assert api_server.PublicForm.model_fields["max_length"].default == arguments["max_length"].default
+    assert forms.PublicForm.model_fields["max_length"].default == arguments["max_length"].default
 
 
 def test_a_body_that_does_not_arrive(small_server, monkeypatch):
-    monkeypatch.setattr(api_server, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(gate, "BODY_SECONDS", 0.2)
     host, port = small_server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
@@ -900,6 +476,27 @@ def test_old_rounds_are_left_out_as_by_chat(small_server, reference):
     assert body_of(response)["code"] == "context_length_exceeded"
 
 
+def test_conversations_that_are_no_rounds(server, reference):
+    """Question after question, several or late system messages, a greeting: as the chat template puts them."""
+    model, tokenizer = reference
+    system = {"role": "system", "content": "Be kind."}
+    greeting = {"role": "assistant", "content": "Hi! Ask me something."}
+    for messages in (
+        [*user("Hello"), *user("What can you do?")],
+        [system, system, *user("Hello")],
+        [{**system, "role": "developer"}, *user("Hello")],
+        [*user("Hello"), greeting, system, *user("What can you do?")],
+        [*user("Hello"), system],
+        [greeting, *user("Hello")],
+        [*user("Hello"), greeting, greeting, *user("Thank you")],
+    ):
+        reply = server.http.post(CHAT, json={"messages": messages, "temperature": 0, "max_tokens": 8}).json()
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert reply["usage"]["prompt_tokens"] == len(ids)
+        text = tokenizer.decode(model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=8)[0, len(ids) :])
+        assert reply["choices"][0]["message"]["content"] == model.process_response(text)
+
+
 def test_cors():
     """Only for pages of the given origins, whose preflight has no key."""
     preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
@@ -938,11 +535,11 @@ def test_head_and_slashes(server):
 def test_http_server_does_not_depend_on_what_is_installed():
     """uvicorn would take httptools, uvloop and websockets if they were there."""
     parser = argparse.ArgumentParser()
-    api_server.add_address_arguments(parser)
-    config = api_server.http_config(None, parser.parse_args([]))
+    settings.add_address_arguments(parser)
+    config = http_config(None, parser.parse_args([]))
     assert (config.http, config.loop, config.ws) == ("h11", "asyncio", "none")
     assert config.timeout_keep_alive == 75
-    assert api_server.http_config(None, parser.parse_args(["--keep-alive", "9"])).timeout_keep_alive == 9
+    assert http_config(None, parser.parse_args(["--keep-alive", "9"])).timeout_keep_alive == 9
 
 
 def test_upgrades_are_ignored(server):
@@ -1151,7 +748,7 @@ def test_a_failure_inside_is_500_without_details(monkeypatch):
         def fail(*_):
             raise RuntimeError(f"broken at {ROOT}")
 
-        monkeypatch.setattr(api_server.Service, "chat_prompt", fail)
+        monkeypatch.setattr(Prompts, "of_chat", fail)
         response = running.chat()
         assert response.status_code == 500
         assert body_of(response)["type"] == "server_error"
@@ -1291,7 +888,7 @@ def test_command_and_sigterm(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(ROOT / "examples" / "api_server.py"), "--port", str(port), "--device", "cpu"]
+    command = [sys.executable, "-m", "chatglm_int8", "serve", "--port", str(port), "--device", "cpu"]
     with open(tmp_path / "log", "wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
@@ -1328,38 +925,35 @@ def test_command_and_sigterm(tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 def test_ctrl_c_twice_ends_the_scheduler_before_the_interpreter(tmp_path):
     """In the middle of an answer. A thread that still computes then aborts the process now and then."""
-    script = f"""
-import argparse, asyncio, atexit, os, signal, sys, threading
+    script = """
+import atexit, os, signal, sys, threading, time
 atexit.register(lambda: print([thread.name for thread in threading.enumerate()]))
-sys.path.insert(0, {str(ROOT / "examples")!r})
-import api_server, batching
-class Slow(batching.Scheduler):
-    def _step(self):
-        if not getattr(self, "interrupted", False):
-            self.interrupted = True
-            os.kill(os.getpid(), signal.SIGINT)
-            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-        super()._step()
-batching.Scheduler = api_server.Scheduler = Slow
+from chatglm_int8.apps import cli
+from chatglm_int8.apps.server.scheduler import Scheduler
+import httpx
+step = Scheduler._step
+def interrupting(scheduler):
+    Scheduler._step = step
+    os.kill(os.getpid(), signal.SIGINT)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+Scheduler._step = interrupting
 def ask():
-    import httpx, time
-    body = {{"messages": [{{"role": "user", "content": "Hello"}}], "min_tokens": 1900}}
+    body = {"messages": [{"role": "user", "content": "Hello"}], "min_tokens": 1900}
     while True:
         try:
-            httpx.post("http://127.0.0.1:" + sys.argv[2] + "/v1/chat/completions", json=body, timeout=60)
-            return
+            httpx.post("http://127.0.0.1:" + sys.argv[-1] + "/v1/chat/completions", json=body, timeout=60)
         except httpx.ConnectError:
             time.sleep(0.1)
         except httpx.HTTPError:
             return
 threading.Thread(target=ask, daemon=True).start()
-sys.exit(api_server.main())
+sys.exit(cli.main(sys.argv[1:]))
 """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ended = subprocess.run(
-        [sys.executable, "-c", script, "--port", str(port), "--device", "cpu"],
+        [sys.executable, "-c", script, "serve", "--device", "cpu", "--port", str(port)],
         capture_output=True,
         timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -1372,9 +966,8 @@ sys.exit(api_server.main())
 
 
 def test_arguments_of_the_command(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["api_server.py", "--model", str(tmp_path / "nowhere")])
     handler = signal.getsignal(signal.SIGTERM)
-    assert api_server.main() == 1
+    assert cli.main(["serve", "--model", str(tmp_path / "nowhere")]) == 1
     signal.signal(signal.SIGTERM, handler)
     assert capsys.readouterr().err.count("\n") == 1
     for wrong in (
@@ -1385,8 +978,7 @@ def test_arguments_of_the_command(capsys, monkeypatch, tmp_path):
         ["--cors-origin", "chat.example.org"],
         ["--cors-origin", "https://chat.example.org/page"],
     ):
-        monkeypatch.setattr(sys, "argv", ["api_server.py", *wrong])
         with pytest.raises(SystemExit) as ended:
-            api_server.main()
+            cli.main(["serve", *wrong])
         assert ended.value.code == 2
         assert wrong[0] in capsys.readouterr().err

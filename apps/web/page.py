@@ -1,26 +1,12 @@
-"""Chats with a ChatGLM model in the browser.
+"""The page: one conversation in each tab, in Chinese or English as the browser is."""
 
-    python examples/web_demo.py [--model FOLDER] [--device DEVICE] [--host 127.0.0.1] [--port 7860]
-
-Everybody who opens the page has a conversation of their own, answers are decoded together (see batching.py), and the
-interface is Chinese or English as the browser is. Nothing comes from the internet. The default model is the small one
-in this checkout.
-"""
-
-import argparse
 import asyncio
-import os
-import sys
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+import gradio as gr
 
-try:
-    import batching
-    import cli_demo
-    import gradio as gr
-    from batching import Answer, AnswerText, Busy, Failed, Sampling, Scheduler, TimeLimit
-except ModuleNotFoundError as error:
-    sys.exit(f'{error}. Install the demo first: pip install ".[demo]"   (in the folder above examples)')
+from ..server.answer_text import AnswerText
+from ..server.answers import Answer, Busy, Failed, Sampling, TimeLimit
+from ..server.scheduler import Scheduler
 
 TEXTS = {
     "en": {
@@ -230,27 +216,3 @@ def launch(chat: Chat, **options):
         ssr_mode=False,
         **options,
     )
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Chats with a ChatGLM model in the browser.")
-    cli_demo.add_model_arguments(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all networks (default: %(default)s)")
-    parser.add_argument("--port", type=cli_demo.port, default=7860)
-    parser.add_argument("--root-path", default="", help="path under which a proxy shows the page, such as /chat")
-    batching.add_arguments(parser)
-    arguments = parser.parse_args()
-    try:
-        model, tokenizer = cli_demo.load(arguments.model, arguments.device, arguments.dtype)
-        scheduler = Scheduler(model, tokenizer, arguments.max_batch, max_length=arguments.max_length)
-        address = {"server_name": arguments.host, "server_port": arguments.port, "root_path": arguments.root_path}
-        launch(Chat(scheduler), **address)
-        scheduler.close()
-    except (OSError, ValueError) as error:
-        print(f"web_demo.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

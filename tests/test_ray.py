@@ -15,13 +15,12 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
 
 pytest.importorskip("ray.serve", reason='needs Ray Serve: pip install ".[ray]"')
 httpx = pytest.importorskip("httpx", reason="needs httpx: pip install httpx")
 psutil = pytest.importorskip("psutil", reason="needs psutil: pip install psutil")
 
-import cli_demo  # noqa: E402
+from chatglm_int8.apps.loading import load  # noqa: E402
 
 pytestmark = pytest.mark.slow  # starts a cluster of one machine
 
@@ -31,14 +30,14 @@ CLIENTS = 6
 
 
 class Cluster:
-    """examples/ray_serve.py with two replicas."""
+    """`chatglm ray` with two replicas."""
 
     def __init__(self, log: Path):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, str(ROOT / "examples" / "ray_serve.py"), "--port", str(port), "--dtype", "float32"]
+        command = [sys.executable, "-m", "chatglm_int8", "ray", "--port", str(port), "--dtype", "float32"]
         command += ["--min-replicas", "2", "--max-replicas", "2", "--cpus", "0.5", "--device", "cpu"]
         self.log = log
         with open(log, "wb") as file:
@@ -84,7 +83,7 @@ def cluster(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected():
     """(query, seed) → what `chat` answers."""
-    model, tokenizer = cli_demo.load(str(ROOT), "cpu", "float32")
+    model, tokenizer = load(str(ROOT), "cpu", "float32")
     answers = {}
     for query in QUERIES:
         for seed in range(2):
