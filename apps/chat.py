@@ -95,6 +95,6 @@ def chat(model, tokenizer, settings: dict) -> None:
                 print(f"\n{INTERRUPTED}", flush=True)
             except (ValueError, torch.OutOfMemoryError) as error:
                 print(flush=True)
-                complain("chat", error)
+                complain("chatglm chat", error)
     if from_terminal:
         print()

@@ -14,6 +14,7 @@ PROGRAMS = {  # names of subcommands, and their modules
     "web": "web",
     "serve": "server",
     "ray": "ray",
+    "finetune": "finetune",
     "merge": "merge",
     "quantize": "quantize",
 }
@@ -60,24 +61,25 @@ def main(command_line: list[str] | None = None) -> int:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars in log files; read when tqdm is imported
     try:
-        module, parsed = parse(sys.argv[1:] if command_line is None else command_line)
-        return _run(module, parsed)
+        return _run(sys.argv[1:] if command_line is None else command_line)
     finally:
         flush_output()
 
 
-def _run(module, parsed: argparse.Namespace) -> int:
+def _run(command_line: list[str]) -> int:
+    program = " ".join(["chatglm", *command_line[:1]])
     try:
+        module, parsed = parse(command_line)
         return module.run(parsed) or 0
     except BrokenPipeError:  # the reader of the output has gone
         return 1
     except KeyboardInterrupt:
-        complain(parsed.program, "interrupted")
+        complain(program, "interrupted")
         return 130
     except Exception as error:
         if not isinstance(error, _expected()):
             raise
-        complain(parsed.program, error)
+        complain(program, error)
         return 1
 
 

@@ -2,13 +2,14 @@
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 
 
 @contextlib.contextmanager
 def imports(extra: str | None = None) -> Iterator[None]:
-    """For the imports at the beginning of a program's `run`.
+    """For the imports at the beginning of a program's `run`: of other packages and of this one's modules.
 
     Ctrl-C ends the process at once. As an exception it would be lost or printed in the midst of somebody's import.
 
@@ -23,6 +24,7 @@ def imports(extra: str | None = None) -> Iterator[None]:
     if ends:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
+        _run_init()
         yield
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("chatglm_int8"):
@@ -32,3 +34,10 @@ def imports(extra: str | None = None) -> Iterator[None]:
     finally:
         if ends:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _run_init() -> None:
+    """Run the package's own __init__, if the script `chatglm` has left it for later."""
+    package = sys.modules["chatglm_int8"]
+    if not hasattr(package, "__version__"):
+        package.__spec__.loader.exec_module(package)

@@ -38,4 +38,4 @@ def flush_output() -> None:
 
 def complain(program: str, error: BaseException | str) -> None:
     """Say in one line on stderr what is wrong."""
-    print(f"chatglm {program}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

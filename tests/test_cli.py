@@ -51,13 +51,30 @@ for arguments in [["--help"], *([name, "--help"] for name in sys.argv[1:])]:
         command.main()
     except SystemExit as end:
         assert not end.code
-heavy = {{"chatglm_int8", "torch", "transformers", "fastapi", "uvicorn", "gradio", "ray", "peft"}} & set(sys.modules)
+assert not hasattr(sys.modules["chatglm_int8"], "__version__")
+heavy = {{"torch", "transformers", "fastapi", "uvicorn", "gradio", "ray", "peft"}} & set(sys.modules)
 assert not heavy, heavy
 """
     command = [sys.executable, "-c", script, COMMAND[-1], *cli.PROGRAMS]
     done = subprocess.run(command, capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr.decode()
     assert all(f"usage: chatglm {name}" in done.stdout.decode() for name in cli.PROGRAMS)
+
+
+def test_the_package_is_whole_when_a_program_needs_it():
+    script = f"""{ENTER}
+command.main()
+import chatglm_int8.apps.imports
+with chatglm_int8.apps.imports.imports():
+    from chatglm_int8 import ChatGLMConfig
+    from transformers import AutoConfig
+assert AutoConfig.for_model("chatglm").__class__ is ChatGLMConfig
+assert sys.modules["chatglm_int8"].modeling_chatglm.ChatGLMModel is chatglm_int8.ChatGLMModel
+"""
+    command = [sys.executable, "-c", script, COMMAND[-1], "chat", "hello", "--model", "nowhere"]
+    done = subprocess.run(command, capture_output=True, timeout=120)
+    message = "chatglm chat: There is no folder nowhere: give a ChatGLM checkpoint folder with --model.\n"
+    assert (done.returncode, done.stdout.decode(), done.stderr.decode()) == (0, "", message)
 
 
 def parsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
@@ -175,6 +192,8 @@ def test_a_missing_package_is_a_line_that_says_what_to_install():
 def test_ctrl_c_while_modules_are_imported():
     script = (
         "import importlib.util, sys, time\n"
+        "sys.modules['chatglm_int8'] = importlib.util\n"
+        "importlib.util.__version__ = ''\n"
         "spec = importlib.util.spec_from_file_location('imports', sys.argv[1])\n"
         "module = importlib.util.module_from_spec(spec)\n"
         "spec.loader.exec_module(module)\n"
@@ -236,3 +255,13 @@ def test_a_reader_that_has_gone():
     done = subprocess.run([*COMMAND, "--help"], stdout=writing, stderr=subprocess.PIPE, timeout=60)
     os.close(writing)
     assert done.stderr == b""
+
+
+# The wheel
+
+
+def test_every_folder_of_programs_is_in_the_wheel():
+    text = (APPS.parent / "pyproject.toml").read_text(encoding="utf-8")
+    folders = [path.parent.relative_to(APPS.parent) for path in APPS.rglob("__init__.py")]
+    packages = {".".join(["chatglm_int8", *folder.parts]) for folder in folders} - {"chatglm_int8.apps.command"}
+    assert all(f'"{name}"' in text for name in {*packages, "chatglm_command"})

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,18 +19,23 @@ from transformers import AutoModel
 
 from chatglm_int8 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer, checkpoint
 from chatglm_int8.apps import cli, lora_adapter
+from chatglm_int8.apps.finetuning import tune as tuning
+from chatglm_int8.apps.finetuning.examples import Collator, most_rounds, read_examples
+from chatglm_int8.apps.finetuning.model import build_model
+from chatglm_int8.apps.finetuning.resume import last_complete
+from chatglm_int8.apps.finetuning.scores import answer_scores, predict
+from chatglm_int8.apps.finetuning.settings import Settings, settings_of
+from chatglm_int8.apps.finetuning.trainer import training_arguments
 from chatglm_int8.apps.lora_adapter import Lora
 from chatglm_int8.apps.rewrite_folder import export_prefix, rewrite_folder
 
 ROOT = Path(__file__).resolve().parent.parent
-for folder in ("examples", "benchmarks"):
-    sys.path.insert(0, str(ROOT / folder))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import finetune  # noqa: E402
 import make_checkpoint  # noqa: E402
 
 DIALOGUES = ROOT / "examples" / "new_dialogues.jsonl"
-SCRIPT = str(ROOT / "examples" / "finetune.py")
+PROGRAM = ["-m", "chatglm_int8.apps.finetune"]
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft")
 
 
@@ -59,14 +65,20 @@ def make_tiny(folder: Path, bits: int) -> Path:
     return folder
 
 
-def settings(**fields) -> finetune.Settings:
-    return finetune.Settings(**{"train_file": "", "method": "lora", **fields})
+def settings(**fields) -> Settings:
+    return Settings(**{"train_file": "", "method": "lora", **fields})
 
 
-def tune(monkeypatch, *arguments) -> None:
-    """Run finetune.py in this process."""
-    monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, arguments), "--use-cpu", "true"])
-    finetune.main()
+def tune(*arguments) -> None:
+    """Run the program in this process."""
+    assert cli.main(["finetune", *map(str, arguments), "--use-cpu", "true"]) == 0
+
+
+def refused(capsys, *arguments) -> str:
+    """What the program says before it ends with code 1."""
+    assert cli.main(["finetune", *map(str, arguments), "--use-cpu", "true"]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("chatglm finetune: ")]
+    return line
 
 
 def first_dialogues(path: Path, count: int) -> Path:
@@ -99,7 +111,7 @@ def test_examples_are_what_chat_asks_and_the_answer(form, history, tokenizer, tm
     text = json.dumps([row, row] if form == "list" else row, ensure_ascii=False)
     path = tmp_path / "data.json"
     path.write_text("\ufeff" + (text if form == "list" else f"{text}\n\n{text}"), encoding="utf-8")
-    examples = finetune.read_examples(path, tokenizer, settings(**names), quiet=True)
+    examples = read_examples(path, tokenizer, settings(**names), quiet=True)
     model = ChatGLMForConditionalGeneration.from_pretrained(ROOT)
     prompt = model.build_inputs(tokenizer, "你好\u2028<sop>", history)["input_ids"][0].tolist()
     answer = tokenizer.encode("我很好。", add_special_tokens=False)
@@ -108,7 +120,7 @@ def test_examples_are_what_chat_asks_and_the_answer(form, history, tokenizer, tm
 
 def test_loss_is_on_the_answer_alone(tokenizer):
     sop, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
-    batch = finetune.Collator(tokenizer)([{"input_ids": [7, 8, sop, 9, 10]}, {"input_ids": [7, sop, 11]}])
+    batch = Collator(tokenizer)([{"input_ids": [7, 8, sop, 9, 10]}, {"input_ids": [7, sop, 11]}])
     assert batch["input_ids"].tolist() == [[7, 8, sop, 9, 10], [pad, pad, 7, sop, 11]]
     assert batch["labels"].tolist() == [[-100, -100, -100, 9, 10], [-100] * 4 + [11]]
     assert batch["attention_mask"].tolist() == [[1] * 5, [0, 0, 1, 1, 1]]
@@ -143,7 +155,7 @@ def test_bad_data(data, names, message, tokenizer, tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(data if isinstance(data, bytes) else data.encode())
     with pytest.raises(ValueError, match=message) as caught:
-        finetune.read_examples(path, tokenizer, settings(**names), quiet=True)
+        read_examples(path, tokenizer, settings(**names), quiet=True)
     assert str(path) in str(caught.value)
 
 
@@ -157,16 +169,129 @@ def test_long_dialogues(tokenizer, tmp_path, capsys):
     ]
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    whole = finetune.read_examples(path, tokenizer, settings(), quiet=True)
+    whole = read_examples(path, tokenizer, settings(), quiet=True)
     limit = len(whole[1]["input_ids"]) - 1
-    examples = finetune.read_examples(path, tokenizer, settings(max_length=limit))
+    examples = read_examples(path, tokenizer, settings(max_length=limit))
     rows[1]["history"] = rounds[1:]
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    assert examples == finetune.read_examples(path, tokenizer, settings(), quiet=True)[:2]
+    assert examples == read_examples(path, tokenizer, settings(), quiet=True)[:2]
     printed = capsys.readouterr().out
     assert "2 dialogues" in printed
     assert f"1 with more than --max-length = {limit} tokens were cut to their last rounds" in printed
     assert "were left out, the first: " + str(path) + ", line 3" in printed
+
+
+ALPACA = {"prompt_column": "instruction", "response_column": "output"}
+TALK = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "c"},
+    {"role": "assistant", "content": "d"},
+]
+TALK_ROWS = [
+    {"prompt": "a", "response": "b"},
+    {"prompt": "c", "response": "d", "history": [["a", "b"]]},
+]
+SHARE = [
+    {"from": {"user": "human", "assistant": "gpt"}[message["role"]], "value": message["content"]} for message in TALK
+]
+
+
+def ids_of(rows: list[dict], tokenizer, folder: Path, **names) -> list[list[int]]:
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return [example["input_ids"] for example in read_examples(path, tokenizer, settings(**names))]
+
+
+@pytest.mark.parametrize(
+    ("row", "names", "same"),
+    [
+        ({"instruction": "a", "input": "b", "output": "c"}, ALPACA, [{"prompt": "a\nb", "response": "c"}]),
+        ({"instruction": "a", "input": "", "output": "c"}, ALPACA, [{"prompt": "a", "response": "c"}]),
+        ({"instruction": "a", "input": None, "output": "c", "id": None}, ALPACA, [{"prompt": "a", "response": "c"}]),
+        ({"prompt": "a", "input": "b", "response": "c"}, {}, [{"prompt": "a\nb", "response": "c"}]),
+        (
+            {"prompt": "a", "text": "b", "response": "c"},
+            {"input_column": "text"},
+            [{"prompt": "a\nb", "response": "c"}],
+        ),
+        ({"messages": TALK}, {}, TALK_ROWS),
+        ({"conversations": SHARE}, {}, TALK_ROWS),
+        ({"talk": SHARE}, {"messages_column": "talk"}, TALK_ROWS),
+        (
+            {"messages": [{"role": "system", "content": "s"}, *TALK]},
+            {},
+            [{**row, "system": "s"} for row in TALK_ROWS],
+        ),
+        ({"conversations": SHARE, "system": "s"}, {}, [{**row, "system": "s"} for row in TALK_ROWS]),
+        (
+            {"prompt": "a", "response": "b", "instructions": "s"},
+            {"system_column": "instructions"},
+            [{"prompt": "a", "response": "b", "system": "s"}],
+        ),
+    ],
+)
+def test_forms_of_public_data(row, names, same, tokenizer, tmp_path, capsys):
+    assert ids_of([row], tokenizer, tmp_path, **names) == ids_of(same, tokenizer, tmp_path)
+    assert not re.search("WARNING", capsys.readouterr().err)
+
+
+def test_system_texts_stand_before_the_first_round(tokenizer, tmp_path):
+    (ids,) = ids_of([{"prompt": "hi", "response": "ho", "system": "be kind"}], tokenizer, tmp_path)
+    messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ids[: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize(
+    ("row", "unused"),
+    [
+        ({"prompt": "a", "response": "b", "context": "c", "id": "", "tags": []}, ["context"]),
+        ({"prompt": "a", "response": "b", "histroy": [["x", "y"]]}, ["histroy"]),
+        ({"messages": TALK, "tools": "[]"}, ["tools"]),
+        ({"messages": [*TALK, TALK[0]]}, ["messages: messages after the last answer"]),
+        ({"messages": [{**TALK[0], "weight": 2}, TALK[1]]}, ["messages: weight"]),
+    ],
+)
+def test_what_is_not_learnt_is_said(row, unused, tokenizer, tmp_path, capsys):
+    ids_of([row, row, {"prompt": "a", "response": "b"}], tokenizer, tmp_path)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
+    assert f"not learnt: {', '.join(f'{name!r} (2 times)' for name in unused)}. --prompt-column" in line
+
+
+@pytest.mark.parametrize(
+    ("row", "names", "message"),
+    [
+        ({"messages": []}, {}, "line 1: 'messages' has no answer"),
+        ({"messages": TALK[:1]}, {}, "line 1: 'messages' has no answer"),
+        ({"messages": "hi"}, {}, "line 1: expected 'messages' to hold messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, {}, 'with a role .*got {"role": "tool"'),
+        ({"messages": [TALK[0], {"role": "assistant", "content": None}]}, {}, "and a text, got"),
+        ({"prompt": "a", "response": "b"}, {"messages_column": "talk"}, "line 1 has no column 'talk'"),
+        ({"prompt": "a", "response": "b"}, {"input_column": "text"}, "line 1 has no column 'text'"),
+        ({"prompt": "a", "response": "b", "input": 7}, {}, "the column 'input' is no text: 7"),
+        ({"prompt": "a", "response": "b", "system": ["s"]}, {}, "the column 'system' is no text"),
+    ],
+)
+def test_bad_conversations(row, names, message, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        ids_of([row], tokenizer, tmp_path, **names)
+
+
+def test_most_rounds():
+    """As many as if each number were tried, for a few times as many ids as the limit has, however long the history."""
+    for available in range(1, 40):
+        for limit in range(0, 130, 7):
+            expected = max([1, *(rounds for rounds in range(1, available + 1) if 3 * rounds <= limit)])
+            assert most_rounds(lambda rounds: [0] * (3 * rounds), available, limit) == (expected, [0] * (3 * expected))
+    made = []
+
+    def encode(rounds: int) -> list[int]:
+        made.append(10 * rounds)
+        return [0] * made[-1]
+
+    assert most_rounds(encode, 100_000, 1024)[0] == 102
+    assert sum(made) < 10 * 1024
 
 
 # What is refused
@@ -185,26 +310,64 @@ def test_long_dialogues(tokenizer, tmp_path, capsys):
         (["--method", "lora", "--train-file", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )
-def test_refused_arguments(arguments, message, tiny, tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match=f"finetune.py: .*{message}"):
-        tune(monkeypatch, "--model", tiny, "--train-file", DIALOGUES, "--output-dir", tmp_path, "--seed", 1, *arguments)
+def test_refused_arguments(arguments, message, tiny, tmp_path, capsys):
+    given = ["--model", tiny, "--train-file", DIALOGUES, "--output-dir", tmp_path, "--seed", 1, *arguments]
+    assert re.search(message, refused(capsys, *given))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: --train-file, --method"),
+        (["--train-file", "a"], "the following arguments are required: --method"),
+        (["--train-file", "a", "--method", "qlora"], "argument --method: invalid choice: 'qlora'"),
+        (["--train-file", "a", "--method", "lora", "--learning-rat", "1"], "unrecognized arguments: --learning-rat 1"),
+        (["--train-file", "a", "--method", "lora", "data.jsonl"], "unrecognized arguments: data.jsonl"),
+        (["--train-file", "a", "--method", "lora", "--learning-rate", "x"], "argument --learning.rate.*'x'"),
+        (["--train-file", "a", "--method", "lora", "--lora-rank", "x"], "argument --lora-rank: invalid int value: 'x'"),
+    ],
+)
+def test_wrong_arguments(arguments, message, capsys):
+    """A short usage, the line that says what is wrong, and code 2."""
+    with pytest.raises(SystemExit) as end:
+        cli.main(["finetune", *arguments])
+    assert end.value.code == 2
+    *usage, line = capsys.readouterr().err.splitlines()
+    assert re.match(f"chatglm finetune: error: {message}", line)
+    assert len(usage) < 40
+
+
+def test_spellings_and_defaults_of_training_arguments(tmp_path):
+    given = ["--method", "ptuning", "--train_file", "a", "--prefix_projection", "--max_steps", "3"]
+    _, parsed = cli.parse(["finetune", *given, "--output_dir", str(tmp_path), "--use_cpu"])
+    assert settings_of(parsed) == Settings("a", "ptuning", prefix_projection=True)
+    training = training_arguments(parsed.other_options, parsed.method, pytest.fail)
+    assert (training.max_steps, training.learning_rate, training.output_dir) == (3, 2e-2, str(tmp_path))
+    assert training.disable_tqdm, "a progress bar in a log file"
+
+
+def test_help_of_training_arguments(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["finetune", "--help-training"])
+    assert not end.value.code
+    assert "--gradient-checkpointing" in capsys.readouterr().out
 
 
 @needs_peft
 @pytest.mark.parametrize("half", [[], ["--bf16"]])
-def test_frozen_weights_are_half_with_bf16(half, tiny, tmp_path, monkeypatch):
+def test_frozen_weights_are_half_with_bf16(half, tiny, tmp_path):
     given = ["--method", "lora", "--model", tiny, "--train-file", DIALOGUES, "--output-dir", tmp_path, *half]
-    monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, given), "--use-cpu", "true"])
-    arguments, training = finetune.parse_arguments()
+    _, parsed = cli.parse(["finetune", *map(str, given), "--use-cpu", "true"])
+    training = training_arguments(parsed.other_options, parsed.method, parsed.refuse)
     assert training.learning_rate == 1e-3
-    model = finetune.build_model(arguments, training)
+    model = build_model(settings_of(parsed), training)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     assert {dtype for name, dtype in dtypes.items() if "lora_" in name} == {torch.float32}
     expected = torch.bfloat16 if half else torch.float32
     assert {dtype for name, dtype in dtypes.items() if "layernorm" in name} == {expected}
 
 
-def test_full_tuning_beside_a_prefix_is_refused(tiny_float, tmp_path, monkeypatch):
+def test_full_tuning_beside_a_prefix_is_refused(tiny_float, tmp_path, capsys):
     """Only the prefix would be trained, and saved."""
     config = ChatGLMConfig.from_pretrained(tiny_float, pre_seq_len=4)
     model = ChatGLMForConditionalGeneration.from_pretrained(tiny_float, config=config)
@@ -212,15 +375,14 @@ def test_full_tuning_beside_a_prefix_is_refused(tiny_float, tmp_path, monkeypatc
     for name in ("ice_text.model", "tokenizer_config.json"):
         shutil.copyfile(tiny_float / name, tmp_path / "with" / name)
     given = ["--method", "full", "--model", tmp_path / "with", "--train-file", DIALOGUES]
-    with pytest.raises(SystemExit, match=r"finetune.py: .*holds a P-Tuning v2 prefix"):
-        tune(monkeypatch, *given, "--output-dir", tmp_path / "out")
+    assert "holds a P-Tuning v2 prefix" in refused(capsys, *given, "--output-dir", tmp_path / "out")
 
 
-def test_processes_that_would_train_alone_are_refused(tiny, tmp_path, monkeypatch):
+def test_processes_that_would_train_alone_are_refused(tiny, tmp_path, monkeypatch, capsys):
     """accelerate connects processes without GPUs only if told so."""
-    monkeypatch.setattr(finetune, "PROCESSES", 2)
-    with pytest.raises(SystemExit, match=r"2 processes, but no GPUs.*--use-cpu true"):
-        tune(monkeypatch, "--method", "lora", "--model", tiny, "--train-file", DIALOGUES, "--output-dir", tmp_path)
+    monkeypatch.setattr(tuning, "PROCESSES", 2)
+    given = ["--method", "lora", "--model", tiny, "--train-file", DIALOGUES, "--output-dir", tmp_path]
+    assert re.search("2 processes, but no GPUs.*--use-cpu true", refused(capsys, *given))
 
 
 # Learning
@@ -234,12 +396,11 @@ def test_processes_that_would_train_alone_are_refused(tiny, tmp_path, monkeypatc
         ("ptuning", ["--num-train-epochs", 45, "--learning-rate", 0.2, "--pre-seq-len", 64]),
     ],
 )
-def test_a_few_dialogues_are_learnt(method, arguments, tokenizer, tmp_path, monkeypatch):
+def test_a_few_dialogues_are_learnt(method, arguments, tokenizer, tmp_path):
     """And the INT8 weights stay as they are; merged or put in, the answers are the same."""
     data = first_dialogues(tmp_path / "data.jsonl", 2)
     tuned = tmp_path / "tuned"
     tune(
-        monkeypatch,
         *("--method", method, "--train-file", data, "--output-dir", tuned, "--save-strategy", "no"),
         *("--per-device-train-batch-size", 2, "--lora-dropout", 0, "--validation-file", data, "--do-predict"),
         *("--adam-beta2", 0.98, *arguments),
@@ -264,13 +425,13 @@ def test_a_few_dialogues_are_learnt(method, arguments, tokenizer, tmp_path, monk
 @pytest.mark.slow
 @needs_peft
 @pytest.mark.parametrize("method", ["lora", "ptuning"])
-def test_fifty_dialogues_are_learnt_word_for_word(method, tokenizer, tmp_path, monkeypatch):
+def test_fifty_dialogues_are_learnt_word_for_word(method, tokenizer, tmp_path):
     """And after a merge into INT8 at least 49 of the answers are the same."""
     arguments = LEARN_FIFTY[method]
     tuned, new = tmp_path / "tuned", tmp_path / "new"
     torch.set_num_threads(2)
     try:
-        tune(monkeypatch, "--method", method, "--train-file", DIALOGUES, "--output-dir", tuned, *arguments)
+        tune("--method", method, "--train-file", DIALOGUES, "--output-dir", tuned, *arguments)
     finally:
         torch.set_num_threads(1)
     if method == "lora":
@@ -302,11 +463,11 @@ LEARN_FIFTY = {
 
 @needs_peft
 @pytest.mark.parametrize("how", [["--label-smoothing-factor", 1e-9], ["--gradient-checkpointing"]])
-def test_smoothing_and_checkpointing_change_no_loss(how, tiny, tmp_path, monkeypatch):
+def test_smoothing_and_checkpointing_change_no_loss(how, tiny, tmp_path):
     """Trainer shifts the labels itself when it smooths them, but only for models that it knows."""
     given = ["--method", "lora", "--model", tiny, "--train-file", DIALOGUES, "--lora-dropout", 0, "--max-steps", 2]
     for name, more in (("plain", []), ("other", how)):
-        tune(monkeypatch, *given, "--logging-steps", 1, *more, "--output-dir", tmp_path / name)
+        tune(*given, "--logging-steps", 1, *more, "--output-dir", tmp_path / name)
     expected = [loss for _, loss in losses(tmp_path / "plain")]
     assert [loss for _, loss in losses(tmp_path / "other")] == pytest.approx(expected, rel=1e-4)
 
@@ -315,14 +476,14 @@ def test_a_response_is_expected_as_the_model_can_give_it(tokenizer, tmp_path, mo
     """Tokenizer and `process_response` change characters, of which a right answer would seem wrong."""
     row = {"prompt": "几点开门", "response": "（八点）…周一,休息"}
     (tmp_path / "data.jsonl").write_text(json.dumps(row), encoding="utf-8")
-    examples = finetune.read_examples(tmp_path / "data.jsonl", tokenizer, settings(), quiet=True)
+    examples = read_examples(tmp_path / "data.jsonl", tokenizer, settings(), quiet=True)
     model = ChatGLMForConditionalGeneration.from_pretrained(ROOT).eval()
     ids = torch.tensor([examples[0]["input_ids"]])
     monkeypatch.setattr(model, "generate", lambda **given: ids)
     arguments = types.SimpleNamespace(per_device_eval_batch_size=1, process_index=0, world_size=1)
     accelerator = types.SimpleNamespace(unwrap_model=lambda model: model)
     trainer = types.SimpleNamespace(args=arguments, accelerator=accelerator, model=model)
-    (row,) = finetune.predict(trainer, tokenizer, examples, 10)
+    (row,) = predict(trainer, tokenizer, examples, 10)
     assert row["response"] == "（八点）…周一,休息"
     assert row["predicted"] == row["expected"] == "(八点)...周一，休息"
 
@@ -334,17 +495,17 @@ def test_scores_of_answers():
     same = {"expected": "今天天气很好，我们去公园。", "predicted": "今天天气很好，我们去公园。"}
     nothing = {**same, "predicted": ""}
     names = {"exact", "bleu-4", "rouge-1", "rouge-2", "rouge-l"}
-    assert finetune.answer_scores([same]) == pytest.approx(dict.fromkeys(names, 100.0), abs=0.01)
-    assert finetune.answer_scores([same, nothing]) == pytest.approx(dict.fromkeys(names, 50.0), abs=0.01)
+    assert answer_scores([same]) == pytest.approx(dict.fromkeys(names, 100.0), abs=0.01)
+    assert answer_scores([same, nothing]) == pytest.approx(dict.fromkeys(names, 50.0), abs=0.01)
     half = {**same, "predicted": "今天天气很好。"}
-    scores = finetune.answer_scores([half])
+    scores = answer_scores([half])
     assert scores["exact"] == 0
     assert all(10 < scores[name] < 90 for name in names - {"exact"})
 
 
 def test_scores_without_the_packages(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "jieba", None)
-    assert finetune.answer_scores([{"expected": "a", "predicted": "a"}]) == {"exact": 100}
+    assert answer_scores([{"expected": "a", "predicted": "a"}]) == {"exact": 100}
     assert "pip install jieba rouge_chinese nltk" in capsys.readouterr().out
 
 
@@ -360,13 +521,12 @@ RUN = ["--max-steps", 12, "--save-steps", 4, "--logging-steps", 1, "--per-device
 
 
 WAITING = """
-import sys
 import time
 
-sys.path.insert(0, sys.argv.pop(1))
-import finetune
+from chatglm_int8.apps import cli
+from chatglm_int8.apps.finetuning.trainer import FineTuner
 
-step = finetune.FineTuner.training_step
+step = FineTuner.training_step
 
 
 def step_until_the_seventh(self, *args, **kwargs):
@@ -375,8 +535,8 @@ def step_until_the_seventh(self, *args, **kwargs):
     return step(self, *args, **kwargs)
 
 
-finetune.FineTuner.training_step = step_until_the_seventh
-finetune.main()
+FineTuner.training_step = step_until_the_seventh
+cli.main()
 """
 
 
@@ -390,13 +550,13 @@ finetune.main()
         pytest.param("full", ["--learning-rate", 1e-3], marks=pytest.mark.slow),
     ],
 )
-def test_killed_and_resumed(method, arguments, tiny, tiny_float, tmp_path, monkeypatch, capfd):
+def test_killed_and_resumed(method, arguments, tiny, tiny_float, tmp_path, capfd):
     """The losses, with dropout, are those of a run that was let be. It waits for the kill, so as not to end before."""
     model = tiny_float if method == "full" else tiny
     common = ["--method", method, "--model", model, "--train-file", DIALOGUES, *RUN, *arguments]
-    tune(monkeypatch, *common, "--output-dir", tmp_path / "whole")
+    tune(*common, "--output-dir", tmp_path / "whole")
     killed = tmp_path / "killed"
-    command = [sys.executable, "-c", WAITING, ROOT / "examples", *map(str, common), "--output-dir", killed]
+    command = [sys.executable, "-c", WAITING, "finetune", *map(str, common), "--output-dir", killed]
     command += ["--use-cpu", "true"]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     end = time.monotonic() + 300
@@ -408,65 +568,64 @@ def test_killed_and_resumed(method, arguments, tiny, tiny_float, tmp_path, monke
     process.wait()
     assert not (killed / "trainer_state.json").exists()
     capfd.readouterr()
-    tune(monkeypatch, *common, "--output-dir", killed)
+    tune(*common, "--output-dir", killed)
     assert "going on from" in capfd.readouterr().out
     assert len(losses(killed)) == 12
     assert losses(killed) == losses(tmp_path / "whole")
 
 
 @needs_peft
-def test_incomplete_checkpoints_are_passed_over(tiny, tmp_path, monkeypatch):
+def test_incomplete_checkpoints_are_passed_over(tiny, tmp_path):
     out = tmp_path / "out"
     arguments = ["--method", "lora", "--model", tiny, "--train-file", DIALOGUES, *RUN, "--output-dir", out]
-    tune(monkeypatch, *arguments, "--save-total-limit", 5)
-    assert finetune.last_complete(out) == out / "checkpoint-12"
+    tune(*arguments, "--save-total-limit", 5)
+    assert last_complete(out) == out / "checkpoint-12"
     (out / "checkpoint-12" / "trainer_state.json").unlink()
-    assert finetune.last_complete(out) == out / "checkpoint-8"
+    assert last_complete(out) == out / "checkpoint-8"
     for name in ("adapter_model.safetensors", "optimizer.pt"):
         damaged = out / "checkpoint-8" / name
         whole = damaged.read_bytes()
         damaged.write_bytes(whole[:500])
-        assert finetune.last_complete(out) == out / "checkpoint-4"
+        assert last_complete(out) == out / "checkpoint-4"
         damaged.write_bytes(whole)
-    assert finetune.last_complete(out) == out / "checkpoint-8"
+    assert last_complete(out) == out / "checkpoint-8"
     random_state = out / "checkpoint-8" / "rng_state.pth"
     random_state.write_bytes(random_state.read_bytes()[:-100])
-    assert finetune.last_complete(out) == out / "checkpoint-4"
+    assert last_complete(out) == out / "checkpoint-4"
     state = out / "checkpoint-4" / "trainer_state.json"
     for wrong in (state.read_text()[:-3], "[]"):
         state.write_text(wrong)
-        assert finetune.last_complete(out) is None
-    assert finetune.last_complete(tmp_path / "nowhere") is None
+        assert last_complete(out) is None
+    assert last_complete(tmp_path / "nowhere") is None
 
 
 @needs_peft
-def test_a_run_that_is_done_stays_as_it_is(tiny, tmp_path, monkeypatch):
+def test_a_run_that_is_done_stays_as_it_is(tiny, tmp_path):
     """It ended between two epochs' ends; stopped before the adapter was written, it writes the same again."""
     out = tmp_path / "out"
     arguments = ["--method", "lora", "--model", tiny, "--train-file", DIALOGUES, *RUN, "--output-dir", out]
-    tune(monkeypatch, *arguments)
+    tune(*arguments)
     before = losses(out)
     adapter = out / "adapter_model.safetensors"
     weights = adapter.read_bytes()
     adapter.unlink()
-    tune(monkeypatch, *arguments)
+    tune(*arguments)
     assert losses(out) == before
     assert adapter.read_bytes() == weights
-    assert finetune.last_complete(out) == out / "checkpoint-12"
+    assert last_complete(out) == out / "checkpoint-12"
 
 
 @needs_peft
-def test_another_run_is_not_continued(tiny, tmp_path, monkeypatch):
+def test_another_run_is_not_continued(tiny, tmp_path, capsys):
     out, other = tmp_path / "out", first_dialogues(tmp_path / "data.jsonl", 20)
     arguments = ["--method", "lora", "--model", tiny, "--train-file", DIALOGUES, *RUN, "--output-dir", out]
-    tune(monkeypatch, *arguments)
+    tune(*arguments)
     for given, changed in (
         (["--lora-rank", 4], "lora_rank was 8, is 4"),
         (["--learning-rate", 1e-5], "learning_rate was 0.001, is 1e-05"),
         (["--train-file", other], "train_file's CRC was"),
     ):
-        with pytest.raises(SystemExit, match=rf"another run .{changed}.*give another --output-dir"):
-            tune(monkeypatch, *arguments, *given)
+        assert re.search(rf"another run .{changed}.*give another --output-dir", refused(capsys, *arguments, *given))
 
 
 @needs_peft
@@ -475,11 +634,11 @@ def test_the_plot_and_life_without_it(tiny, tmp_path, monkeypatch, capfd):
     arguments += ["--eval-strategy", "steps", "--eval-steps", 6]
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib.figure", None)
-        tune(patch, *arguments, "--output-dir", tmp_path / "without")
+        tune(*arguments, "--output-dir", tmp_path / "without")
     assert capfd.readouterr().out.count("pip install matplotlib") == 1
     assert not (tmp_path / "without" / "loss.png").exists()
     pytest.importorskip("matplotlib", reason="needs matplotlib")
-    tune(monkeypatch, *arguments, "--output-dir", tmp_path / "with")
+    tune(*arguments, "--output-dir", tmp_path / "with")
     assert (tmp_path / "with" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert losses(tmp_path / "with") == losses(tmp_path / "without")
 
@@ -487,8 +646,8 @@ def test_the_plot_and_life_without_it(tiny, tmp_path, monkeypatch, capfd):
 # Several processes
 
 
-def launch(config: str, arguments: list, script: list = (SCRIPT,), more: list = ("--use-cpu", "true")) -> str:
-    """Run finetune.py by `accelerate launch` in two processes on CPUs; returns what it printed."""
+def launch(config: str, arguments: list, script: list = PROGRAM, more: list = ("--use-cpu", "true")) -> str:
+    """Run the program by `accelerate launch` in two processes on CPUs; returns what it printed."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
     command += ["--config_file", str(ROOT / "examples" / "accelerate" / config), "--mixed_precision", "no"]
     command += [*map(str, [*script, *arguments]), "--ddp-backend", "gloo", *more]
@@ -500,30 +659,26 @@ def launch(config: str, arguments: list, script: list = (SCRIPT,), more: list = 
 
 @needs_peft
 @pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.slow)])
-def test_two_processes_have_the_losses_of_one(method, tiny, tiny_float, tmp_path, monkeypatch):
+def test_two_processes_have_the_losses_of_one(method, tiny, tiny_float, tmp_path):
     """And write what one process goes on from."""
     model = tiny_float if method == "full" else tiny
     arguments = ["--method", method, "--model", model, "--train-file", DIALOGUES, "--lora-dropout", 0]
     arguments += ["--learning-rate", 1e-2, "--logging-steps", 1, "--save-steps", 3, "--lr-scheduler-type", "constant"]
-    tune(
-        monkeypatch, *arguments, "--max-steps", 8, "--per-device-train-batch-size", 4, "--output-dir", tmp_path / "one"
-    )
+    tune(*arguments, "--max-steps", 8, "--per-device-train-batch-size", 4, "--output-dir", tmp_path / "one")
     two = ["--output-dir", tmp_path / "two"]
     launch("ddp.yaml", [*arguments, *two, "--max-steps", 6, "--per-device-train-batch-size", 2])
     expected, got = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert [step for step, _ in got] == [1, 2, 3, 4, 5, 6]
     assert [loss for _, loss in got] == pytest.approx([loss for _, loss in expected[:6]], rel=1e-4)
-    last = finetune.last_complete(tmp_path / "two")
+    last = last_complete(tmp_path / "two")
     assert len(list(last.glob("rng_state_*.pth"))) == 2
     tune(
-        monkeypatch,
         *(*arguments, *two, "--max-steps", 8, "--per-device-train-batch-size", 4, "--resume-from-checkpoint", last),
     )
     assert [loss for _, loss in losses(tmp_path / "two")] == pytest.approx([loss for _, loss in expected], rel=1e-4)
 
 
 AS_IF_ON_GPUS = """
-import runpy
 import sys
 
 from accelerate import PartialState
@@ -539,15 +694,16 @@ def begin_as_if_on_gpus(self, *args, **kwargs):
 
 
 PartialState.__init__ = begin_as_if_on_gpus
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
+from chatglm_int8.apps import cli
+
+cli.main(["finetune", *sys.argv[1:]])
 """
 
 
 @pytest.mark.parametrize(
     "config", ["fsdp", pytest.param("zero2", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.slow)]
 )
-def test_sharded_runs_are_those_of_one_process(config, tiny_float, tmp_path, monkeypatch):
+def test_sharded_runs_are_those_of_one_process(config, tiny_float, tmp_path):
     """In their losses, after a stop too, and in the files that they leave. On CPUs, with float32 for DeepSpeed.
 
     accelerate has FSDP for processes on GPUs alone: it is told that these are some. It has DeepSpeed where it is not
@@ -556,11 +712,11 @@ def test_sharded_runs_are_those_of_one_process(config, tiny_float, tmp_path, mon
     arguments = ["--method", "full", "--model", tiny_float, "--train-file", DIALOGUES, "--learning-rate", 1e-2]
     arguments += ["--logging-steps", 1, "--save-steps", 3, "--lr-scheduler-type", "constant"]
     one, two = tmp_path / "one", tmp_path / "two"
-    tune(monkeypatch, *arguments, "--max-steps", 6, "--per-device-train-batch-size", 4, "--output-dir", one)
+    tune(*arguments, "--max-steps", 6, "--per-device-train-batch-size", 4, "--output-dir", one)
     arguments += ["--per-device-train-batch-size", 2, "--output-dir", two]
     how = {"more": []}
     if config == "fsdp":
-        how = {"script": [tmp_path / "as_if_on_gpus.py", SCRIPT]}
+        how = {"script": [tmp_path / "as_if_on_gpus.py"]}
         how["script"][0].write_text(AS_IF_ON_GPUS)
     elif importlib.util.find_spec("deepspeed") is None:
         pytest.skip("needs deepspeed")
@@ -637,7 +793,7 @@ def test_sharded_weights_have_the_losses_of_whole_ones(tiny_float, tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
-def test_configurations_are_understood(path, monkeypatch):
+def test_configurations_are_understood(path):
     """accelerate reads each without a complaint about unknown keys, and names the block that exists."""
     from accelerate.commands.config.config_args import load_config_from_file
 
@@ -793,7 +949,7 @@ def test_regular_expressions_of_adapters(adapter, tmp_path, monkeypatch):
         Lora(with_fields(adapter, tmp_path / "wrong", alpha_pattern={"(a": 4}))
 
 
-def test_dequantized_answers_are_the_same(tiny, tmp_path, monkeypatch):
+def test_dequantized_answers_are_the_same(tiny, tmp_path):
     assert cli.main(["merge", "dequantize", str(tiny), str(tmp_path / "new")]) == 0
     ids = torch.tensor([[7, 8, 9, 2657, 2660, 10]])
     model = AutoModel.from_pretrained(tmp_path / "new", dtype=torch.float32).eval()
@@ -815,11 +971,11 @@ print(len(model.chat(tokenizer, "hello", do_sample=False, max_new_tokens=3)))
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 @pytest.mark.parametrize("projection", [False, True], ids=["direct", "projection"])
-def test_prefix_out_and_in_again(projection, suffix, tiny, tmp_path, monkeypatch):
+def test_prefix_out_and_in_again(projection, suffix, tiny, tmp_path):
     """The same logits; the folder loads with the code that lies in it."""
     out = tmp_path / "out"
     arguments = ["--method", "ptuning", "--pre-seq-len", 4, "--prefix-projection", projection, "--output-dir", out]
-    tune(monkeypatch, *arguments, "--model", tiny, "--train-file", DIALOGUES, "--max-steps", 2)
+    tune(*arguments, "--model", tiny, "--train-file", DIALOGUES, "--max-steps", 2)
     prefix, new = tmp_path / f"prefix{suffix}", tmp_path / "new"
     for command in (["export-prefix", out, prefix], ["import-prefix", tiny, prefix, new]):
         assert cli.main(["merge", *map(str, command)]) == 0
@@ -855,7 +1011,7 @@ def test_a_prefix_takes_the_place_of_another(tiny, tmp_path):
         assert config.prefix_projection == (prefix is projected)
 
 
-def test_prefixes_that_do_not_fit(tiny, tmp_path, monkeypatch):
+def test_prefixes_that_do_not_fit(tiny, tmp_path):
     with pytest.raises(ValueError, match="model of another shape"):
         prefix = {"embedding.weight": torch.zeros(4, 2 * 3 * 32)}
         rewrite_folder(tiny, tmp_path / "new", prefix=prefix, progress=False)

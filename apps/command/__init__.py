@@ -1,20 +1,17 @@
 """Where the script `chatglm` begins.
 
 `import chatglm_int8` registers its classes, for which it imports torch and transformers: seconds. This package has
-another name, so that the command's parts can be imported without it until a program needs the model.
+another name, so that it can leave that for later.
 """
 
 import importlib.util
 import sys
-from pathlib import Path
 
 
 def main() -> int:
-    package = importlib.util.find_spec("chatglm_int8")
-    folder = Path(package.origin).parent / "apps"
-    spec = importlib.util.spec_from_file_location("chatglm_int8.apps", folder / "__init__.py")
-    apps = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = apps  # whose modules are then imported without their grandparent
-    spec.loader.exec_module(apps)
-    cli = importlib.import_module("chatglm_int8.apps.cli")
+    """Run the command line. The package's own __init__ is not run before a program needs it: see apps/imports.py."""
+    spec = importlib.util.find_spec("chatglm_int8")
+    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    from chatglm_int8.apps import cli
+
     return cli.main()
