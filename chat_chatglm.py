@@ -138,18 +138,16 @@ class ChatMixin:
                 messages.append({"role": "user", "content": question})
                 messages.append({"role": "assistant", "content": answer})
             messages.append({"role": "user", "content": query})
-            return tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
+            return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
 
         def fits(first_round: int) -> bool:
-            return encode(first_round)["input_ids"].shape[1] < limit
+            return len(encode(first_round)["input_ids"]) < limit
 
         inputs = encode(0)
-        if inputs["input_ids"].shape[1] >= limit:
+        if len(inputs["input_ids"]) >= limit:
             first_round = bisect.bisect_left(range(len(history)), True, key=fits)
             inputs = encode(first_round)
-            length = inputs["input_ids"].shape[1]
+            length = len(inputs["input_ids"])
             if length >= limit:
                 raise ValueError(
                     f"The query has {length} tokens, and the limit for query and answer together is {limit}: "
@@ -159,7 +157,8 @@ class ChatMixin:
             logger.warning_once(
                 f"The conversation has grown past {limit} tokens: its oldest rounds are left out of the prompt."
             )
-        return {name: inputs[name].to(self.device) for name in ("input_ids", "attention_mask")}
+        # Not by return_tensors, which makes tensors on the default device.
+        return {name: torch.tensor([inputs[name]], device=self.device) for name in ("input_ids", "attention_mask")}
 
 
 def _chat_settings(

@@ -44,7 +44,7 @@ class FiniteScores(LogitsProcessor):
         if scores.is_cuda:
             # Whether any are broken is looked at in the next step: a GPU should not be waited for in this one.
             self.report()
-            seen = torch.zeros((), dtype=torch.bool, pin_memory=True)
+            seen = torch.zeros((), dtype=torch.bool, device="cpu", pin_memory=True)
             seen.copy_(broken.any(), non_blocking=True)
             self._seen = seen, torch.cuda.current_stream(scores.device).record_event()
         elif broken.any():
@@ -188,7 +188,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
             )
         unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         pad = generation_config._pad_token_tensor if _has_end(stopping_criteria) else None
-        flag = torch.zeros((), dtype=torch.bool, pin_memory=True)
+        flag = torch.zeros((), dtype=torch.bool, device="cpu", pin_memory=True)
         ended = torch.cuda.Event()
         # The end is looked for beside the next step; criteria of the user's own may expect the stream that they know.
         own = any(not type(criterion).__module__.startswith("transformers.") for criterion in stopping_criteria)

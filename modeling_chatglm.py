@@ -841,15 +841,17 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, ChatGLM
         found = {"pre_seq_len": len(state["embedding.weight"]), "prefix_projection": "trans.0.weight" in state}
         config = copy.deepcopy(self.config)
         config.update(found)
-        encoder = PrefixEncoder(config)
+        embeddings = self.get_input_embeddings().weight
+        with torch.device("meta"):
+            encoder = PrefixEncoder(config).to(self.dtype)
+        encoder.to_empty(device=embeddings.device)
         try:
             encoder.load_state_dict(state)
         except RuntimeError as error:
             raise ValueError(f"The prefix in {path} was made for a model of another shape: {error}") from None
         forget_steps(self)  # recorded without the prefix
         self.config.update(found)
-        embeddings = self.get_input_embeddings().weight
-        self.transformer.prefix_encoder = encoder.to(embeddings.device, self.dtype)
+        self.transformer.prefix_encoder = encoder
         self.transformer.dropout = nn.Dropout(0.1)
         self.transformer.train(self.training)
         self._freeze()

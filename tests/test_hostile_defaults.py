@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GlmConfig, GlmForCausalLM
+from transformers import AutoModel, AutoTokenizer, GlmConfig, GlmForCausalLM
 
 DEFAULTS = [torch.float16, torch.bfloat16, torch.float64, torch.device("meta")]
 MODELS = ["base", "int8", "int4", "prefix", "pos1d", "half int8", "half embedding"]
@@ -163,3 +163,42 @@ def test_transformers_own_loops(action, make_model, tmp_path):
         for each in (model, glm):
             with pytest.raises(NotImplementedError, match="meta"):
                 action(each, ids, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def small(root):
+    """The small model and its tokenizer."""
+    return AutoModel.from_pretrained(root).eval(), AutoTokenizer.from_pretrained(root)
+
+
+@pytest.mark.parametrize("settings", [{}, {"do_sample": False}], ids=["sampling", "greedy"])
+def test_answers(small, settings):
+    model, tokenizer = small
+
+    def answers() -> list:
+        torch.manual_seed(0)
+        stream = model.stream_chat(tokenizer, "你好", [("你好", "你好！")], max_new_tokens=4, **settings)
+        return [list(stream), model.chat(tokenizer, "你好", max_new_tokens=4, **settings)]
+
+    expected = answers()
+    for default in DEFAULTS:
+        with defaults(default):
+            assert answers() == expected, default
+
+
+def test_batches_of_text(small):
+    check(lambda: dict(small[1](["你好", "a longer text"], padding=True, return_tensors="pt")), DEFAULTS[:-1])
+
+
+def test_loading(root):
+    """Under meta transformers refuses."""
+    check(lambda: AutoModel.from_pretrained(root).state_dict(), DEFAULTS[:-1])
+    with defaults(DEFAULTS[-1]), pytest.raises(RuntimeError, match="meta"):
+        AutoModel.from_pretrained(root)
+
+
+@pytest.mark.parametrize("name", ["prefix", "prefix_proj"])
+def test_a_prefix_that_is_loaded(name, golden_model, tmp_path):
+    golden_model(name).save_pretrained(tmp_path)
+    model = golden_model("base")
+    check(lambda: model.load_prefix(tmp_path).transformer.prefix_encoder.state_dict())
