@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from .caches import CACHE, one_cache
 from .cuda_graphs import StepCache, can_record, draw
-from .sequences import answer_start, check_ids
+from .sequences import answer_start, check_ids, check_mask, hidden_keys
 
 logger = logging.get_logger(__name__)
 
@@ -77,7 +77,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
     def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
         """`GenerationMixin.generate`, for prompts that end in `[gMASK] <sop>`, as the tokenizer makes them.
 
-        Batches are padded on the left. Besides a 2-D `attention_mask`, the public 4-D one is understood.
+        Batches are padded on the left. An `attention_mask` may be 2-D, or 4-D in the forms of `ChatGLMModel.forward`.
 
         Raises:
             ValueError: an empty prompt, ids outside the vocabulary, a sequence without `<sop>`, positions other than
@@ -95,7 +95,10 @@ class ChatGLMGenerationMixin(GenerationMixin):
             )
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.ndim == 4:
-            mask = kwargs["attention_mask"] = (~mask[:, 0, -1].bool()).long()  # the last query sees all but padding
+            if not mask.is_floating_point():
+                check_mask(mask, *prompt.shape, range(prompt.shape[1], prompt.shape[1] + 1))
+                mask = hidden_keys(mask, torch.arange(prompt.shape[1], device=mask.device))
+            mask = kwargs["attention_mask"] = (mask[:, 0, -1] == 0).long()  # the last query sees all but padding
         position_ids = kwargs.pop("position_ids", None)
         if position_ids is not None:
             # Of an assistant model, transformers just counts the tokens.

@@ -10,8 +10,11 @@ arXiv:2104.09864), P-Tuning v2 (Liu et al. 2021, arXiv:2110.07602), and the publ
 """
 
 import copy
+import functools
+import inspect
 import math
 import os
+import types
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -649,6 +652,26 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         return self.get_position_ids(all_ids, attention_mask=attention_mask)[..., -new:], known
 
 
+def _with_checked_labels(forward: Callable) -> Callable:
+    """A forward of the model with the head that looks at labels first, as the model's own does."""
+    names = inspect.signature(ChatGLMForConditionalGeneration.forward)
+
+    @functools.wraps(forward)
+    def checked(self, *args, **kwargs):
+        given = names.bind_partial(self, *args, **kwargs).arguments
+        given.update(given.pop("kwargs", {}))
+        if given.get("labels") is not None and not is_traced():
+            cache = one_cache(given.get("past_key_values"), given.get("cache"))
+            inputs = {name: given.get(name) for name in ("input_ids", "position_ids", "attention_mask")}
+            if _is_whole(inputs["input_ids"], given.get("inputs_embeds"), cache):
+                for_loss = {name: given[name] for name in _LOSS_ARGUMENTS if name in given}
+                in_view = next_in_view(self.config, **inputs)
+                check_targets(self.config, has_label(given["labels"], **for_loss), in_view, inputs["input_ids"])
+        return forward(self, *args, **kwargs)
+
+    return checked
+
+
 def _is_whole(
     input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, past_key_values: Cache | None
 ) -> bool:
@@ -674,6 +697,12 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, ChatGLM
         self.lm_head.stays_half = bool(config.quantization_bit)
         self.post_init()
         self._freeze()
+
+    def __setattr__(self, name: str, value) -> None:
+        # TRL and Liger put a forward here that fuses head and loss, and passes the labels by the one below.
+        if name == "forward" and inspect.ismethod(value):
+            value = types.MethodType(_with_checked_labels(value.__func__), value.__self__)
+        super().__setattr__(name, value)
 
     def train(self, mode: bool = True) -> "ChatGLMForConditionalGeneration":
         if mode:

@@ -263,6 +263,16 @@ def test_left_padding_compatibility(name, golden_model):
 
 
 @kinds
+def test_generate_with_masks_of_four_dimensions(name, golden_model):
+    model = golden_model(name)
+    expected = model.generate(PROMPTS, attention_mask=PADDING, **GREEDY)
+    hidden = model.get_masks(PROMPTS, attention_mask=PADDING)
+    added = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
+    for mask in (hidden, ~hidden, ~hidden & PADDING.bool()[:, None, :, None], added):
+        assert torch.equal(model.generate(PROMPTS, attention_mask=mask, **GREEDY), expected)
+
+
+@kinds
 def test_generate_continue_from_past_key_values(name, golden_model):
     model = golden_model(name)
     model.generation_config.eos_token_id = -1
@@ -352,3 +362,30 @@ def test_seq2seq_trainer_that_generates(same_length, root, tmp_path):
     else:
         with pytest.raises(ValueError, match="labels have shape"):
             trainer.evaluate()
+
+
+SAID = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"text": "Hi Hello."}, {"prompt": "Hi", "completion": " Hello."}, {"messages": SAID}],
+    ids=["text", "prompt and completion", "messages"],
+)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_sft_on_prompts_is_refused(row, adapted, root, tmp_path):
+    """Plain text has no `<sop>` between question and answer, and whole conversations have labels on the question. TRL
+    computes the loss itself, in a forward that it puts in the place of the model's."""
+    trl = pytest.importorskip("trl", reason="needs trl")
+    datasets = pytest.importorskip("datasets", reason="needs datasets")
+    peft = pytest.importorskip("peft", reason="needs peft")
+    fixed = {"report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True, "save_strategy": "no"}
+    trainer = trl.SFTTrainer(
+        ChatGLMForConditionalGeneration.from_pretrained(root, dtype=torch.float32),
+        trl.SFTConfig(output_dir=str(tmp_path), max_steps=1, max_length=32, **fixed),
+        train_dataset=datasets.Dataset.from_list([row] * 2),
+        processing_class=AutoTokenizer.from_pretrained(root),
+        peft_config=peft.LoraConfig(task_type="CAUSAL_LM", r=4) if adapted else None,
+    )
+    with pytest.raises(ValueError, match=r"label on column 1, .*label the answer alone"):
+        trainer.train()
