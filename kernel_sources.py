@@ -1835,7 +1835,10 @@ int chatglm_start(void) {
 
 const char* chatglm_instructions(void) { return INSTRUCTIONS; }
 ''',
-    "kernels/cuda/common.cuh": r'''// Types and what every kernel needs. No header of CUDA is included, which makes NVRTC twice as fast.
+    "kernels/cuda/common.cuh": r'''// Types, programmatic dependent launch (PDL) and asynchronous copies, for every kernel.
+//
+// Compiled with BF16=1 for bfloat16 activations, BF16=0 for half. Includes name files from the root of the repository.
+// No header of CUDA is included: NVRTC takes half as long without them.
 #pragma once
 
 typedef unsigned int u32;
@@ -1864,69 +1867,80 @@ __device__ __forceinline__ float low(u32 v) { return to_float((u16)v); }
 __device__ __forceinline__ float high(u32 v) { return to_float((u16)(v >> 16)); }
 __device__ __forceinline__ u32 pack(float a, float b) { return (u32)to_u16(a) | ((u32)to_u16(b) << 16); }
 
-// Programmatic dependent launch: a kernel may start, and read weights, while the one before it still runs; what that
-// one wrote may be read only after wait(). Both do nothing in an ordinary launch.
-__device__ __forceinline__ void start_next() {
+// Lets the next kernel of the stream start early. It may read weights, but results of this one only after pdl_wait().
+// Both do nothing in a launch without the PDL attribute.
+__device__ __forceinline__ void pdl_launch_dependents() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-__device__ __forceinline__ void wait() {
+__device__ __forceinline__ void pdl_wait() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
 #if __CUDA_ARCH__ >= 750
-#define LINE ".L2::128B"  // have the L2 cache fetch whole lines
+#define L2_LINE ".L2::128B"  // L2 prefetch of the whole line
 #else
-#define LINE ""
+#define L2_LINE ""
 #endif
-// 16 bytes that are read once; zeros if they are not inside.
-__device__ __forceinline__ uint4 load_stream(const void* p, bool inside = true) {
+// Loads 16 bytes past L1, for data that is read once; zeros if not inside.
+__device__ __forceinline__ uint4 load_streaming(const void* p, bool inside = true) {
     uint4 v;
     asm volatile(
         "{ .reg .pred inside; setp.ne.s32 inside, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0;"
-        " mov.u32 %3, 0; @inside ld.global.nc.L1::no_allocate" LINE ".v4.u32 {%0,%1,%2,%3}, [%4]; }"
+        " mov.u32 %3, 0; @inside ld.global.nc.L1::no_allocate" L2_LINE ".v4.u32 {%0,%1,%2,%3}, [%4]; }"
         : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
         : "l"(p), "r"((int)inside));
     return v;
 }
 
-// 16 bytes on their way into shared memory, or zeros; on older devices at once.
-__device__ __forceinline__ void copy_async(void* to, const void* from, bool inside) {
+// Copies 16 bytes to shared memory, zeros if not inside: asynchronous from sm_80 on, at once before.
+__device__ __forceinline__ void cp_async(void* to, const void* from, bool inside) {
 #if __CUDA_ARCH__ >= 800
     u32 address = (u32)__cvta_generic_to_shared(to);
-    int bytes = inside ? 16 : 0;  // the rest is filled with zeros
+    int bytes = inside ? 16 : 0;  // cp.async fills the rest with zeros
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes)
                  : "memory");
 #else
     *(uint4*)to = inside ? *(const uint4*)from : make_uint4(0, 0, 0, 0);
 #endif
 }
-__device__ __forceinline__ void commit() {
+__device__ __forceinline__ void cp_async_commit() {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
 template <int LEFT>
-__device__ __forceinline__ void wait_copies() {
+__device__ __forceinline__ void cp_async_wait() {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 #endif
 }
 
-__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+__device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 ''',
-    "kernels/cuda/decode_attention.cuh": r'''// The small operations of a decoding step of one token for each of B sequences.
+    "kernels/cuda/decode_attention.cuh": r'''// A decoding step of one token for each of B sequences: its begin, its attention and its end. Module: step_HEAD_DIM.
+//
+// Attention: qkv [B, H, 3, D], not rotated; caches [B, H, T, D], filled before slots [B]; -> y [B, H, D].
+// Grid: (parts of the keys, B * H); block: 256. Shared memory: static. Alignment: qkv and the caches to 16 bytes.
+// Pipeline: D / 8 threads share a key. Each thread keeps two tiles of keys and values in registers, one loading while
+// the other is used, with an online softmax. The keys of a head are split into up to MAX_PARTS parts; the last block of
+// a head to arrive combines them. arrivals: zeros [B * H], left as zeros. Source: Flash-Decoding (Dao et al., 2023).
 #pragma once
 
 #include "kernels/cuda/operation.cuh"
 
-// Begins a step: the embedding of ids [B] -> hidden [B, N]; cosines and sines [B, D] of positions [B, R], rounded as
-// the model's dtype rounds them. A block a sequence, `b`.
-template <int D>
-__device__ __forceinline__ void begin(const Operation& op, int b) {
+constexpr int D = HEAD_DIM, LANES = D / 8, GROUPS = 256 / LANES;  // LANES threads share a key
+static_assert(D % 8 == 0 && D <= 256 && (LANES & (LANES - 1)) == 0 && LANES <= 32 && MAX_PARTS <= 32, "");
+
+// Begins a step. hidden [B, N]: embeddings of ids [B]; cosines, sines [B, D] of positions [B, R], rounded as the
+// model's dtype rounds them. Grid: B; block: 256. Alignment: embedding and its rows to 16 bytes.
+extern "C" __global__ void begin_step(const __grid_constant__ Operation op) {
+    pdl_launch_dependents();
+    pdl_wait();
+    const int b = blockIdx.x;
     const u16* row = (const u16*)op.weight + ((const long long*)op.input)[b] * op.N;
     for (int k = threadIdx.x * 8; k < op.N; k += blockDim.x * 8)
         *(uint4*)((u16*)op.output + (size_t)b * op.N + k) = *(const uint4*)(row + k);
@@ -1942,62 +1956,59 @@ __device__ __forceinline__ void begin(const Operation& op, int b) {
         op.sines[b * D + i] = to_float(to_u16(sinf(angle)));
     }
 }
-// Ends it: the N = B * R positions move on, and so do the slots. One block.
-__device__ __forceinline__ void end(const Operation& op) {
+// Ends a step: positions [B, R] += advance, slots [B] += 1. N = B * R. Grid: 1; block: 256.
+extern "C" __global__ void end_step(const __grid_constant__ Operation op) {
+    pdl_launch_dependents();
+    pdl_wait();
     for (int i = threadIdx.x; i < op.N; i += blockDim.x) op.positions[i] += op.advance[i];
     for (int i = threadIdx.x; i < op.N / op.R; i += blockDim.x) op.slots[i] += 1;
 }
 
-// How the n keys, the new one among them, are cut into parts for several blocks. It depends on their number, not on T,
-// so that the same question gets the same sums.
-struct Cut {
+// Split of n keys, the new one included, into parts. It depends on n, not on T: the same sequence has the same sums.
+struct KeySplit {
     int n, per, used;
-    __device__ __forceinline__ Cut(const Operation& op, int b) {
+    __device__ __forceinline__ KeySplit(const Operation& op, int b) {
         n = op.slots[b] + 1;
         per = max(64, (n + 16 * op.most - 1) / (16 * op.most) * 16);
         used = (n + per - 1) / per;
     }
 };
-// Keys and values that a thread has loaded; D / 8 threads share a key.
-template <int D, int AT_ONCE>
-struct Keys {
-    static constexpr int LANES = D / 8, GROUPS = 256 / LANES, AHEAD = GROUPS < AT_ONCE ? AT_ONCE / GROUPS : 1;
-    static constexpr int COUNT = GROUPS * AHEAD;  // keys of all threads
-    uint4 k[AHEAD], v[AHEAD];
-    __device__ __forceinline__ void fetch(const Operation& op, const Cut& cut, int head, int base, int end) {
+// Keys and values in registers.
+template <int KEYS_IN_FLIGHT>
+struct KeyTile {
+    static constexpr int PER_THREAD = GROUPS < KEYS_IN_FLIGHT ? KEYS_IN_FLIGHT / GROUPS : 1;
+    static constexpr int COUNT = GROUPS * PER_THREAD;  // keys of the block
+    uint4 k[PER_THREAD], v[PER_THREAD];
+    __device__ __forceinline__ void fetch(const Operation& op, const KeySplit& split, int head, int base, int end) {
         const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
 #pragma unroll
-        for (int a = 0; a < AHEAD; a++) {
+        for (int a = 0; a < PER_THREAD; a++) {
             const int j = base + a * GROUPS + group;
             const size_t place = ((size_t)head * op.T + j) * LANES + lane;
             k[a] = v[a] = make_uint4(0, 0, 0, 0);
-            if (j < end && j < cut.n - 1) {
+            if (j < end && j < split.n - 1) {
                 k[a] = ((const uint4*)op.keys)[place];
                 v[a] = ((const uint4*)op.values)[place];
             }
         }
     }
 };
-template <int D>
 struct AttendShared {
-    static constexpr int GROUPS = 256 / (D / 8);
     float q[D], sums[GROUPS], maxima[GROUPS], outs[GROUPS][D], weights[32];
     uint4 new_key[D / 8];
     bool is_last;
 };
 
-// One part of the keys for the query of one head of B * H: rotates query and key, stores key and value at the slot, and
-// attends to the keys up to there but those of the padding (prefix <= j < prefix + padding[b]). The last block of a
-// head adds up its parts. The first keys of the part, older ones, are loaded already; the next are, always, while some
-// are worked on.
-template <int D, int AT_ONCE>
-__device__ __forceinline__ void attend(const Operation& op, const Cut& cut, int head, int part_index,
-                                       Keys<D, AT_ONCE>& first_keys, Keys<D, AT_ONCE>& second_keys,
-                                       AttendShared<D>& s) {
-    using K = Keys<D, AT_ONCE>;
-    constexpr int LANES = K::LANES, GROUPS = K::GROUPS, AHEAD = K::AHEAD, COUNT = K::COUNT;
-    const int b = head / op.H, lane = threadIdx.x % LANES, group = threadIdx.x / LANES, n = cut.n;
-    const int begin = part_index * cut.per, end = min(begin + cut.per, n), hidden_to = op.prefix + op.padding[b];
+// One part of the keys of a head: rotates query and key, stores key and value at the slot, attends to the keys up to
+// it, without padding (prefix <= j < prefix + padding[b]), and combines the parts. Both tiles are loaded or loading.
+template <int KEYS_IN_FLIGHT>
+__device__ __forceinline__ void attend(const Operation& op, const KeySplit& split, int head, int part_index,
+                                       KeyTile<KEYS_IN_FLIGHT>& first_keys, KeyTile<KEYS_IN_FLIGHT>& second_keys,
+                                       AttendShared& s) {
+    using K = KeyTile<KEYS_IN_FLIGHT>;
+    constexpr int PER_THREAD = K::PER_THREAD, COUNT = K::COUNT;
+    const int b = head / op.H, lane = threadIdx.x % LANES, group = threadIdx.x / LANES, n = split.n;
+    const int begin = part_index * split.per, end = min(begin + split.per, n), padding_end = op.prefix + op.padding[b];
     const u16* mine = (const u16*)op.input + (size_t)head * 3 * D;
     for (int i = threadIdx.x; i < D; i += blockDim.x) {
         const int half = D / op.R / 2;
@@ -2014,16 +2025,16 @@ __device__ __forceinline__ void attend(const Operation& op, const Cut& cut, int 
         ((uint4*)op.keys)[place] = s.new_key[lane];
         ((uint4*)op.values)[place] = new_value;
     }
-    float my_q[8], acc[8], largest = -1e30f, sum = 0;
+    float my_q[8], acc[8], running_max = -1e30f, sum = 0;
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         my_q[i] = s.q[lane * 8 + i];
         acc[i] = 0;
     }
-    auto take = [&](K& keys, int base) {
-        float score[AHEAD], top = largest;
+    auto accumulate = [&](K& keys, int base) {
+        float score[PER_THREAD], top = running_max;
 #pragma unroll
-        for (int a = 0; a < AHEAD; a++) {
+        for (int a = 0; a < PER_THREAD; a++) {
             const int j = base + a * GROUPS + group;
             if (j == n - 1) {
                 keys.k[a] = s.new_key[lane];
@@ -2034,16 +2045,16 @@ __device__ __forceinline__ void attend(const Operation& op, const Cut& cut, int 
                         my_q[4] * low(k.z) + my_q[5] * high(k.z) + my_q[6] * low(k.w) + my_q[7] * high(k.w);
 #pragma unroll
             for (int i = LANES / 2; i; i /= 2) dot += __shfl_xor_sync(~0u, dot, i);
-            score[a] = j < end && (j < op.prefix || j >= hidden_to) ? dot : -1e30f;
+            score[a] = j < end && (j < op.prefix || j >= padding_end) ? dot : -1e30f;
             top = fmaxf(top, score[a]);
         }
-        const float shrink = __expf(largest - top);
-        largest = top;
+        const float shrink = __expf(running_max - top);
+        running_max = top;
         sum *= shrink;
 #pragma unroll
         for (int i = 0; i < 8; i++) acc[i] *= shrink;
 #pragma unroll
-        for (int a = 0; a < AHEAD; a++) {
+        for (int a = 0; a < PER_THREAD; a++) {
             const float p = score[a] > -1e29f ? __expf(score[a] - top) : 0.0f;
             const uint4 v = keys.v[a];
             sum += p;
@@ -2058,15 +2069,15 @@ __device__ __forceinline__ void attend(const Operation& op, const Cut& cut, int 
         }
     };
     for (int base = begin; base < end; base += 2 * COUNT) {
-        take(first_keys, base);
-        first_keys.fetch(op, cut, head, base + 2 * COUNT, end);
+        accumulate(first_keys, base);
+        first_keys.fetch(op, split, head, base + 2 * COUNT, end);
         if (base + COUNT >= end) break;
-        take(second_keys, base + COUNT);
-        second_keys.fetch(op, cut, head, base + 3 * COUNT, end);
+        accumulate(second_keys, base + COUNT);
+        second_keys.fetch(op, split, head, base + 3 * COUNT, end);
     }
     if (lane == 0) {
         s.sums[group] = sum;
-        s.maxima[group] = largest;
+        s.maxima[group] = running_max;
     }
 #pragma unroll
     for (int i = 0; i < 8; i++) s.outs[group][lane * 8 + i] = acc[i];
@@ -2074,42 +2085,45 @@ __device__ __forceinline__ void attend(const Operation& op, const Cut& cut, int 
     float top = -1e30f, total = 0;
     for (int i = 0; i < GROUPS; i++) top = fmaxf(top, s.maxima[i]);
     for (int i = 0; i < GROUPS; i++) total += s.sums[i] * __expf(s.maxima[i] - top);
-    // Of every part: D sums of values; and beside all of them, its largest score and its sum of weights.
+    // partials: of every part, D sums of values; then its maximum score and its sum of weights.
     u16* out = (u16*)op.output + (size_t)head * D;
-    float* parts = op.parts + (size_t)head * op.most * (D + 2);
-    float2* heads = (float2*)(parts + op.most * D);
+    float* partials = op.partials + (size_t)head * op.most * (D + 2);
+    float2* heads = (float2*)(partials + op.most * D);
     for (int i = threadIdx.x; i < D; i += blockDim.x) {
         float o = 0;
 #pragma unroll 16
         for (int j = 0; j < GROUPS; j++) o += s.outs[j][i] * __expf(s.maxima[j] - top);
-        if (cut.used == 1)
+        if (split.used == 1)
             out[i] = to_u16(o / total);
         else
-            parts[part_index * D + i] = o;
+            partials[part_index * D + i] = o;
     }
-    if (cut.used == 1) return;
+    if (split.used == 1) return;
     if (threadIdx.x == 0) heads[part_index] = make_float2(top, total);
     __syncthreads();
-    if (threadIdx.x == 0) {  // what the block has written comes before its ticket, and what it reads after
-        u32 ticket;
+    if (threadIdx.x == 0) {  // release the block's partials; acquire the others'
+        u32 arrival;
         __threadfence();
-        asm volatile("atom.add.relaxed.gpu.global.u32 %0, [%1], 1;" : "=r"(ticket) : "l"(op.tickets + head) : "memory");
+        asm volatile("atom.add.relaxed.gpu.global.u32 %0, [%1], 1;"
+                     : "=r"(arrival)
+                     : "l"(op.arrivals + head)
+                     : "memory");
         __threadfence();
-        s.is_last = ticket == cut.used - 1;
-        if (s.is_last) op.tickets[head] = 0;
+        s.is_last = arrival == split.used - 1;
+        if (s.is_last) op.arrivals[head] = 0;
     }
     __syncthreads();
     if (!s.is_last) return;
-    float held[MOST_PARTS];  // on their way while the parts are weighed
+    float held[MAX_PARTS];  // loading while the weights of the parts are computed
 #pragma unroll
-    for (int p = 0; p < MOST_PARTS; p++)
-        held[p] = p < cut.used && threadIdx.x < D ? __ldcg(parts + p * D + threadIdx.x) : 0.0f;
-    if (threadIdx.x < 32) {  // a lane a part
-        const float2 h = threadIdx.x < cut.used ? __ldcg(heads + threadIdx.x) : make_float2(-1e30f, 0.0f);
-        float largest_part = h.x;
+    for (int p = 0; p < MAX_PARTS; p++)
+        held[p] = p < split.used && threadIdx.x < D ? __ldcg(partials + p * D + threadIdx.x) : 0.0f;
+    if (threadIdx.x < 32) {  // a lane for each part
+        const float2 h = threadIdx.x < split.used ? __ldcg(heads + threadIdx.x) : make_float2(-1e30f, 0.0f);
+        float max_of_parts = h.x;
 #pragma unroll
-        for (int i = 16; i; i /= 2) largest_part = fmaxf(largest_part, __shfl_xor_sync(~0u, largest_part, i));
-        const float w = __expf(h.x - largest_part);
+        for (int i = 16; i; i /= 2) max_of_parts = fmaxf(max_of_parts, __shfl_xor_sync(~0u, max_of_parts, i));
+        const float w = __expf(h.x - max_of_parts);
         float all = h.y * w;
 #pragma unroll
         for (int i = 16; i; i /= 2) all += __shfl_xor_sync(~0u, all, i);
@@ -2119,34 +2133,24 @@ __device__ __forceinline__ void attend(const Operation& op, const Cut& cut, int 
     if (threadIdx.x >= D) return;
     float o = 0;
 #pragma unroll
-    for (int p = 0; p < MOST_PARTS; p++) o += held[p] * s.weights[p];
+    for (int p = 0; p < MAX_PARTS; p++) o += held[p] * s.weights[p];
     out[threadIdx.x] = to_u16(o);
 }
 
-extern "C" __global__ void begin_step(const __grid_constant__ Operation op) {
-    start_next();
-    wait();
-    begin<HEAD_DIM>(op, blockIdx.x);
-}
-extern "C" __global__ void end_step(const __grid_constant__ Operation op) {
-    start_next();
-    wait();
-    end(op);
-}
-// Grid: parts of the keys, at most; heads. Slots and older keys were there before the step began. `attend_many` has
-// fewer keys ahead, and twice as many blocks on a multiprocessor.
-template <int AT_ONCE>
+// Slots and older keys precede the step, so they are read before pdl_wait. attend_many has fewer keys in flight and
+// twice as many blocks on a multiprocessor.
+template <int KEYS_IN_FLIGHT>
 __device__ __forceinline__ void attend_all(const Operation& op) {
-    __shared__ AttendShared<HEAD_DIM> shared;
-    start_next();
-    const Cut cut(op, blockIdx.y / op.H);
-    if (blockIdx.x >= cut.used) return;
-    Keys<HEAD_DIM, AT_ONCE> first, second;
-    const int begin = blockIdx.x * cut.per, end = min(begin + cut.per, cut.n);
-    first.fetch(op, cut, blockIdx.y, begin, end);
-    second.fetch(op, cut, blockIdx.y, begin + first.COUNT, end);
-    wait();
-    attend<HEAD_DIM>(op, cut, blockIdx.y, blockIdx.x, first, second, shared);
+    __shared__ AttendShared shared;
+    pdl_launch_dependents();
+    const KeySplit split(op, blockIdx.y / op.H);
+    if (blockIdx.x >= split.used) return;
+    KeyTile<KEYS_IN_FLIGHT> first, second;
+    const int begin = blockIdx.x * split.per, end = min(begin + split.per, split.n);
+    first.fetch(op, split, blockIdx.y, begin, end);
+    second.fetch(op, split, blockIdx.y, begin + first.COUNT, end);
+    pdl_wait();
+    attend(op, split, blockIdx.y, blockIdx.x, first, second, shared);
 }
 extern "C" __global__ void __launch_bounds__(256) attend_step(const __grid_constant__ Operation op) {
     attend_all<64>(op);
@@ -2155,15 +2159,18 @@ extern "C" __global__ void __launch_bounds__(256, 4) attend_many(const __grid_co
     attend_all<32>(op);
 }
 ''',
-    "kernels/cuda/dequantize.cuh": r'''// INT8 and INT4 weights to pairs of half or bfloat16, in registers.
+    "kernels/cuda/dequantize.cuh": r'''// INT8 and INT4 weights to pairs of half or bfloat16, in registers and without the scale.
+//
+// The bits of an integer are put into the mantissa of a constant whose unit in the last place is 1; then the constant
+// is subtracted. Source: Kim et al., "Who Says Elephants Can't Run", arXiv 2211.10017.
 #pragma once
 
 #include "kernels/cuda/common.cuh"
 
-// Four weights of a word, in order, as two pairs. A byte b in the low bits of 0x6400 is the half 1024 + b.
-__device__ __forceinline__ void widen8(u32 w, u32* out) {
+// Four bytes of w, in order, to two pairs. With b in its low byte, the half 0x6400 is 1024 + b.
+__device__ __forceinline__ void dequantize_int8(u32 w, u32* out) {
 #if BF16
-    // 0x4300 is 128 with a unit in its last place: seven bits fit, and the sign bit is subtracted as 0 or 128.
+    // 0x4300 is the bfloat16 128, whose mantissa takes seven bits. The sign bit makes 128 or 256 of it: subtract that.
     u32 a = __byte_perm(w, 0x43434343, 0x4140), b = __byte_perm(w, 0x43434343, 0x4342);
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out[0]) : "r"(a & 0xff80ff80), "r"(0xbf80bf80), "r"(a & 0xff7fff7f));
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out[1]) : "r"(b & 0xff80ff80), "r"(0xbf80bf80), "r"(b & 0xff7fff7f));
@@ -2174,8 +2181,9 @@ __device__ __forceinline__ void widen8(u32 w, u32* out) {
     asm("sub.f16x2 %0, %1, %2;" : "=r"(out[1]) : "r"(b), "r"(0x64806480));
 #endif
 }
-// Eight nibbles of a word, in order (the even column is the high nibble), as four pairs.
-__device__ __forceinline__ void widen4(u32 w, u32* out) {
+
+// Eight nibbles of w to four pairs. In a byte, the high nibble is the even column.
+__device__ __forceinline__ void dequantize_int4(u32 w, u32* out) {
     w ^= 0x88888888;
     const u32 s = w >> 4;
 #if BF16
@@ -2195,32 +2203,45 @@ __device__ __forceinline__ void widen4(u32 w, u32* out) {
 #endif
     }
 }
+
+// Eight weights, the j-th eight of the 128 / bits in 16 bytes, to four pairs. 16 bits: they are half already.
+template <int bits>
+__device__ __forceinline__ void dequantize8(const u32* words, int j, u32* out) {
+    if (bits == 8) {
+        dequantize_int8(words[2 * j], out);
+        dequantize_int8(words[2 * j + 1], out + 2);
+    } else if (bits == 4) {
+        dequantize_int4(words[j], out);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; i++) out[i] = words[i];
+    }
+}
 ''',
-    "kernels/cuda/epilogue.cuh": r'''// What follows a product: scale, bias, GELU or a residual.
+    "kernels/cuda/epilogue.cuh": r'''// The epilogue of a linear, per output: y = gelu(sum * scale + bias) or sum * scale + bias + alpha * residual.
 #pragma once
 
 #include "kernels/cuda/common.cuh"
 
-__device__ __forceinline__ float gelu(float v) {  // the tanh form
+__device__ __forceinline__ float gelu(float v) {  // tanh form
     float u = 0.7978845608028654f * v * (1.0f + 0.044715f * v * v);
     return __fdividef(v, 1.0f + __expf(-2.0f * u));
 }
 
-// What becomes of a sum: scale and bias of row n, then GELU, or alpha times a residual. An Operation has these, too.
 struct Epilogue {
     const u16* scale;     // [N] or null
     const u16* bias;      // [N] or null
     const u16* residual;  // [M, N] or null
     float alpha;
     int gelu;
-    void* output;  // [M, N]
+    void* y;  // [M, N]
 };
-struct Finish {
+// Of one output, as loaded: a conversion would wait for the load.
+struct EpilogueOperands {
     u16 scale, bias, residual;
-};  // not converted yet, so that nobody waits for them
-template <class E>
-__device__ __forceinline__ Finish prepare(const E& e, int m, int n, int M, int N) {
-    Finish f = {0, 0, 0};
+};
+__device__ __forceinline__ EpilogueOperands load_operands(const Epilogue& e, int m, int n, int M, int N) {
+    EpilogueOperands f = {0, 0, 0};
     if (m < M && n < N) {
         if (e.scale) f.scale = e.scale[n];
         if (e.bias) f.bias = e.bias[n];
@@ -2228,39 +2249,39 @@ __device__ __forceinline__ Finish prepare(const E& e, int m, int n, int M, int N
     }
     return f;
 }
-template <class E>
-__device__ __forceinline__ float finished(const E& e, const Finish& f, float sum) {
+__device__ __forceinline__ float apply_epilogue(const Epilogue& e, const EpilogueOperands& f, float sum) {
     if (e.scale) sum *= to_float(f.scale);
     sum += to_float(f.bias);
     if (e.gelu) sum = gelu(sum);
     return sum + e.alpha * to_float(f.residual);
 }
-template <class E>
-__device__ __forceinline__ void finish(const E& e, const Finish& f, float sum, int m, int n, int N) {
-    ((u16*)e.output)[(size_t)m * N + n] = to_u16(finished(e, f, sum));
+__device__ __forceinline__ void store_output(const Epilogue& e, const EpilogueOperands& f, float sum, int m, int n,
+                                             int N) {
+    ((u16*)e.y)[(size_t)m * N + n] = to_u16(apply_epilogue(e, f, sum));
 }
 ''',
-    "kernels/cuda/expand.cuh": r'''// The half weight of a quantised one, for cuBLAS.
+    "kernels/cuda/expand.cuh": r'''// The half weight q * scale [N, K] of a quantised weight, for cuBLAS. Kernels of the module prompt.
+//
+// Grid: (K / 8 threads, at most N / 4; K % 8: N); a thread for 8 columns of 4 rows. Any alignment of rows.
 #pragma once
 
 #include "kernels/cuda/dequantize.cuh"
 
-// The float weight q · scale [N, K]: a thread widens 8 weights of 4 rows; grid.x over the row, grid.y over rows.
-template <int BITS>
+template <int bits>
 __device__ __forceinline__ void expand(const unsigned char* __restrict__ weight, const u16* __restrict__ scale,
                                        u16* __restrict__ out, int N, int K) {
     const int k = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
-    const size_t row_bytes = (size_t)K * BITS / 8;
+    const size_t row_bytes = (size_t)K * bits / 8;
     if (k >= K) return;
     if (K % 8 == 0) {
         for (int first = blockIdx.y * 4; first < N; first += gridDim.y * 4) {
             uint2 v[4];
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const unsigned char* p = weight + (first + i) * row_bytes + k * BITS / 8;
+                const unsigned char* p = weight + (first + i) * row_bytes + k * bits / 8;
                 v[i] = make_uint2(0, 0);
                 if (first + i < N) {
-                    if (BITS == 8)
+                    if (bits == 8)
                         v[i] = *(const uint2*)p;
                     else
                         v[i].x = *(const u32*)p;
@@ -2271,11 +2292,11 @@ __device__ __forceinline__ void expand(const unsigned char* __restrict__ weight,
                 if (first + i >= N) break;
                 const float s = to_float(scale[first + i]);
                 u32 w[4];
-                if (BITS == 8) {
-                    widen8(v[i].x, w);
-                    widen8(v[i].y, w + 2);
+                if (bits == 8) {
+                    dequantize_int8(v[i].x, w);
+                    dequantize_int8(v[i].y, w + 2);
                 } else
-                    widen4(v[i].x, w);
+                    dequantize_int4(v[i].x, w);
                 *(uint4*)(out + (size_t)(first + i) * K + k) =
                     make_uint4(pack(low(w[0]) * s, high(w[0]) * s), pack(low(w[1]) * s, high(w[1]) * s),
                                pack(low(w[2]) * s, high(w[2]) * s), pack(low(w[3]) * s, high(w[3]) * s));
@@ -2286,7 +2307,7 @@ __device__ __forceinline__ void expand(const unsigned char* __restrict__ weight,
             for (int i = k; i < min(k + 8, K); i++) {
                 const unsigned char* p = weight + n * row_bytes;
                 int v;
-                if (BITS == 8)
+                if (bits == 8)
                     v = (signed char)p[i];
                 else
                     v = (i & 1) ? (int)((u32)p[i / 2] << 28) >> 28 : (int)((u32)p[i / 2] << 24) >> 28;
@@ -2301,83 +2322,85 @@ extern "C" __global__ void expand_4(const unsigned char* weight, const u16* scal
     expand<4>(weight, scale, out, N, K);
 }
 ''',
-    "kernels/cuda/hopper/call.cuh": r'''// What the linears on Hopper are given, and what they share.
+    "kernels/cuda/hopper/call.cuh": r'''// Arguments, tile and pipeline barriers of the linears on Hopper.
 #pragma once
 
 #include "kernels/cuda/epilogue.cuh"
 #include "kernels/cuda/hopper/ptx.cuh"
 
-// What a kernel is given; see `kernels_cuda._CALL`.
+// Arguments. `kernels_cuda._CALL` is the same struct.
 struct Call {
     TensorMap weight, x;
     const u16 *scale, *bias, *residual;
     u16* y;
     float alpha;
     int gelu, M, N, K;
-    int stages;  // of few rows
-    int wide;    // of many rows: residual and y are float32; what is added to the residual is rounded before
+    int stages;  // small-M
+    int wide;    // large-M: residual and y are float32. What is added to the residual is rounded before.
 };
 
-constexpr int ROWS = 128, WARPS = 8;             // columns of y; warps that multiply
-constexpr int PITCH = 48, STAGING = 32 * PITCH;  // bytes from token to token and of a warp, in the end
+constexpr int TILE_N = 128, CONSUMERS = 8;       // columns of y; warps with products
+constexpr int PITCH = 48, STAGING = 32 * PITCH;  // bytes of a row of y and of a warp, for the epilogue
 
-// Barriers of each stage of a ring: `full` when weights and x are there, `free` when so many have left it.
-__device__ __forceinline__ void init_ring(u32 full, u32 free, const int& stages, u32 leaving = WARPS) {
+// Initialises the barriers of each stage: full (the producers of weights and x arrive), empty (the consumers arrive).
+__device__ __forceinline__ void init_barriers(u32 full, u32 empty, const int& stages,
+                                              u32 arrivals_per_phase = CONSUMERS) {
     if (threadIdx.x == 0) {
         for (int i = 0; i < stages; i++) {
-            init_barrier(full + i * 8, 2);
-            init_barrier(free + i * 8, leaving);
+            mbarrier_init(full + i * 8, 2);
+            mbarrier_init(empty + i * 8, arrivals_per_phase);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
 }
 ''',
-    "kernels/cuda/hopper/linear_large_m.cuh": r'''// A block has tiles of 128 columns of y and TOKENS rows, one after the other and, as one of SPLIT blocks of a cluster,
-// a part of K. Two warps have the copy engine bring 64 columns of the weight and of x at a time, up to STAGES steps
-// ahead and for the block's next tile, too. Of the two warpgroups beside theirs each takes 64 columns of y: a thread
-// reads the weights of its fragments from shared memory and widens them in registers, while the tensor cores multiply
-// those before by x, which they read from shared memory.
+    "kernels/cuda/hopper/linear_large_m.cuh": r'''// y = epilogue(x * weight^T) of many rows x [M, K] on Hopper, or the input gradient x = y * weight (TRANSPOSED).
+// Module: linear_large_m_BITS_TILE_M_SPLIT_K, or input_gradient_TILE_M_SPLIT_K.
 //
-// `many_rows` reads weights 2 bytes (INT4: 1) at a time, as its fragments have them. `gradient` multiplies by the
-// weight itself: its fragments are columns of what is stored, of which pairs of bytes come transposed, and each number
-// is multiplied by the scale of its row.
-//
-// Grid: as many blocks as tiles, or less; SPLIT times as many as tiles, if K is cut. Block: 384. Tensor maps of bytes:
-// x with boxes of TOKENS rows of 128 bytes; the weight with 128 rows of 64 bytes (INT4: 32), or for `gradient` 64 rows
-// of 128; all swizzled. N is a multiple of 8, and there is a step for each of SPLIT blocks.
+// Shapes: quantised weight [N, K]; N % 8 == 0; K has a step of 64 for each of SPLIT_K blocks. Output tile: TILE_M x
+// 128. Grid: SPLIT_K == 1: at most one block for each tile, persistent; else SPLIT_K blocks (a cluster) a tile. Block:
+// 384. Shared memory: STAGES of x and weights, scales, STAGING for each warp; aligned to 1024 bytes here. Tensor maps:
+// bytes, swizzled; boxes: x TILE_M rows of 128 bytes; weight 128 rows of 64 bytes (INT4: 32), TRANSPOSED 64 of 128.
+// Pipeline: two producer warps (TMA of weights; of x, and scales if TRANSPOSED) run up to STAGES steps ahead, into the
+// next tile, too. Two consumer warpgroups take 64 columns of y each: a thread dequantises fragments from shared memory
+// to registers while wgmma runs on those before. TRANSPOSED: fragments are columns of the stored weight (ldmatrix.trans
+// of pairs of bytes), and each number is multiplied by the scale of its row. Source: PTX ISA; the split of producer and
+// consumer warps follows CUTLASS's warp-specialised GEMM for Hopper.
 #pragma once
 
 #include "kernels/cuda/dequantize.cuh"
 #include "kernels/cuda/hopper/call.cuh"
 #include "kernels/cuda/hopper/wgmma.cuh"
 
-template <int BITS, bool TRANSPOSED, int TOKENS, int SPLIT, int STAGES>
-struct ManyRows {
-    static constexpr int ROW_BYTES = 8 * BITS;  // of 64 weights
-    static constexpr int X_BYTES = TOKENS * 128, STAGE = X_BYTES + ROWS * ROW_BYTES;
-    static constexpr int SCALE_BYTES = TRANSPOSED ? 128 : 0;
-    static constexpr int COUNT = TOKENS / 2 / SPLIT;  // sums of a thread that this block finishes
-    // Lanes that say so when a warp has left a stage: of those that read a scale, compute-sanitizer follows the last.
-    static constexpr int LEAVING = TRANSPOSED ? 4 : 1;
-    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // so that the compiler knows: a warp has one
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    u32 ring;  // stages; then their scales; then what `write` needs
+static_assert(BITS == 8 || (BITS == 4 && !TRANSPOSED), "");
+static_assert(TILE_M == 64 || TILE_M == 128 || TILE_M == 192 || TILE_M == 256, "");
 
-    // The fragments of 32 columns of K: four registers for each 16.
-    __device__ __forceinline__ void widen(int stage, int half, u32* a) const {
+struct LargeM {
+    static constexpr int ROW_BYTES = 8 * BITS;  // 64 weights
+    static constexpr int X_BYTES = TILE_M * 128, STAGE = X_BYTES + TILE_N * ROW_BYTES;
+    static constexpr int SCALE_BYTES = TRANSPOSED ? 128 : 0;
+    static constexpr int COUNT = TILE_M / 2 / SPLIT_K;  // outputs of a thread
+    // Arrivals a warp makes on the empty barrier: of the readers of a scale, compute-sanitizer tracks the last.
+    static constexpr int ARRIVALS = TRANSPOSED ? 4 : 1;
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform in a warp, for the compiler
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    u32 ring;  // STAGES; then their scales; then STAGING
+
+    // Fragments of 32 columns of K, four registers for each 16.
+    __device__ __forceinline__ void load_fragments(int stage, int half, u32* a) const {
         const u32 weights = ring + stage * STAGE + X_BYTES;
         u32 out[4];
         if (TRANSPOSED) {  // rows g, g + 8 of the fragment are columns 2g, 2g + 1 of y
             u32 w[4];
-            shared_transposed(weights + (half * 32 + lane) * ROWS + (warp ^ lane % 8) * 16, w);
+            ldmatrix_x4_trans(weights + (half * 32 + lane) * TILE_N + (warp ^ lane % 8) * 16, w);
             const u32 scale = ring + STAGES * STAGE + stage * SCALE_BYTES + half * 64 + t * 4;
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                widen8(__byte_perm(w[i], 0, 0x3120), out);
-                const u32 pair = shared_u32(scale + i * 16);
-                a[i * 2] = times(out[0], pair);
-                a[i * 2 + 1] = times(out[1], pair);
+                dequantize_int8(__byte_perm(w[i], 0, 0x3120), out);
+                const u32 pair = ld_shared_u32(scale + i * 16);
+                a[i * 2] = mul2(out[0], pair);
+                a[i * 2 + 1] = mul2(out[1], pair);
             }
             return;
         }
@@ -2388,36 +2411,39 @@ struct ManyRows {
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
                     const u32 p = row + ((half * 2 + j) ^ (g / 2)) * 16 + t * 2;
-                    widen8(shared_u16(p) | shared_u16(p + 8) << 16, out);
+                    dequantize_int8(ld_shared_u16(p) | ld_shared_u16(p + 8) << 16, out);
                     a[j * 4 + r] = out[0];
                     a[j * 4 + r + 2] = out[1];
                 }
             } else {
                 const u32 p = row + (half ^ (g / 4)) * 16 + t;
-                widen4(shared_u8(p) | shared_u8(p + 4) << 8 | shared_u8(p + 8) << 16 | shared_u8(p + 12) << 24, out);
+                dequantize_int4(
+                    ld_shared_u8(p) | ld_shared_u8(p + 4) << 8 | ld_shared_u8(p + 8) << 16 | ld_shared_u8(p + 12) << 24,
+                    out);
 #pragma unroll
                 for (int i = 0; i < 4; i++) a[i / 2 * 4 + r + i % 2 * 2] = out[i];
             }
         }
     }
 
-    // Each block of a cluster finishes its share of the tokens; the others send it their sums. `at`: the ring, which
-    // nobody uses any more.
-    __device__ __forceinline__ void add_up(const float (&sums)[TOKENS / 2], float (&total)[COUNT], float4* at) const {
-        const int part = blockIdx.x % SPLIT;
+    // Split-K: each block of a cluster reduces its share of the rows. The others send it their sums, to the ring
+    // (`at`), which is idle now.
+    __device__ __forceinline__ void reduce_cluster(const float (&sums)[TILE_M / 2], float (&total)[COUNT],
+                                                   float4* at) const {
+        const int part = blockIdx.x % SPLIT_K;
 #pragma unroll
-        for (int block = 0; block < SPLIT; block++)
+        for (int block = 0; block < SPLIT_K; block++)
 #pragma unroll
             for (int i = 0; i < COUNT; i += 4) {
                 const float* v = sums + block * COUNT + i;
                 if (block != part)
-                    store_to(ring + ((part * COUNT + i) * 64 + threadIdx.x) * 16, block, v);
+                    st_cluster_v4(ring + ((part * COUNT + i) * 64 + threadIdx.x) * 16, block, v);
                 else
                     total[i] = v[0], total[i + 1] = v[1], total[i + 2] = v[2], total[i + 3] = v[3];
             }
         cluster_arrive();
         cluster_wait();
-        for (int block = 0; block < SPLIT; block++)
+        for (int block = 0; block < SPLIT_K; block++)
             if (block != part)
 #pragma unroll
                 for (int i = 0; i < COUNT; i += 4) {
@@ -2429,30 +2455,30 @@ struct ManyRows {
                 }
     }
 
-    // y from column first_n and row first_m on. A warp turns its numbers round in shared memory, 16 tokens at a time,
-    // to write 16 columns of a row of y; the residual is added there. `staging`: STAGING bytes of the warp's own.
-    __device__ __forceinline__ void write(const Epilogue& e, bool wide, float (&total)[COUNT], int first_m, int first_n,
-                                          int M, int N, char* staging) const {
+    // Epilogue of y[first_m:, first_n:]. A warp transposes 16 rows at a time in shared memory (staging: STAGING bytes
+    // of the warp), adds the residual and stores 16 columns of each row.
+    __device__ __forceinline__ void write(const Epilogue& e, bool wide, float* total, int first_m, int first_n, int M,
+                                          int N, char* staging) const {
         const Epilogue first = {e.scale, e.bias, nullptr, 0, 0, nullptr};
         const int my_n = first_n + warp * 16 + g;
-        const Finish ends[2] = {prepare(first, 0, my_n, M, N), prepare(first, 0, my_n + 8, M, N)};
-        const u32 mine = address_of(staging) + (lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * 16;
+        const EpilogueOperands ends[2] = {load_operands(first, 0, my_n, M, N), load_operands(first, 0, my_n + 8, M, N)};
+        const u32 mine = smem_address(staging) + (lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * 16;
         const int column = lane % 2 * 8, n = first_n + warp * 16 + column;
 #pragma unroll
         for (int i = 0; i < COUNT; i += 8) {
 #pragma unroll
             for (int j = i; j < i + 8; j++) {
-                total[j] = finished(first, ends[j / 2 % 2], total[j]);
+                total[j] = apply_epilogue(first, ends[j / 2 % 2], total[j]);
                 if (e.gelu) total[j] = gelu(total[j]);
             }
             const int slot = i / 8 % 2 * 16 * PITCH;
-            store_transposed(mine + slot, pack(total[i], total[i + 1]), pack(total[i + 2], total[i + 3]),
-                             pack(total[i + 4], total[i + 5]), pack(total[i + 6], total[i + 7]));
+            stmatrix_x4_trans(mine + slot, pack(total[i], total[i + 1]), pack(total[i + 2], total[i + 3]),
+                              pack(total[i + 4], total[i + 5]), pack(total[i + 6], total[i + 7]));
             __syncwarp();
             const int token = i * 2 + lane / 2, m = first_m + token;
             const char* from = staging + slot + lane / 2 * PITCH;
             uint4 v = *(const uint4*)(from + column * 2);
-            if (TRANSPOSED) {  // of 16 columns, the even ones lie before the odd ones
+            if (TRANSPOSED) {  // of 16 columns, the even ones precede the odd ones
                 const uint2 even = *(const uint2*)(from + column), odd = *(const uint2*)(from + column + 16);
                 v = make_uint4(__byte_perm(even.x, odd.x, 0x5410), __byte_perm(even.x, odd.x, 0x7632),
                                __byte_perm(even.y, odd.y, 0x5410), __byte_perm(even.y, odd.y, 0x7632));
@@ -2461,7 +2487,7 @@ struct ManyRows {
             const size_t place = (size_t)m * N + n;
             if (wide) {
                 const float4* r = (const float4*)((const float*)e.residual + place);
-                float4* y = (float4*)((float*)e.output + place);
+                float4* y = (float4*)((float*)e.y + place);
                 auto add = [&](u32 a, u32 b, float4 r) {
                     return make_float4(low(a) + e.alpha * r.x, high(a) + e.alpha * r.y, low(b) + e.alpha * r.z,
                                        high(b) + e.alpha * r.w);
@@ -2476,7 +2502,7 @@ struct ManyRows {
                 auto add = [&](u32 y, u32 r) { return pack(low(y) + e.alpha * low(r), high(y) + e.alpha * high(r)); };
                 v = make_uint4(add(v.x, r.x), add(v.y, r.y), add(v.z, r.z), add(v.w, r.w));
             }
-            *(uint4*)((u16*)e.output + place) = v;
+            *(uint4*)((u16*)e.y + place) = v;
         }
         __syncwarp();
     }
@@ -2484,14 +2510,14 @@ struct ManyRows {
     __device__ __forceinline__ void run(const Call& c) {
         extern __shared__ uint4 shared[];
         __shared__ unsigned long long barriers[2 * STAGES];
-        const int columns = (c.M + TOKENS - 1) / TOKENS, tiles = (c.N + ROWS - 1) / ROWS * columns;
-        const int part = blockIdx.x % SPLIT, first = blockIdx.x / SPLIT, stride = gridDim.x / SPLIT;
-        const int steps = (c.K + 63) / 64, begin = steps * part / SPLIT, end = steps * (part + 1) / SPLIT;
-        const u32 full = address_of(barriers), free = full + 8 * STAGES;  // of each stage
-        ring = (address_of(shared) + 1023) / 1024 * 1024;
-        init_ring(full, free, STAGES, WARPS * LEAVING);
-        start_next();
-        u32 parity = warp >= WARPS;  // those who fill a ring need not wait in its first turn
+        const int columns = (c.M + TILE_M - 1) / TILE_M, tiles = (c.N + TILE_N - 1) / TILE_N * columns;
+        const int part = blockIdx.x % SPLIT_K, first = blockIdx.x / SPLIT_K, stride = gridDim.x / SPLIT_K;
+        const int steps = (c.K + 63) / 64, begin = steps * part / SPLIT_K, end = steps * (part + 1) / SPLIT_K;
+        const u32 full = smem_address(barriers), empty = full + 8 * STAGES;  // barriers of each stage
+        ring = (smem_address(shared) + 1023) / 1024 * 1024;
+        init_barriers(full, empty, STAGES, CONSUMERS * ARRIVALS);
+        pdl_launch_dependents();
+        u32 parity = warp >= CONSUMERS;  // producers find the first STAGES empty
         int stage = 0;
         auto advance = [&] {
             if (++stage == STAGES) {
@@ -2499,157 +2525,156 @@ struct ManyRows {
                 parity ^= 1;
             }
         };
-        if (warp >= WARPS) {
-            asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");  // for those who multiply
-            const bool weights = warp == WARPS;  // else x and scales, which may have been written just before
-            if (!weights) wait();
-            for (int tile = first; tile < tiles && warp < WARPS + 2; tile += stride) {
-                const int n = tile / columns * ROWS, m = tile % columns * TOKENS;
+        if (warp >= CONSUMERS) {
+            asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");  // registers go to the consumers
+            const bool weights = warp == CONSUMERS;               // else x and scales, results of kernels before
+            if (!weights) pdl_wait();
+            for (int tile = first; tile < tiles && warp < CONSUMERS + 2; tile += stride) {
+                const int n = tile / columns * TILE_N, m = tile % columns * TILE_M;
                 for (int step = begin; step < end && lane == 0; step++, advance()) {
                     const u32 barrier = full + stage * 8, to = ring + stage * STAGE;
-                    wait_for(free + stage * 8, parity);
+                    mbarrier_wait(empty + stage * 8, parity);
                     if (weights) {
-                        announce(barrier, STAGE - X_BYTES);
-                        copy_box(to + X_BYTES, c.weight, TRANSPOSED ? n : step * ROW_BYTES, TRANSPOSED ? step * 64 : n,
+                        mbarrier_arrive_expect_tx(barrier, STAGE - X_BYTES);
+                        tma_load(to + X_BYTES, c.weight, TRANSPOSED ? n : step * ROW_BYTES, TRANSPOSED ? step * 64 : n,
                                  barrier);
                     } else {
-                        announce(barrier, X_BYTES + SCALE_BYTES);
-                        copy_box(to, c.x, step * 128, m, barrier);
+                        mbarrier_arrive_expect_tx(barrier, X_BYTES + SCALE_BYTES);
+                        tma_load(to, c.x, step * 128, m, barrier);
                         if (TRANSPOSED)
-                            copy_bytes(ring + STAGES * STAGE + stage * SCALE_BYTES, c.scale + step * 64, SCALE_BYTES,
-                                       barrier);
+                            bulk_load(ring + STAGES * STAGE + stage * SCALE_BYTES, c.scale + step * 64, SCALE_BYTES,
+                                      barrier);
                     }
                 }
             }
             return;
         }
         asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
-        wait();
-        char* at = (char*)shared + (ring - address_of(shared));
+        pdl_wait();
+        char* at = (char*)shared + (ring - smem_address(shared));
         char* staging = at + STAGES * (STAGE + SCALE_BYTES) + warp * STAGING;
         const Epilogue e = {c.scale, c.bias, c.residual, c.alpha, c.gelu, c.y}, bare = {0, 0, 0, 0, 0, c.y};
-        auto leave = [&](int s) {
-            __syncwarp();  // every lane has read what it needs
-            if (lane >= 32 - LEAVING) arrive(free + s * 8);
+        auto release = [&](int s) {
+            __syncwarp();  // all lanes have read
+            if (lane >= 32 - ARRIVALS) mbarrier_arrive(empty + s * 8);
         };
         u32 a[2][8];
         for (int tile = first; tile < tiles; tile += stride) {
-            float sums[TOKENS / 2];
+            float sums[TILE_M / 2];
 #pragma unroll
-            for (int i = 0; i < TOKENS / 2; i++) sums[i] = 0;
-            // While the tensor cores have 32 columns of K, the next are widened.
+            for (int i = 0; i < TILE_M / 2; i++) sums[i] = 0;
+            // While wgmma runs on 32 columns of K, the next are dequantised.
             int before = 0;
-            wait_for(full + stage * 8, parity);
-            widen(stage, 0, a[0]);
+            mbarrier_wait(full + stage * 8, parity);
+            load_fragments(stage, 0, a[0]);
             for (int step = begin;; step++) {
-                const unsigned long long b = describe(ring + stage * STAGE);
-                begin_products();
-                multiply_async(sums, a[0], b);
-                multiply_async(sums, a[0] + 4, b + 2);
-                commit_products();
-                wait_products<1>();
-                if (step > begin) leave(before);
+                const unsigned long long b = smem_descriptor(ring + stage * STAGE);
+                wgmma_fence();
+                wgmma(sums, a[0], b);
+                wgmma(sums, a[0] + 4, b + 2);
+                wgmma_commit();
+                wgmma_wait<1>();
+                if (step > begin) release(before);
                 before = stage;
-                widen(stage, 1, a[1]);
-                begin_products();
-                multiply_async(sums, a[1], b + 4);
-                multiply_async(sums, a[1] + 4, b + 6);
-                commit_products();
+                load_fragments(stage, 1, a[1]);
+                wgmma_fence();
+                wgmma(sums, a[1], b + 4);
+                wgmma(sums, a[1] + 4, b + 6);
+                wgmma_commit();
                 advance();
                 if (step + 1 == end) break;
-                wait_products<1>();
-                wait_for(full + stage * 8, parity);
-                widen(stage, 0, a[0]);
+                wgmma_wait<1>();
+                mbarrier_wait(full + stage * 8, parity);
+                load_fragments(stage, 0, a[0]);
             }
-            wait_products<0>();
+            wgmma_wait<0>();
 #pragma unroll
-            for (int i = 0; i < TOKENS / 2; i++) asm volatile("" : "+f"(sums[i])::"memory");  // not used before
-            leave(before);
-            const int first_n = tile / columns * ROWS, first_m = tile % columns * TOKENS + part * (TOKENS / SPLIT);
-            if constexpr (SPLIT == 1) {
-                write(TRANSPOSED ? bare : e, c.wide, sums, first_m, first_n, c.M, c.N, staging);
-            } else {
+            for (int i = 0; i < TILE_M / 2; i++) asm volatile("" : "+f"(sums[i])::"memory");  // no use before the wait
+            release(before);
+            const int first_n = tile / columns * TILE_N, first_m = tile % columns * TILE_M + part * (TILE_M / SPLIT_K);
+            float reduced[COUNT], *total = sums;
+            if (SPLIT_K > 1) {
                 cluster_arrive();  // all warps have left the ring
                 cluster_wait();
-                float total[COUNT];
-                add_up(sums, total, (float4*)at);
-                write(TRANSPOSED ? bare : e, c.wide, total, first_m, first_n, c.M, c.N, staging);
-                return;  // the ring is gone
+                reduce_cluster(sums, reduced, (float4*)at);
+                total = reduced;
             }
+            write(TRANSPOSED ? bare : e, c.wide, total, first_m, first_n, c.M, c.N, staging);
+            if (SPLIT_K > 1) return;  // the ring is overwritten
         }
     }
 };
-#define KERNEL(NAME, BITS, TRANSPOSED, TOKENS, SPLIT, STAGES)                          \
-    extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(384, 1) \
-        NAME(const __grid_constant__ Call c) {                                         \
-        ManyRows<BITS, TRANSPOSED, TOKENS, SPLIT, STAGES>().run(c);                    \
-    }
-#define MANY_ROWS(BITS, TOKENS, SPLIT, STAGES) KERNEL(many_rows, BITS, false, TOKENS, SPLIT, STAGES)
-#define GRADIENT(TOKENS, SPLIT, STAGES) KERNEL(gradient, 8, true, TOKENS, SPLIT, STAGES)
+
+extern "C" __global__ void __cluster_dims__(SPLIT_K, 1, 1) __launch_bounds__(384, 1)
+    linear_large_m(const __grid_constant__ Call c) {
+    LargeM().run(c);
+}
 ''',
-    "kernels/cuda/hopper/linear_small_m.cuh": r'''// 2 to 32 rows: a block owns 128 columns of y, up to TOKENS rows, and as one of SPLIT blocks of a cluster a part of K.
-// One warp has the copy engine bring weights, 128 columns of K a step, another has it bring x; the other eight take 16
-// columns of y each. As the order of the columns of K is free in a product, a thread takes 16 columns that lie side by
-// side, of the weight and of x. In the end each block of a cluster finishes the columns of y of some of its warps.
+    "kernels/cuda/hopper/linear_small_m.cuh": r'''// y = epilogue(x * weight^T) of 2 to 32 rows x [M, K] on Hopper. Module: linear_small_m_BITS_TILE_M_SPLIT_K.
 //
-// Grid: a multiple of SPLIT; block: 320. Tensor maps of bytes: x with boxes of TOKENS rows of 128 bytes, of which a
-// step takes two; the weight with 128 rows of 128 bytes (INT4: 64); swizzled.
+// Shapes: quantised weight [N, K]; M <= TILE_M; K has a step of 128 for each of SPLIT_K blocks. Output tile: TILE_M x
+// 128. Grid: SPLIT_K blocks (a cluster) a tile; block: 320, two to a multiprocessor. Shared memory: `stages` of x and
+// weights; SPLIT_K > 1: sums of the other blocks. Aligned to 1024 bytes here. Tensor maps: bytes, swizzled; boxes: x
+// TILE_M rows of 128 bytes, two a step; weight 128 rows of 128 bytes (INT4: 64). Pipeline: a producer warp (TMA) for
+// weights, another for x, up to `stages` steps ahead; eight consumer warps of 16 columns of y each (mma). The order of
+// K is free in a product: a thread takes 16 contiguous columns of weight and x. Split-K: each block of the cluster
+// reduces and finishes the columns of some of its warps.
 #pragma once
 
 #include "kernels/cuda/dequantize.cuh"
 #include "kernels/cuda/hopper/call.cuh"
 #include "kernels/cuda/mma.cuh"
 
-#define MOST_STAGES 10
+static_assert((BITS == 8 || BITS == 4) && (TILE_M == 8 || TILE_M == 16 || TILE_M == 32), "");
 
-template <int BITS, int TOKENS, int SPLIT>
-struct FewRows {
-    static constexpr int STEP = 128, ROW_BYTES = 16 * BITS, BOX = TOKENS * 128;  // bytes of 64 columns of x
-    static constexpr int X_BYTES = 2 * BOX, STAGE = X_BYTES + ROWS * ROW_BYTES;
-    static constexpr int TILES = TOKENS / 8, OWN = (WARPS + SPLIT - 1) / SPLIT;  // warps that a block finishes
-    static constexpr int AHEAD = 4;   // steps before the last one is fetched, the next kernel may start
-    static constexpr int BEYOND = 2;  // steps beyond the ring that the L2 cache fetches early
+struct SmallM {
+    static constexpr int STEP = 128, ROW_BYTES = 16 * BITS, BOX_BYTES = TILE_M * 128;  // 64 columns of x
+    static constexpr int X_BYTES = 2 * BOX_BYTES, STAGE = X_BYTES + TILE_N * ROW_BYTES;
+    static constexpr int M_FRAGMENTS = TILE_M / 8,
+                         OWN_WARPS = (CONSUMERS + SPLIT_K - 1) / SPLIT_K;  // finished by a block
+    static constexpr int LAUNCH_AHEAD = 4;  // steps from the last load back to pdl_launch_dependents
+    static constexpr int L2_AHEAD = 2;      // steps beyond the ring to prefetch to L2
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 
-    // What a thread takes of a step is loaded at once, and halves of its columns have sums of their own, if there are
-    // registers for that.
-    static constexpr bool AT_ONCE = TOKENS <= 16;
+    // With registers to spare, a thread loads a whole step at once, and the halves of its columns have their own sums.
+    static constexpr bool AT_ONCE = TILE_M <= 16;
     static constexpr int SUMS = AT_ONCE ? 2 : 1;
-    // Where its 16 columns of each half are, from the beginning of a stage on: those of row g; of x, in two pieces.
+    // Offsets in a stage of the thread's 16 columns of each half: row g of the weight; x, in two pieces.
     u32 weight_at[2], x_at[2][2];
 
-    __device__ __forceinline__ FewRows() {
+    __device__ __forceinline__ SmallM() {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            // Eight threads that read together find theirs in different banks.
+            // Free of bank conflicts: eight threads that read together use different banks.
             const int sixteen = BITS == 8 ? 2 * t + (half ^ t / 2) : t + (half ? 2 : t / 2 * 4);
             weight_at[half] = X_BYTES + (warp * 16 + g) * ROW_BYTES +
                               (BITS == 8 ? (sixteen ^ g) * 16 : (sixteen / 2 ^ g / 2) * 16 + sixteen % 2 * 8);
-            for (int i = 0; i < 2; i++) x_at[half][i] = sixteen / 4 * BOX + g * 128 + ((sixteen % 4 * 2 + i) ^ g) * 16;
-            // Not to be computed again at every step.
+            for (int i = 0; i < 2; i++)
+                x_at[half][i] = sixteen / 4 * BOX_BYTES + g * 128 + ((sixteen % 4 * 2 + i) ^ g) * 16;
+            // Kept in registers, not recomputed at every step.
             asm volatile("" : "+r"(weight_at[half]), "+r"(x_at[half][0]), "+r"(x_at[half][1]));
         }
     }
 
-    // sums += 128 columns, as of `multiply`.
-    __device__ __forceinline__ void multiply_step(u32 stage, float (&sums)[SUMS][TILES][4]) const {
-        uint4 w[2][2], x[2][TILES][2];  // of INT4, only half of w
+    // sums += the products of a step, laid out as in mma.cuh.
+    __device__ __forceinline__ void multiply_step(u32 stage, float (&sums)[SUMS][M_FRAGMENTS][4]) const {
+        uint4 w[2][2], x[2][M_FRAGMENTS][2];  // INT4 uses half of w
         auto load = [&](int half) {
 #pragma unroll
             for (int r = 0; r < 2; r++) {  // rows g, g + 8
                 const u32 at = stage + weight_at[half] + r * 8 * ROW_BYTES;
                 if (BITS == 8) {
-                    w[half][r] = shared_uint4(at);
+                    w[half][r] = ld_shared_v4(at);
                 } else {
-                    const uint2 v = shared_uint2(at);
+                    const uint2 v = ld_shared_v2(at);
                     w[half][r].x = v.x;
                     w[half][r].y = v.y;
                 }
             }
 #pragma unroll
-            for (int i = 0; i < TILES; i++)
+            for (int i = 0; i < M_FRAGMENTS; i++)
 #pragma unroll
-                for (int j = 0; j < 2; j++) x[half][i][j] = shared_uint4(stage + x_at[half][j] + i * 8 * 128);
+                for (int j = 0; j < 2; j++) x[half][i][j] = ld_shared_v4(stage + x_at[half][j] + i * 8 * 128);
         };
         auto multiply_half = [&](int half) {
             u32 a[2][8];  // pairs
@@ -2657,22 +2682,22 @@ struct FewRows {
             for (int r = 0; r < 2; r++) {
                 const uint4 v = w[half][r];
                 if (BITS == 8) {
-                    widen8(v.x, a[r]);
-                    widen8(v.y, a[r] + 2);
-                    widen8(v.z, a[r] + 4);
-                    widen8(v.w, a[r] + 6);
+                    dequantize_int8(v.x, a[r]);
+                    dequantize_int8(v.y, a[r] + 2);
+                    dequantize_int8(v.z, a[r] + 4);
+                    dequantize_int8(v.w, a[r] + 6);
                 } else {
-                    widen4(v.x, a[r]);
-                    widen4(v.y, a[r] + 4);
+                    dequantize_int4(v.x, a[r]);
+                    dequantize_int4(v.y, a[r] + 4);
                 }
             }
 #pragma unroll
             for (int j = 0; j < 8; j += 2)
 #pragma unroll
-                for (int i = 0; i < TILES; i++) {  // in turn: products that are added to the same sums wait
+                for (int i = 0; i < M_FRAGMENTS; i++) {  // inner loop: products of the same sums wait for each other
                     const uint4 v = x[half][i][j / 4];
-                    multiply(sums[half % SUMS][i], a[0][j], a[1][j], a[0][j + 1], a[1][j + 1], j % 4 ? v.z : v.x,
-                             j % 4 ? v.w : v.y);
+                    mma_m16n8k16(sums[half % SUMS][i], a[0][j], a[1][j], a[0][j + 1], a[1][j + 1], j % 4 ? v.z : v.x,
+                                 j % 4 ? v.w : v.y);
                 }
         };
         load(0);
@@ -2684,21 +2709,21 @@ struct FewRows {
 
     __device__ __forceinline__ void run(const Call& c) {
         extern __shared__ uint4 shared[];
-        __shared__ unsigned long long barriers[2 * MOST_STAGES];
-        const int part = blockIdx.x % SPLIT;
-        const int first_n = blockIdx.x / SPLIT * ROWS;
-        const int steps = (c.K + STEP - 1) / STEP, begin = steps * part / SPLIT, end = steps * (part + 1) / SPLIT;
-        u32 ring = (address_of(shared) + 1023) / 1024 * 1024, full = address_of(barriers);
-        asm volatile("" : "+r"(ring), "+r"(full));  // not to be computed again at every step
-        const u32 free = full + 8 * MOST_STAGES, received = ring + c.stages * STAGE;
-        init_ring(full, free, c.stages);
-        if (SPLIT > 1) cluster_arrive();  // this block is there
+        __shared__ unsigned long long barriers[2 * MAX_STAGES];
+        const int part = blockIdx.x % SPLIT_K;
+        const int first_n = blockIdx.x / SPLIT_K * TILE_N;
+        const int steps = (c.K + STEP - 1) / STEP, begin = steps * part / SPLIT_K, end = steps * (part + 1) / SPLIT_K;
+        u32 ring = (smem_address(shared) + 1023) / 1024 * 1024, full = smem_address(barriers);
+        asm volatile("" : "+r"(ring), "+r"(full));  // kept in registers
+        const u32 empty = full + 8 * MAX_STAGES, received = ring + c.stages * STAGE;
+        init_barriers(full, empty, c.stages);
+        if (SPLIT_K > 1) cluster_arrive();  // st_cluster_v4 needs all blocks running
 
-        float all_sums[SUMS][TILES][4] = {}, (&sums)[TILES][4] = all_sums[0];
-        const int owner = warp / OWN, n = first_n + warp * 16 + g, m = t * 2;
-        const bool finishes = owner == part && warp < WARPS;
-        u32 scale_bias[2], residual[TILES][2];  // two numbers each: of rows g and g + 8; of two tokens
-        u32 parity = warp >= WARPS;             // those who fill a ring need not wait in its first turn
+        float all_sums[SUMS][M_FRAGMENTS][4] = {}, (&sums)[M_FRAGMENTS][4] = all_sums[0];
+        const int owner = warp / OWN_WARPS, n = first_n + warp * 16 + g, m = t * 2;
+        const bool finishes = owner == part && warp < CONSUMERS;
+        u32 scale_bias[2], residual[M_FRAGMENTS][2];  // pairs: of rows g and g + 8; of two rows of x
+        u32 parity = warp >= CONSUMERS;               // producers find the first stages empty
         int stage = 0;
         auto advance = [&] {
             if (++stage == c.stages) {
@@ -2706,30 +2731,30 @@ struct FewRows {
                 parity ^= 1;
             }
         };
-        if (warp >= WARPS) {
-            const bool weights = warp == WARPS;  // else x, which may have been written just before
+        if (warp >= CONSUMERS) {
+            const bool weights = warp == CONSUMERS;  // else x, a result of the kernel before
             const TensorMap& map = weights ? c.weight : c.x;
             const int bytes = weights ? STAGE - X_BYTES : X_BYTES, step_bytes = weights ? ROW_BYTES : 256;
             asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-            if (!weights) wait();
+            if (!weights) pdl_wait();
 #pragma unroll 1
             for (int step = begin; step < end && lane == 0; step++, advance()) {
                 const u32 barrier = full + stage * 8;
-                // The ring is full, maybe long before x is there.
+                // The ring is full, maybe long before x is ready.
                 if (weights && step == begin + c.stages)
 #pragma unroll 1
-                    for (int i = step; i < min(step + BEYOND, end); i++) prefetch_box(map, i * step_bytes, first_n);
-                wait_for(free + stage * 8, parity);
-                announce(barrier, bytes);
-                copy_box(ring + stage * STAGE + weights * X_BYTES, map, step * step_bytes, weights * first_n, barrier);
-                if (!weights) copy_box(ring + stage * STAGE + BOX, map, step * step_bytes + 128, 0, barrier);
-                // Not before: blocks of the next kernel fetch weights as soon as they are there.
-                if (weights && step == max(end - 1 - AHEAD, begin)) start_next();
+                    for (int i = step; i < min(step + L2_AHEAD, end); i++) tma_prefetch(map, i * step_bytes, first_n);
+                mbarrier_wait(empty + stage * 8, parity);
+                mbarrier_arrive_expect_tx(barrier, bytes);
+                tma_load(ring + stage * STAGE + weights * X_BYTES, map, step * step_bytes, weights * first_n, barrier);
+                if (!weights) tma_load(ring + stage * STAGE + BOX_BYTES, map, step * step_bytes + 128, 0, barrier);
+                // Not earlier: blocks of the next kernel load weights as soon as they start.
+                if (weights && step == max(end - 1 - LAUNCH_AHEAD, begin)) pdl_launch_dependents();
             }
             __syncwarp();
         } else {
-            wait();
-            if (finishes)  // what is needed in the end
+            pdl_wait();
+            if (finishes)  // operands of the epilogue
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
                     const int row = n + r * 8;
@@ -2737,7 +2762,7 @@ struct FewRows {
                     if (row < c.N) scale_bias[r] = c.scale[row];
                     if (row < c.N && c.bias) scale_bias[r] |= (u32)c.bias[row] << 16;
 #pragma unroll
-                    for (int i = 0; i < TILES; i++) {
+                    for (int i = 0; i < M_FRAGMENTS; i++) {
                         const int token = m + i * 8;
                         const u16* from = c.residual + (size_t)token * c.N + row;
                         residual[i][r] = 0;
@@ -2746,31 +2771,31 @@ struct FewRows {
                     }
                 }
             for (int step = begin; step < end; step++, advance()) {
-                wait_for(full + stage * 8, parity);
+                mbarrier_wait(full + stage * 8, parity);
                 multiply_step(ring + stage * STAGE, all_sums);
                 __syncwarp();
-                if (lane == 0) arrive(free + stage * 8);
+                if (lane == 0) mbarrier_arrive(empty + stage * 8);
             }
         }
 
 #pragma unroll
-        for (int i = 0; i < TILES * 4 && AT_ONCE; i++) sums[i / 4][i % 4] += all_sums[SUMS - 1][i / 4][i % 4];
-        if (SPLIT > 1) {
-            auto place = [&](int block, int i) {  // of what a block sends to a warp
-                return received + (((block * OWN + warp % OWN) * TILES + i) * 32 + lane) * 16;
+        for (int i = 0; i < M_FRAGMENTS * 4 && AT_ONCE; i++) sums[i / 4][i % 4] += all_sums[SUMS - 1][i / 4][i % 4];
+        if (SPLIT_K > 1) {
+            auto place = [&](int block, int i) {  // of the sums a block sends to a warp
+                return received + (((block * OWN_WARPS + warp % OWN_WARPS) * M_FRAGMENTS + i) * 32 + lane) * 16;
             };
             cluster_wait();
-            if (warp < WARPS && !finishes)
+            if (warp < CONSUMERS && !finishes)
 #pragma unroll
-                for (int i = 0; i < TILES; i++) store_to(place(part, i), owner, sums[i]);
+                for (int i = 0; i < M_FRAGMENTS; i++) st_cluster_v4(place(part, i), owner, sums[i]);
             cluster_arrive();
             cluster_wait();
 #pragma unroll
-            for (int block = 0; block < SPLIT; block++)
+            for (int block = 0; block < SPLIT_K; block++)
                 if (block != part && finishes)
 #pragma unroll
-                    for (int i = 0; i < TILES; i++) {
-                        const uint4 v = shared_uint4(place(block, i));
+                    for (int i = 0; i < M_FRAGMENTS; i++) {
+                        const uint4 v = ld_shared_v4(place(block, i));
                         sums[i][0] += __uint_as_float(v.x);
                         sums[i][1] += __uint_as_float(v.y);
                         sums[i][2] += __uint_as_float(v.z);
@@ -2780,23 +2805,25 @@ struct FewRows {
         if (!finishes) return;
         const Epilogue e = {c.scale, c.bias, c.residual, c.alpha, c.gelu, c.y};
 #pragma unroll
-        for (int i = 0; i < TILES; i++)
+        for (int i = 0; i < M_FRAGMENTS; i++)
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 const int r = j / 2, token = m + i * 8 + j % 2, row = n + r * 8;
                 const u32 both = scale_bias[r], pair = residual[i][r];
-                const Finish f = {(u16)both, (u16)(both >> 16), (u16)(pair >> j % 2 * 16)};
-                if (token < c.M && row < c.N) finish(e, f, sums[i][j], token, row, c.N);
+                const EpilogueOperands f = {(u16)both, (u16)(both >> 16), (u16)(pair >> j % 2 * 16)};
+                if (token < c.M && row < c.N) store_output(e, f, sums[i][j], token, row, c.N);
             }
     }
 };
-#define FEW_ROWS(BITS, TOKENS, SPLIT)                                                  \
-    extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(320, 2) \
-        few_rows(const __grid_constant__ Call c) {                                     \
-        FewRows<BITS, TOKENS, SPLIT>().run(c);                                         \
-    }
+
+extern "C" __global__ void __cluster_dims__(SPLIT_K, 1, 1) __launch_bounds__(320, 2)
+    linear_small_m(const __grid_constant__ Call c) {
+    SmallM().run(c);
+}
 ''',
-    "kernels/cuda/hopper/ptx.cuh": r'''// Hopper's instructions that CUDA C++ has no words for: barriers, the copy engine, clusters, shared memory.
+    "kernels/cuda/hopper/ptx.cuh": r'''// PTX instructions of sm_90a that CUDA C++ lacks: mbarriers, TMA, clusters, matrices in shared memory.
+//
+// Shared memory is given by its 32-bit address (smem_address). Source: PTX ISA.
 #pragma once
 
 #include "kernels/cuda/common.cuh"
@@ -2811,32 +2838,33 @@ struct __align__(64) TensorMap {
     char bytes[128];
 };
 
-__device__ __forceinline__ u32 address_of(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ u32 smem_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-// Barriers in shared memory, by address. A phase ends after `count` arrivals and the arrival of all announced bytes.
-__device__ __forceinline__ void init_barrier(u32 barrier, u32 count) {
+// mbarriers. A phase completes after `count` arrivals and all bytes that arrivals expect.
+__device__ __forceinline__ void mbarrier_init(u32 barrier, u32 count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
-__device__ __forceinline__ void arrive(u32 barrier) {
+__device__ __forceinline__ void mbarrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-__device__ __forceinline__ void announce(u32 barrier, u32 bytes) {  // and arrive
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-__device__ __forceinline__ void wait_for(u32 barrier, u32 parity) {  // the end of a phase of this parity
+__device__ __forceinline__ void mbarrier_wait(u32 barrier, u32 parity) {  // of the phase
     asm volatile(
         "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;"
         " @!done bra again; }" ::"r"(barrier),
         "r"(parity)
         : "memory");
 }
-__device__ __forceinline__ void copy_bytes(u32 to, const void* from, u32 bytes, u32 barrier) {
+// Copies bytes, a multiple of 16, and counts them at the barrier.
+__device__ __forceinline__ void bulk_load(u32 to, const void* from, u32 bytes, u32 barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                  "l"(from), "r"(bytes), "r"(barrier)
                  : "memory");
 }
-// The box of a tensor map that begins at (byte, row), zeros beyond the tensor's edges.
-__device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int byte, int row, u32 barrier) {
+// TMA: loads the box at (byte, row); zeros beyond the edges of the tensor.
+__device__ __forceinline__ void tma_load(u32 to, const TensorMap& map, int byte, int row, u32 barrier) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
         " [%0], [%1, {%3, %4}], [%2];" ::"r"(to),
@@ -2844,59 +2872,60 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int byte,
         : "memory");
 }
 
-__device__ __forceinline__ void prefetch_box(const TensorMap& map, int byte, int row) {  // into the L2 cache
+__device__ __forceinline__ void tma_prefetch(const TensorMap& map, int byte, int row) {  // to L2
     asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(&map), "r"(byte), "r"(row)
                  : "memory");
 }
 
-__device__ __forceinline__ uint4 shared_uint4(u32 address) {
+__device__ __forceinline__ uint4 ld_shared_v4(u32 address) {
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "r"(address));
     return v;
 }
-__device__ __forceinline__ uint2 shared_uint2(u32 address) {
+__device__ __forceinline__ uint2 ld_shared_v2(u32 address) {
     uint2 v;
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
     return v;
 }
-__device__ __forceinline__ u32 shared_u16(u32 address) {
+__device__ __forceinline__ u32 ld_shared_u16(u32 address) {
     u16 v;
     asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
     return v;
 }
-__device__ __forceinline__ u32 shared_u8(u32 address) {
+__device__ __forceinline__ u32 ld_shared_u8(u32 address) {
     u32 v;
     asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(address));
     return v;
 }
-__device__ __forceinline__ u32 shared_u32(u32 address) {
+__device__ __forceinline__ u32 ld_shared_u32(u32 address) {
     u32 v;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
     return v;
 }
-// Four matrices of 8 × 8 pairs of bytes, transposed; each lane gives the address of a row, 16 bytes.
-__device__ __forceinline__ void shared_transposed(u32 address, u32* v) {
+// Four 8 x 8 matrices of 16-bit numbers, transposed. Each lane gives the address of a row, 16 bytes.
+__device__ __forceinline__ void ldmatrix_x4_trans(u32 address, u32* v) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
                  : "r"(address));
 }
-__device__ __forceinline__ u32 times(u32 a, u32 b) {  // two numbers
+__device__ __forceinline__ u32 mul2(u32 a, u32 b) {
     u32 c;
     asm("mul.rn." TYPE "x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
     return c;
 }
-// Two times two matrices of 8 rows × 8 columns, transposed: each lane gives the address of a column.
-__device__ __forceinline__ void store_transposed(u32 address, u32 a, u32 b, u32 c, u32 d) {
+// Four 8 x 8 matrices, transposed. Each lane gives the address of a column.
+__device__ __forceinline__ void stmatrix_x4_trans(u32 address, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a),
                  "r"(b), "r"(c), "r"(d)
                  : "memory");
 }
-// Between the blocks of a cluster: what they stored before they arrived is there after the wait.
+// Barrier of a cluster. Stores before the arrival are visible after the wait.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
-__device__ __forceinline__ void store_to(u32 address, int block, const float* v) {  // of the cluster; 16 bytes
+__device__ __forceinline__ void st_cluster_v4(u32 address, int block,
+                                              const float* v) {  // 16 bytes, to a block of the cluster
     asm volatile(
         "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;"
         " st.shared::cluster.v4.f32 [there], {%2, %3, %4, %5}; }" ::"r"(address),
@@ -2904,61 +2933,60 @@ __device__ __forceinline__ void store_to(u32 address, int block, const float* v)
         : "memory");
 }
 ''',
-    "kernels/cuda/hopper/wgmma.cuh": r'''// Products of a warpgroup on the tensor cores, sm_90a.
+    "kernels/cuda/hopper/wgmma.cuh": r'''// Tensor core products of a warpgroup: 64 weight rows in registers times TILE_M rows of x in shared memory, K = 16.
+//
+// Source: PTX ISA, "Asynchronous warpgroup level matrix instructions". A warp has 16 weight rows, laid out as in
+// mma.cuh.
 #pragma once
 
 #include "kernels/cuda/hopper/ptx.cuh"
 
-// 16 columns of rows of 128 swizzled bytes, for the tensor cores; 1024 bytes lead from 8 rows to the next 8.
-__device__ __forceinline__ unsigned long long describe(u32 address) {
+// Descriptor of rows of 128 bytes with the 128-byte swizzle, K-major. From 8 rows to the next 8: 1024 bytes.
+__device__ __forceinline__ unsigned long long smem_descriptor(u32 address) {
     return (address & 0x3ffff) >> 4 | 1ull << 16 | (1024ull >> 4) << 32 | 1ull << 62;
 }
-// sums += a · b, later. a, for 64 weight rows, and sums as of `multiply`, a warp having 16 rows; b: `describe`.
 
-#define TEN(d) "%" #d "0, %" #d "1, %" #d "2, %" #d "3, %" #d "4, %" #d "5, %" #d "6, %" #d "7, %" #d "8, %" #d "9"
-#define SUMS_8(i)                                                                                                 \
-    "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), "+f"(sums[i + 5]), \
-        "+f"(sums[i + 6]), "+f"(sums[i + 7])
-#define MULTIPLY_ASYNC(TOKENS, SUMS, A0, A1, A2, A3, B, ...)                                                        \
-    __device__ __forceinline__ void multiply_async(float (&sums)[TOKENS / 2], const u32* a, unsigned long long b) { \
-        asm volatile("wgmma.mma_async.sync.aligned.m64n" #TOKENS "k16.f32." TYPE "." TYPE " {" SUMS "}, {%" #A0     \
-                     ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", 1, 1, 1, 0;"                                        \
-                     : __VA_ARGS__                                                                                  \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                         \
+// wgmma(sums, a, b): sums += a * b, asynchronously. An overload for each TILE_M; sums: float[TILE_M / 2].
+#define REGISTERS_10(tens)                                                                                            \
+    "%" #tens "0, %" #tens "1, %" #tens "2, %" #tens "3, %" #tens "4, %" #tens "5, %" #tens "6, %" #tens "7, %" #tens \
+    "8, %" #tens "9, "
+#define REGISTERS_30 REGISTERS_10() REGISTERS_10(1) REGISTERS_10(2)
+#define REGISTERS_60 REGISTERS_30 REGISTERS_10(3) REGISTERS_10(4) REGISTERS_10(5)
+#define REGISTERS_90 REGISTERS_60 REGISTERS_10(6) REGISTERS_10(7) REGISTERS_10(8)
+#define REGISTERS_120 REGISTERS_90 REGISTERS_10(9) REGISTERS_10(10) REGISTERS_10(11)
+#define SUMS_4(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
+#define SUMS_16(i) SUMS_4(i), SUMS_4(i + 4), SUMS_4(i + 8), SUMS_4(i + 12)
+#define SUMS_32(i) SUMS_16(i), SUMS_16(i + 16)
+#define WGMMA(TILE, REGISTERS, A, B, ...)                                                                       \
+    __device__ __forceinline__ void wgmma(float (&sums)[TILE / 2], const u32* a, unsigned long long b) {        \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #TILE "k16.f32." TYPE "." TYPE " {" REGISTERS "}, {" A \
+                     "}, " B ", 1, 1, 1, 0;"                                                                    \
+                     : __VA_ARGS__                                                                              \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                     \
     }
-MULTIPLY_ASYNC(64, TEN() ", " TEN(1) ", " TEN(2) ", %30, %31", 32, 33, 34, 35, 36, SUMS_8(0), SUMS_8(8), SUMS_8(16),
-               SUMS_8(24))
-MULTIPLY_ASYNC(128, TEN() ", " TEN(1) ", " TEN(2) ", " TEN(3) ", " TEN(4) ", " TEN(5) ", %60, %61, %62, %63", 64, 65,
-               66, 67, 68, SUMS_8(0), SUMS_8(8), SUMS_8(16), SUMS_8(24), SUMS_8(32), SUMS_8(40), SUMS_8(48), SUMS_8(56))
-MULTIPLY_ASYNC(192,
-               TEN() ", " TEN(1) ", " TEN(2) ", " TEN(3) ", " TEN(4) ", " TEN(5) ", " TEN(6) ", " TEN(7) ", " TEN(
-                   8) ", %90, %91, %92, %93, %94, %95",
-               96, 97, 98, 99, 100, SUMS_8(0), SUMS_8(8), SUMS_8(16), SUMS_8(24), SUMS_8(32), SUMS_8(40), SUMS_8(48),
-               SUMS_8(56), SUMS_8(64), SUMS_8(72), SUMS_8(80), SUMS_8(88))
-MULTIPLY_ASYNC(256,
-               TEN() ", " TEN(1) ", " TEN(2) ", " TEN(3) ", " TEN(4) ", " TEN(5) ", " TEN(6) ", " TEN(7) ", " TEN(
-                   8) ", " TEN(9) ", " TEN(10) ", " TEN(11) ", %120, %121, %122, %123, %124, %125, %126, %127",
-               128, 129, 130, 131, 132, SUMS_8(0), SUMS_8(8), SUMS_8(16), SUMS_8(24), SUMS_8(32), SUMS_8(40),
-               SUMS_8(48), SUMS_8(56), SUMS_8(64), SUMS_8(72), SUMS_8(80), SUMS_8(88), SUMS_8(96), SUMS_8(104),
-               SUMS_8(112), SUMS_8(120))
-#undef TEN
-#undef SUMS_8
-#undef MULTIPLY_ASYNC
+WGMMA(64, REGISTERS_30 "%30, %31", "%32, %33, %34, %35", "%36", SUMS_32(0))
+WGMMA(128, REGISTERS_60 "%60, %61, %62, %63", "%64, %65, %66, %67", "%68", SUMS_32(0), SUMS_32(32))
+WGMMA(192, REGISTERS_90 "%90, %91, %92, %93, %94, %95", "%96, %97, %98, %99", "%100", SUMS_32(0), SUMS_32(32),
+      SUMS_32(64))
+WGMMA(256, REGISTERS_120 "%120, %121, %122, %123, %124, %125, %126, %127", "%128, %129, %130, %131", "%132", SUMS_32(0),
+      SUMS_32(32), SUMS_32(64), SUMS_32(96))
+#undef WGMMA
 
-__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Orders writes of registers before a product; closes a group of products; waits until at most LEFT groups run.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int LEFT>
-__device__ __forceinline__ void wait_products() {
+__device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
 ''',
-    "kernels/cuda/layer_norm.cuh": r'''// LayerNorm of a row by a block.
+    "kernels/cuda/layer_norm.cuh": r'''// LayerNorm of a row by a block, the variance around the mean (two passes).
 #pragma once
 
-#include "kernels/cuda/operation.cuh"
+#include "kernels/cuda/common.cuh"
 
-// Eight numbers of a row after LayerNorm.
-__device__ __forceinline__ uint4 normalised(uint4 x, float mean, float scale, uint4 weight, uint4 bias) {
+// LayerNorm of eight numbers of a row; scale = 1 / standard deviation.
+__device__ __forceinline__ uint4 layer_norm8(uint4 x, float mean, float scale, uint4 weight, uint4 bias) {
     auto two = [&](u32 x, u32 weight, u32 bias) {
         return pack((low(x) - mean) * scale * low(weight) + low(bias),
                     (high(x) - mean) * scale * high(weight) + high(bias));
@@ -2967,7 +2995,7 @@ __device__ __forceinline__ uint4 normalised(uint4 x, float mean, float scale, ui
                       two(x.w, weight.w, bias.w));
 }
 
-// The sum of every thread's v, of a block of at most 16 warps; `shared` was not read since the last barrier.
+// Reduces v over a block of at most 16 warps. shared: [16], not read since the last barrier.
 __device__ __forceinline__ float block_sum(float v, float* shared) {
 #pragma unroll
     for (int i = 16; i; i /= 2) v += __shfl_xor_sync(~0u, v, i);
@@ -2977,18 +3005,19 @@ __device__ __forceinline__ float block_sum(float v, float* shared) {
     for (int i = 0; i < blockDim.x / 32; i++) v += shared[i];
     return v;
 }
-// LayerNorm of x [K] in shared memory, of which each thread has every blockDim'th 16 bytes; the variance is taken
-// around the mean. Block 0 stores the result in `normed`, too.
-__device__ __forceinline__ void normalise(uint4* x, const uint4* weight, const uint4* bias, const Operation& op,
-                                          float* shared) {
+
+// LayerNorm of x [K] in place, in shared memory; K % 8 == 0. A thread reads and writes every blockDim'th 16 bytes
+// alone. normed: null, or where block 0 stores the result, too. shared: [32].
+__device__ __forceinline__ void layer_norm_row(uint4* x, const uint4* weight, const uint4* bias, u16* normed,
+                                               float epsilon, int K, float* shared) {
     float sum = 0;
-    for (int i = threadIdx.x; i < op.K / 8; i += blockDim.x) {
+    for (int i = threadIdx.x; i < K / 8; i += blockDim.x) {
         const uint4 v = x[i];
         sum += low(v.x) + high(v.x) + low(v.y) + high(v.y) + low(v.z) + high(v.z) + low(v.w) + high(v.w);
     }
-    const float mean = block_sum(sum, shared) / op.K;
+    const float mean = block_sum(sum, shared) / K;
     sum = 0;
-    for (int i = threadIdx.x; i < op.K / 8; i += blockDim.x) {
+    for (int i = threadIdx.x; i < K / 8; i += blockDim.x) {
         const uint4 v = x[i];
         const u32 words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
@@ -2997,19 +3026,23 @@ __device__ __forceinline__ void normalise(uint4* x, const uint4* weight, const u
             sum += a * a + b * b;
         }
     }
-    const float scale = rsqrtf(block_sum(sum, shared + 16) / op.K + op.epsilon);
-    for (int i = threadIdx.x; i < op.K / 8; i += blockDim.x) {
-        x[i] = normalised(x[i], mean, scale, weight[i], bias[i]);
-        if (op.normed && blockIdx.x == 0) ((uint4*)op.normed)[i] = x[i];
+    const float scale = rsqrtf(block_sum(sum, shared + 16) / K + epsilon);
+    for (int i = threadIdx.x; i < K / 8; i += blockDim.x) {
+        x[i] = layer_norm8(x[i], mean, scale, weight[i], bias[i]);
+        if (normed && blockIdx.x == 0) ((uint4*)normed)[i] = x[i];
     }
 }
 ''',
-    "kernels/cuda/linear_m1.cuh": r'''// A linear of one row of x. A block of 8 warps, two to a multiprocessor, owns 16 weight rows at a time, each warp every
-// eighth 64 bytes of them. RING copies of 16 bytes to shared memory are under way for each thread and row at any time,
-// from before the kernel's turn (weights depend on nothing) to its end, over the boundaries of tiles. A thread reads
-// what it has copied itself. x is in shared memory, too; the sums of the 16 rows come from the tensor cores, whose 8
-// columns are all alike then. More copies under way would delay what the blocks tell each other from kernel to kernel.
-// Grid: any; block: 256; weight, its rows and x aligned to 16 bytes.
+    "kernels/cuda/linear_m1.cuh": r'''// y = epilogue(LayerNorm(x) * weight^T) of one row x [K], the LayerNorm if norm_weight is given. Module:
+// linear_m1_BITS.
+//
+// Shapes: weight [N, K], of BITS = 8 or 4 (quantised) or 16 bits (half). Grid: any; block: 256, two to a
+// multiprocessor. Shared memory: the ring (STAGES * 8192 bytes), x padded to rounds of the ring, weight and bias of the
+// LayerNorm (4 * K). Alignment: weight, its rows and x to 16 bytes. Pipeline: a block owns 16 weight rows at a time,
+// each of its 8 warps every eighth 64 bytes of them. Each thread keeps STAGES cp.async copies in flight for each row,
+// from before pdl_wait (weights depend on no kernel) to the end, across tiles. It reads only what it copied itself, so
+// the ring needs no barrier. A deeper ring delays the traffic between kernels. The sums come from the tensor cores,
+// whose 8 columns are equal: x is broadcast.
 #pragma once
 
 #include "kernels/cuda/dequantize.cuh"
@@ -3018,22 +3051,19 @@ __device__ __forceinline__ void normalise(uint4* x, const uint4* weight, const u
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/operation.cuh"
 
-#define WARPS 8
-#if __CUDA_ARCH__ >= 800
-#define RING 4
-#else
-#define RING 2
-#endif
-#define TURN (RING * WARPS * 64)  // bytes of a row that a block has under way
+static_assert(BITS == 8 || BITS == 4 || BITS == 16, "");
+constexpr int WARPS = 8;
+constexpr int STAGES = __CUDA_ARCH__ >= 800 ? 4 : 2;  // kernels_cuda.ring_stages
+constexpr int ROUND = STAGES * WARPS * 64;            // bytes of a weight row in flight
 
 struct Ring {
-    uint4* place;            // this thread's, in shared memory; every 256th is its own
-    const unsigned char* p;  // where this thread's bytes of a turn begin, in row g
+    uint4* place;            // of this thread, in shared memory: every 256th 16 bytes
+    const unsigned char* p;  // in global memory: this thread's bytes of a round, row g
     size_t stride;           // from there to row g + 8
-    int left, rows_left;     // bytes of the row, and rows, from there on
-    __device__ __forceinline__ void point_at(const Operation& op, int tile, int turn) {
+    int left, rows_left;     // bytes of the row and rows from there on
+    __device__ __forceinline__ void point_at(const Operation& op, int tile, int round) {
         const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-        const int row_bytes = op.K * op.bits / 8, byte = turn * TURN + warp * 64 + t * 16, n = tile * 16 + g;
+        const int row_bytes = op.K * op.bits / 8, byte = round * ROUND + warp * 64 + t * 16, n = tile * 16 + g;
         p = op.weight + (size_t)n * row_bytes + byte;
         stride = 8 * (size_t)row_bytes;
         left = row_bytes - byte;
@@ -3043,105 +3073,89 @@ struct Ring {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const bool inside = r * WARPS * 64 < left && h * 8 < rows_left;
-            copy_async(place + (r * 2 + h) * 256, inside ? p + h * stride + r * WARPS * 64 : p, inside);
+            cp_async(place + (r * 2 + h) * 256, inside ? p + h * stride + r * WARPS * 64 : p, inside);
         }
-        commit();
+        cp_async_commit();
     }
 };
 
-// y = LayerNorm(x) . weight, with what follows a product.
-template <int BITS>
-__device__ __forceinline__ void linear(const Operation& op) {
+extern "C" __global__ void __launch_bounds__(256, 2) linear_m1(const __grid_constant__ Operation op) {
     constexpr int CHUNK = 128 / BITS;  // weights in 16 bytes
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-    const int turns = (op.K * BITS / 8 + TURN - 1) / TURN, tiles = (op.N + 15) / 16;
+    const int rounds = (op.K * BITS / 8 + ROUND - 1) / ROUND, tiles = (op.N + 15) / 16;
     extern __shared__ uint4 ring_and_x[];
-    __shared__ float part[2][WARPS][16], sums[32];
-    uint4* x = ring_and_x + RING * 512;
-    uint4* norm = x + turns * (TURN / BITS);  // its weights; x is padded
+    __shared__ float partials[2][WARPS][16], sums[32];
+    uint4* x = ring_and_x + STAGES * 512;
+    uint4* norm = x + rounds * (ROUND / BITS);  // weight, then bias; x is padded
     Ring ring;
     ring.place = ring_and_x + threadIdx.x;
-    start_next();
+    const Epilogue epilogue = {op.scale, op.bias, op.residual, op.alpha, op.gelu, op.output};
+    pdl_launch_dependents();
     ring.point_at(op, blockIdx.x, 0);
 #pragma unroll
-    for (int r = 0; r < RING; r++) ring.fetch(r);
+    for (int r = 0; r < STAGES; r++) ring.fetch(r);
     for (int i = threadIdx.x; i < op.K / 8 && op.norm_weight; i += WARPS * 32) {
         norm[i] = ((const uint4*)op.norm_weight)[i];
         norm[op.K / 8 + i] = ((const uint4*)op.norm_bias)[i];
     }
-    wait();
-    for (int i = threadIdx.x; i < turns * (TURN / BITS); i += WARPS * 32)
+    pdl_wait();
+    for (int i = threadIdx.x; i < rounds * (ROUND / BITS); i += WARPS * 32)
         x[i] = i * 8 < op.K ? __ldcg((const uint4*)op.input + i) : make_uint4(0, 0, 0, 0);
-    // Each thread needs nothing but what it has stored itself.
-    if (op.norm_weight) normalise(x, norm, norm + op.K / 8, op, sums);
+    // No barrier: each thread reads what it stored itself.
+    if (op.norm_weight) layer_norm_row(x, norm, norm + op.K / 8, op.normed, op.epsilon, op.K, sums);
     __syncthreads();
     const uint4* my_x = x + (warp * 4 + t) * CHUNK / 8;
-    int buffer = 0;  // sums of every second tile have another
+    int buffer = 0;  // double buffer of partial sums: one barrier a tile
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, buffer ^= 1) {
         float even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0};
-        // One thread finishes one sum; what it needs for that is loaded early.
+        // A thread finishes one output. Its operands are loaded before the products.
         const int n = tile * 16 + threadIdx.x;
-        const Finish end = prepare(op, threadIdx.x / 16, n, 1, op.N);
-        for (int turn = 0; turn < turns; turn++) {
-            if (turn + 1 < turns)
-                ring.point_at(op, tile, turn + 1);
+        const EpilogueOperands operands = load_operands(epilogue, threadIdx.x / 16, n, 1, op.N);
+        for (int round = 0; round < rounds; round++) {
+            if (round + 1 < rounds)
+                ring.point_at(op, tile, round + 1);
             else
                 ring.point_at(op, tile + gridDim.x, 0);
-            const uint4* turn_x = my_x + turn * (TURN / BITS);
+            const uint4* round_x = my_x + round * (ROUND / BITS);
 #pragma unroll
-            for (int r = 0; r < RING; r++) {
-                const uint4* xs = turn_x + r * WARPS * 4 * CHUNK / 8;
-                wait_copies<RING - 1>();
+            for (int r = 0; r < STAGES; r++) {
+                const uint4* xs = round_x + r * WARPS * 4 * CHUNK / 8;
+                cp_async_wait<STAGES - 1>();
                 const uint4 first = ring.place[r * 512], second = ring.place[r * 512 + 256];
                 const u32 w[4] = {first.x, first.y, first.z, first.w}, v[4] = {second.x, second.y, second.z, second.w};
 #pragma unroll
-                for (int j = 0; j < CHUNK / 8; j++) {  // 8 weights of either row
+                for (int j = 0; j < CHUNK / 8; j++) {  // 8 weights of both rows
                     const uint4 b = xs[j];
                     u32 c[4], d[4];
-                    if (BITS == 8) {
-                        widen8(w[2 * j], c);
-                        widen8(w[2 * j + 1], c + 2);
-                        widen8(v[2 * j], d);
-                        widen8(v[2 * j + 1], d + 2);
-                    } else if (BITS == 4) {
-                        widen4(w[j], c);
-                        widen4(v[j], d);
-                    } else {
-#pragma unroll
-                        for (int i = 0; i < 4; i++) {
-                            c[i] = w[i];
-                            d[i] = v[i];
-                        }
-                    }
-                    multiply(even, c[0], d[0], c[1], d[1], b.x, b.y);
-                    multiply(odd, c[2], d[2], c[3], d[3], b.z, b.w);
+                    dequantize8<BITS>(w, j, c);
+                    dequantize8<BITS>(v, j, d);
+                    mma_m16n8k16(even, c[0], d[0], c[1], d[1], b.x, b.y);
+                    mma_m16n8k16(odd, c[2], d[2], c[3], d[3], b.z, b.w);
                 }
                 ring.fetch(r);
             }
         }
         if (t == 0) {
-            part[buffer][warp][g] = even[0] + odd[0];
-            part[buffer][warp][g + 8] = even[2] + odd[2];
+            partials[buffer][warp][g] = even[0] + odd[0];
+            partials[buffer][warp][g + 8] = even[2] + odd[2];
         }
         __syncthreads();
         if (threadIdx.x < 16 && n < op.N) {
             float sum = 0;
 #pragma unroll
-            for (int w = 0; w < WARPS; w++) sum += part[buffer][w][threadIdx.x];
-            finish(op, end, sum, 0, n, op.N);
+            for (int w = 0; w < WARPS; w++) sum += partials[buffer][w][threadIdx.x];
+            store_output(epilogue, operands, sum, 0, n, op.N);
         }
     }
 }
-
-#define ROW(BITS)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(256, 2) row_##BITS(const __grid_constant__ Operation op) { \
-        linear<BITS>(op);                                                                                   \
-    }
 ''',
-    "kernels/cuda/linear_m16.cuh": r'''// A linear of 2 to 16 rows of x of up to 4096 columns: a block of 16 warps owns 16 weight rows at a time, each warp
-// 1/16 of the columns, for which it has all of x in registers. Up to 64 KB of weights are on the way to shared memory
-// at any time; as each thread reads what it has copied itself, warps meet but once a tile, to add up their sums. Grid:
-// any; block: 512; weight, its rows and x aligned to 16 bytes.
+    "kernels/cuda/linear_m16.cuh": r'''// y = epilogue(LayerNorm(x) * weight^T) of 2 to 16 rows x [M, K], K <= 4096, the LayerNorm if norm.weight is given.
+// Module: linear_m16_BITS_TILE_M. From sm_80 on.
+//
+// Shapes: quantised weight [N, K]; M <= TILE_M. Grid: any; block: 512, one to a multiprocessor.
+// Shared memory: the ring (64 KB), two buffers of partial sums. Alignment: weight, its rows and x to 16 bytes.
+// Pipeline: a block owns 16 weight rows at a time, each of its 16 warps 1/16 of K, for which it holds x in registers.
+// Each thread reads only the weights it copied itself (cp.async), so warps meet once a tile, to add their partial sums.
 #pragma once
 
 #include "kernels/cuda/dequantize.cuh"
@@ -3149,66 +3163,74 @@ __device__ __forceinline__ void linear(const Operation& op) {
 #include "kernels/cuda/layer_norm.cuh"
 #include "kernels/cuda/mma.cuh"
 
+static_assert((BITS == 8 || BITS == 4) && (TILE_M == 8 || TILE_M == 16), "");
+constexpr int MAX_K = 4096;                                  // kernels_cuda.M16_MAX_K
+constexpr int WARPS = 16, THREADS = 512, TILE_N = 16;        // a thread an output
+constexpr int SLICES = MAX_K * BITS / 8 / WARPS / 64;        // of 64 bytes of a weight row, for each warp
+constexpr int STAGES = 4 / SLICES;                           // tiles in flight
+constexpr int CHUNK = 128 / BITS, M_FRAGMENTS = TILE_M / 8;  // weights in 16 bytes
+constexpr int PITCH = TILE_N + 4;                            // of partial sums: free of bank conflicts
+static_assert(TILE_M * TILE_N <= THREADS && STAGES * SLICES == 4, "");
+
 struct Norm {
-    const u16* weight;  // [K] or null: x is normalised first,
+    const u16* weight;  // [K] or null
     const u16* bias;
-    u16* normed;  // [M, K], and stored here
+    u16* normed;  // [M, K]: block 0 stores the LayerNorm's result
     float epsilon;
 };
 
-template <int BITS, int MT>
-__device__ __forceinline__ void few_rows(const unsigned char* __restrict__ weight, const u16* x, const Norm& norm,
-                                         const Epilogue& e, int M, int N, int K) {
-    constexpr int CHUNK = 128 / BITS, NT = MT / 8, WARPS = 16, THREADS = 512;
-    constexpr int SLOTS = 4096 * BITS / 8 / WARPS / 64;  // 64 bytes of a row, for each warp
-    constexpr int DEPTH = 4 / SLOTS;                     // tiles under way
-    constexpr int HEIGHT = 16, PITCH = HEIGHT + 4;
+extern "C" __global__ void __launch_bounds__(512, 1)
+    linear_m16(const unsigned char* weight, const u16* x, const u16* scale, const u16* bias, const u16* residual,
+               float alpha, int use_gelu, u16* y, const u16* norm_weight, const u16* norm_bias, u16* normed,
+               float epsilon, int M, int N, int K) {
+    const Epilogue epilogue = {scale, bias, residual, alpha, use_gelu, y};
+    const Norm norm = {norm_weight, norm_bias, normed, epsilon};
     extern __shared__ uint4 shared[];
-    float* const all_parts = (float*)(shared + 4 * 2 * THREADS);  // [2][WARPS][MT * PITCH]
+    float* const all_partials = (float*)(shared + 4 * 2 * THREADS);  // [2][WARPS][TILE_M * PITCH]
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-    const int tiles = (N + HEIGHT - 1) / HEIGHT;
+    const int tiles = (N + TILE_N - 1) / TILE_N;
     const int row_bytes = K * BITS / 8, my_byte = warp * 64 + t * 16;
-    uint4* ring = shared + threadIdx.x;  // this thread's bytes; every 512th is its own
+    uint4* ring = shared + threadIdx.x;  // of this thread: every 512th 16 bytes
 
-    auto fetch = [&](int tile, int slot, int depth) {
-        const int byte = my_byte + slot * WARPS * 64, n = tile * HEIGHT + g;
+    auto fetch = [&](int tile, int slice, int stage) {
+        const int byte = my_byte + slice * WARPS * 64, n = tile * TILE_N + g;
         const unsigned char* from = weight + (size_t)n * row_bytes + byte;
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const bool inside = byte < row_bytes && n + h * 8 < N;
-            copy_async(ring + ((depth * SLOTS + slot) * 2 + h) * THREADS,
-                       inside ? from + h * 8 * (size_t)row_bytes : weight, inside);
+            cp_async(ring + ((stage * SLICES + slice) * 2 + h) * THREADS,
+                     inside ? from + h * 8 * (size_t)row_bytes : weight, inside);
         }
-        commit();
+        cp_async_commit();
     };
-    start_next();
+    pdl_launch_dependents();
 #pragma unroll
-    for (int d = 0; d < DEPTH; d++)
+    for (int d = 0; d < STAGES; d++)
 #pragma unroll
-        for (int r = 0; r < SLOTS; r++) fetch(blockIdx.x + d * gridDim.x, r, d);
-    wait();
-    uint4 my_x[SLOTS][NT][CHUNK / 8];
+        for (int r = 0; r < SLICES; r++) fetch(blockIdx.x + d * gridDim.x, r, d);
+    pdl_wait();
+    uint4 my_x[SLICES][M_FRAGMENTS][CHUNK / 8];
 #pragma unroll
-    for (int r = 0; r < SLOTS; r++)
+    for (int r = 0; r < SLICES; r++)
 #pragma unroll
-        for (int c = 0; c < NT; c++)
+        for (int c = 0; c < M_FRAGMENTS; c++)
 #pragma unroll
             for (int j = 0; j < CHUNK / 8; j++) {
                 const int m = c * 8 + g, k = (my_byte + r * WARPS * 64) * 8 / BITS + j * 8;
                 my_x[r][c][j] = m < M && k < K ? __ldcg((const uint4*)(x + (size_t)m * K + k)) : make_uint4(0, 0, 0, 0);
             }
 
-    if (norm.weight) {  // as `normalise` does it
-        float mean[NT], scale[NT];
+    if (norm.weight) {                                  // as layer_norm_row
+        float mean[M_FRAGMENTS], inverse[M_FRAGMENTS];  // of the standard deviation
 #pragma unroll
-        for (int c = 0; c < NT; c++) mean[c] = 0;
-        // Sums of every row of x: of its numbers, then of the squares of their distances from the mean.
-        auto sum_rows = [&](float* parts, float (&totals)[NT], bool squares) {
+        for (int c = 0; c < M_FRAGMENTS; c++) mean[c] = 0;
+        // Reduces every row of x over the block: its mean, then its variance.
+        auto sum_rows = [&](float* partials, float (&totals)[M_FRAGMENTS], bool squares) {
 #pragma unroll
-            for (int c = 0; c < NT; c++) {
+            for (int c = 0; c < M_FRAGMENTS; c++) {
                 float sum = 0;
 #pragma unroll
-                for (int r = 0; r < SLOTS; r++) {
+                for (int r = 0; r < SLICES; r++) {
 #pragma unroll
                     for (int j = 0; j < CHUNK / 8; j++) {
                         const uint4 v = my_x[r][c][j];
@@ -3223,32 +3245,32 @@ __device__ __forceinline__ void few_rows(const unsigned char* __restrict__ weigh
                 }
                 sum += __shfl_xor_sync(~0u, sum, 1);
                 sum += __shfl_xor_sync(~0u, sum, 2);
-                if (t == 0) parts[warp * MT + c * 8 + g] = sum;
+                if (t == 0) partials[warp * TILE_M + c * 8 + g] = sum;
             }
             __syncthreads();
 #pragma unroll
-            for (int c = 0; c < NT; c++) {
+            for (int c = 0; c < M_FRAGMENTS; c++) {
                 float total = 0;
 #pragma unroll
-                for (int w = 0; w < WARPS; w++) total += parts[w * MT + c * 8 + g];
+                for (int w = 0; w < WARPS; w++) total += partials[w * TILE_M + c * 8 + g];
                 totals[c] = total / K;
             }
         };
-        float* const parts = all_parts + WARPS * MT * PITCH;  // the first tile has the other buffer
-        sum_rows(parts, mean, false);
-        sum_rows(parts + WARPS * MT, scale, true);
+        float* const partials = all_partials + WARPS * TILE_M * PITCH;  // buffer 1: the first tile uses buffer 0
+        sum_rows(partials, mean, false);
+        sum_rows(partials + WARPS * TILE_M, inverse, true);
 #pragma unroll
-        for (int c = 0; c < NT; c++) scale[c] = rsqrtf(scale[c] + norm.epsilon);
+        for (int c = 0; c < M_FRAGMENTS; c++) inverse[c] = rsqrtf(inverse[c] + norm.epsilon);
 #pragma unroll
-        for (int r = 0; r < SLOTS; r++) {
+        for (int r = 0; r < SLICES; r++) {
 #pragma unroll
             for (int j = 0; j < CHUNK / 8; j++) {
                 const int k = (my_byte + r * WARPS * 64) * 8 / BITS + j * 8;
                 if (k >= K) continue;
                 const uint4 w = *(const uint4*)(norm.weight + k), b = *(const uint4*)(norm.bias + k);
 #pragma unroll
-                for (int c = 0; c < NT; c++) {
-                    my_x[r][c][j] = normalised(my_x[r][c][j], mean[c], scale[c], w, b);
+                for (int c = 0; c < M_FRAGMENTS; c++) {
+                    my_x[r][c][j] = layer_norm8(my_x[r][c][j], mean[c], inverse[c], w, b);
                     const int m = c * 8 + g;
                     if (blockIdx.x == 0 && m < M) *(uint4*)(norm.normed + (size_t)m * K + k) = my_x[r][c][j];
                 }
@@ -3256,105 +3278,91 @@ __device__ __forceinline__ void few_rows(const unsigned char* __restrict__ weigh
         }
     }
 
-    int buffer = 0, depth = 0;
-    const int m = threadIdx.x / HEIGHT, i = threadIdx.x % HEIGHT;  // a thread finishes row i of a tile for row m of x
+    int buffer = 0, stage = 0;
+    const int m = threadIdx.x / TILE_N, i = threadIdx.x % TILE_N;  // the output that the thread finishes
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, buffer ^= 1) {
-        float sums[NT][4];
+        float sums[M_FRAGMENTS][4];
 #pragma unroll
-        for (int c = 0; c < NT; c++)
+        for (int c = 0; c < M_FRAGMENTS; c++)
 #pragma unroll
             for (int i = 0; i < 4; i++) sums[c][i] = 0;
-        const int n = tile * HEIGHT + i;
-        const Finish end = prepare(e, m, n, M, N);
+        const int n = tile * TILE_N + i;
+        const EpilogueOperands operands = load_operands(epilogue, m, n, M, N);
 #pragma unroll
-        for (int r = 0; r < SLOTS; r++) {
-            wait_copies<DEPTH * SLOTS - 1>();
-            const uint4* here = ring + (depth * SLOTS + r) * 2 * THREADS;
+        for (int r = 0; r < SLICES; r++) {
+            cp_async_wait<STAGES * SLICES - 1>();
+            const uint4* here = ring + (stage * SLICES + r) * 2 * THREADS;
             const uint4 upper = here[0], lower = here[THREADS];
             const u32 w[4] = {upper.x, upper.y, upper.z, upper.w}, v[4] = {lower.x, lower.y, lower.z, lower.w};
 #pragma unroll
-            for (int j = 0; j < CHUNK / 8; j++) {  // 8 weights of either row
+            for (int j = 0; j < CHUNK / 8; j++) {  // 8 weights of both rows
                 u32 p[4], q[4];
-                if (BITS == 8) {
-                    widen8(w[2 * j], p);
-                    widen8(w[2 * j + 1], p + 2);
-                    widen8(v[2 * j], q);
-                    widen8(v[2 * j + 1], q + 2);
-                } else {
-                    widen4(w[j], p);
-                    widen4(v[j], q);
-                }
+                dequantize8<BITS>(w, j, p);
+                dequantize8<BITS>(v, j, q);
 #pragma unroll
-                for (int c = 0; c < NT; c++) {
+                for (int c = 0; c < M_FRAGMENTS; c++) {
                     const uint4 b = my_x[r][c][j];
-                    multiply(sums[c], p[0], q[0], p[1], q[1], b.x, b.y);
-                    multiply(sums[c], p[2], q[2], p[3], q[3], b.z, b.w);
+                    mma_m16n8k16(sums[c], p[0], q[0], p[1], q[1], b.x, b.y);
+                    mma_m16n8k16(sums[c], p[2], q[2], p[3], q[3], b.z, b.w);
                 }
             }
-            fetch(tile + DEPTH * gridDim.x, r, depth);
+            fetch(tile + STAGES * gridDim.x, r, stage);
         }
-        if (DEPTH > 1) depth = depth == DEPTH - 1 ? 0 : depth + 1;
-        float* parts = all_parts + buffer * WARPS * MT * PITCH;
+        if (STAGES > 1) stage = stage == STAGES - 1 ? 0 : stage + 1;
+        float* partials = all_partials + buffer * WARPS * TILE_M * PITCH;
 #pragma unroll
-        for (int c = 0; c < NT; c++)
+        for (int c = 0; c < M_FRAGMENTS; c++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) parts[(warp * MT + c * 8 + 2 * t + i % 2) * PITCH + i / 2 * 8 + g] = sums[c][i];
+            for (int i = 0; i < 4; i++)
+                partials[(warp * TILE_M + c * 8 + 2 * t + i % 2) * PITCH + i / 2 * 8 + g] = sums[c][i];
         __syncthreads();
         if (m < M && n < N) {
             float sum = 0;
 #pragma unroll
-            for (int w = 0; w < WARPS; w++) sum += parts[(w * MT + m) * PITCH + i];
-            finish(e, end, sum, m, n, N);
+            for (int w = 0; w < WARPS; w++) sum += partials[(w * TILE_M + m) * PITCH + i];
+            store_output(epilogue, operands, sum, m, n, N);
         }
     }
-    wait_copies<0>();
+    cp_async_wait<0>();
 }
-#define FEW_ROWS(BITS, MT)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(512, 1)                                                            \
-        few_rows(const unsigned char* weight, const u16* x, const u16* scale, const u16* bias, const u16* residual, \
-                 float alpha, int use_gelu, u16* y, const u16* norm_weight, const u16* norm_bias, u16* normed,      \
-                 float epsilon, int M, int N, int K) {                                                              \
-        const Epilogue e = {scale, bias, residual, alpha, use_gelu, y};                                             \
-        const Norm norm = {norm_weight, norm_bias, normed, epsilon};                                                \
-        few_rows<BITS, MT>(weight, x, norm, e, M, N, K);                                                            \
-    }
 ''',
-    "kernels/cuda/linear_m8.cuh": r'''// A linear of 2 to 8 rows of x: as of one row (linear_m1), with 16 * HEIGHT weight rows to a block.
+    "kernels/cuda/linear_m8.cuh": r'''// y = epilogue(x * weight^T) of 2 to 8 rows x [M, K]. Module: linear_m8_BITS.
+//
+// Shapes: quantised weight [N, K]. Grid: any; block: 256, two to a multiprocessor. Shared memory: x, rows padded to
+// rounds of the ring and by 8. Alignment: weight, its rows and x to 16 bytes. Pipeline: that of linear_m1, with the
+// ring in registers and 16 * HEIGHT weight rows to a block.
 #pragma once
 
 #include "kernels/cuda/dequantize.cuh"
 #include "kernels/cuda/epilogue.cuh"
 #include "kernels/cuda/mma.cuh"
 
-#define WARPS 8
-#if __CUDA_ARCH__ >= 800
-#define RING 4
-#else
-#define RING 2
-#endif
+static_assert(BITS == 8 || BITS == 4, "");
+constexpr int HEIGHT = BITS == 4 ? 2 : 1;                        // fragments of 16 weight rows; as in kernels_cuda
+constexpr int STAGES = (__CUDA_ARCH__ >= 800 ? 4 : 2) / HEIGHT;  // kernels_cuda.ring_stages
+constexpr int WARPS = 8, TILE_M = 8, TILE_N = 16 * HEIGHT;
+constexpr int CHUNK = 128 / BITS;           // weights in 16 bytes
+constexpr int STEP = 4 * CHUNK;             // weights in 64 bytes
+constexpr int ROUND = STAGES * WARPS * 64;  // bytes of a weight row in flight
 
-template <int BITS, int HEIGHT>
-__device__ __forceinline__ void rows(const unsigned char* __restrict__ weight, const u16* x, const Epilogue& e, int M,
-                                     int N, int K) {
-    constexpr int COLUMNS = 8, DEPTH = RING / HEIGHT;
-    constexpr int CHUNK = 128 / BITS;         // weights in 16 bytes
-    constexpr int STEP = 4 * CHUNK;           // weights in 64 bytes
-    constexpr int SPAN = DEPTH * WARPS * 64;  // bytes of a row that are under way
-    constexpr int TILE = 16 * HEIGHT;
+extern "C" __global__ void __launch_bounds__(256, 2)
+    linear_m8(const unsigned char* weight, const u16* x, const u16* scale, const u16* bias, const u16* residual,
+              float alpha, int use_gelu, u16* y, int M, int N, int K) {
+    const Epilogue epilogue = {scale, bias, residual, alpha, use_gelu, y};
     extern __shared__ uint4 shared_x[];
-    __shared__ float part[2][WARPS][TILE * COLUMNS];
+    __shared__ float partials[2][WARPS][TILE_N * TILE_M];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
     const size_t row_bytes = (size_t)K * BITS / 8;
-    const int turns = (row_bytes + SPAN - 1) / SPAN;  // of a tile
-    const int tiles = (N + TILE - 1) / TILE;
-    const int stride = turns * (SPAN * 8 / BITS) + 8;
+    const int rounds = (row_bytes + ROUND - 1) / ROUND;
+    const int tiles = (N + TILE_N - 1) / TILE_N;
+    const int stride = rounds * (ROUND * 8 / BITS) + 8;
 
-    uint4 ring[DEPTH][2 * HEIGHT];
-    // Where this thread's bytes of a turn begin, in row g, and how many weights there are from there on.
+    uint4 ring[STAGES][2 * HEIGHT];
+    // This thread's bytes of a round, row g; weights of the row and rows from there on.
     const unsigned char* p;
     int left, rows_left;
-    auto point_at = [&](int tile, int turn) {
-        const int k = (turn * DEPTH * WARPS + warp) * STEP + t * CHUNK, n = tile * TILE + g;
+    auto point_at = [&](int tile, int round) {
+        const int k = (round * STAGES * WARPS + warp) * STEP + t * CHUNK, n = tile * TILE_N + g;
         p = weight + n * row_bytes + (size_t)k * BITS / 8;
         left = K - k;
         rows_left = N - n;
@@ -3363,40 +3371,40 @@ __device__ __forceinline__ void rows(const unsigned char* __restrict__ weight, c
 #pragma unroll
         for (int h = 0; h < 2 * HEIGHT; h++)
             ring[r][h] =
-                load_stream(p + h * 8 * row_bytes + r * WARPS * 64, r * WARPS * STEP < left && h * 8 < rows_left);
+                load_streaming(p + h * 8 * row_bytes + r * WARPS * 64, r * WARPS * STEP < left && h * 8 < rows_left);
     };
 
-    start_next();
+    pdl_launch_dependents();
     point_at(blockIdx.x, 0);
 #pragma unroll
-    for (int r = 0; r < DEPTH; r++) fetch(r);
-    wait();
+    for (int r = 0; r < STAGES; r++) fetch(r);
+    pdl_wait();
     for (int i = threadIdx.x; i < M * (stride / 8); i += WARPS * 32) {
         const int m = i / (stride / 8), k = (i % (stride / 8)) * 8;
-        copy_async(&shared_x[i], k < K ? x + (size_t)m * K + k : x, k < K);
+        cp_async(&shared_x[i], k < K ? x + (size_t)m * K + k : x, k < K);
     }
-    commit();
-    wait_copies<0>();
+    cp_async_commit();
+    cp_async_wait<0>();
     __syncthreads();
     const u16* my_x = (u16*)shared_x + min(g, M - 1) * stride + warp * STEP + t * CHUNK;
 
-    int buffer = 0;
+    int buffer = 0;  // double buffer of partial sums: one barrier a tile
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, buffer ^= 1) {
         float even[HEIGHT][4], odd[HEIGHT][4];
 #pragma unroll
         for (int h = 0; h < HEIGHT; h++)
 #pragma unroll
             for (int i = 0; i < 4; i++) even[h][i] = odd[h][i] = 0;
-        // One thread finishes one sum; what it needs for that is loaded early.
-        const int m = threadIdx.x / TILE, n = tile * TILE + threadIdx.x % TILE;
-        const Finish end = prepare(e, m, n, M, N);
-        for (int turn = 0; turn < turns; turn++) {
-            const bool last = turn + 1 == turns;
-            point_at(last ? tile + gridDim.x : tile, last ? 0 : turn + 1);
-            const uint4* turn_x = (const uint4*)(my_x + turn * (SPAN * 8 / BITS));
+        // A thread finishes one output. Its operands are loaded before the products.
+        const int m = threadIdx.x / TILE_N, n = tile * TILE_N + threadIdx.x % TILE_N;
+        const EpilogueOperands operands = load_operands(epilogue, m, n, M, N);
+        for (int round = 0; round < rounds; round++) {
+            const bool last = round + 1 == rounds;
+            point_at(last ? tile + gridDim.x : tile, last ? 0 : round + 1);
+            const uint4* round_x = (const uint4*)(my_x + round * (ROUND * 8 / BITS));
 #pragma unroll
-            for (int r = 0; r < DEPTH; r++) {
-                const uint4* xs = turn_x + r * WARPS * STEP / 8;
+            for (int r = 0; r < STAGES; r++) {
+                const uint4* xs = round_x + r * WARPS * STEP / 8;
                 u32 w[2 * HEIGHT][4];
 #pragma unroll
                 for (int h = 0; h < 2 * HEIGHT; h++) {
@@ -3411,115 +3419,111 @@ __device__ __forceinline__ void rows(const unsigned char* __restrict__ weight, c
 #pragma unroll
                     for (int h = 0; h < HEIGHT; h++) {
                         u32 c[4], d[4];
-                        if (BITS == 8) {
-                            widen8(w[2 * h][2 * j], c);
-                            widen8(w[2 * h][2 * j + 1], c + 2);
-                            widen8(w[2 * h + 1][2 * j], d);
-                            widen8(w[2 * h + 1][2 * j + 1], d + 2);
-                        } else {
-                            widen4(w[2 * h][j], c);
-                            widen4(w[2 * h + 1][j], d);
-                        }
-                        multiply(even[h], c[0], d[0], c[1], d[1], b.x, b.y);
-                        multiply(odd[h], c[2], d[2], c[3], d[3], b.z, b.w);
+                        dequantize8<BITS>(w[2 * h], j, c);
+                        dequantize8<BITS>(w[2 * h + 1], j, d);
+                        mma_m16n8k16(even[h], c[0], d[0], c[1], d[1], b.x, b.y);
+                        mma_m16n8k16(odd[h], c[2], d[2], c[3], d[3], b.z, b.w);
                     }
                 }
                 fetch(r);
             }
         }
-        float* mine = part[buffer][warp];
+        float* mine = partials[buffer][warp];
 #pragma unroll
         for (int h = 0; h < HEIGHT; h++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) mine[(2 * t + i % 2) * TILE + h * 16 + i / 2 * 8 + g] = even[h][i] + odd[h][i];
+            for (int i = 0; i < 4; i++)
+                mine[(2 * t + i % 2) * TILE_N + h * 16 + i / 2 * 8 + g] = even[h][i] + odd[h][i];
         __syncthreads();
         if (m < M && n < N) {
             float sum = 0;
 #pragma unroll
-            for (int w = 0; w < WARPS; w++) sum += part[buffer][w][threadIdx.x];
-            finish(e, end, sum, m, n, N);
+            for (int w = 0; w < WARPS; w++) sum += partials[buffer][w][threadIdx.x];
+            store_output(epilogue, operands, sum, m, n, N);
         }
     }
 }
-#define ROWS(NAME, BITS, HEIGHT)                                                                                \
-    extern "C" __global__ void __launch_bounds__(256, 2)                                                        \
-        NAME(const unsigned char* weight, const u16* x, const u16* scale, const u16* bias, const u16* residual, \
-             float alpha, int use_gelu, u16* y, int M, int N, int K) {                                          \
-        const Epilogue e = {scale, bias, residual, alpha, use_gelu, y};                                         \
-        rows<BITS, HEIGHT>(weight, x, e, M, N, K);                                                              \
-    }
 ''',
-    "kernels/cuda/linear_tiles.cuh": r'''// A linear of many rows of x: a block owns 64 * HEIGHT weight rows (blockIdx.x), MT rows of x (blockIdx.z), and a part
-// of K (blockIdx.y). Weights and x come through shared memory, STAGES - 1 steps ahead; each thread widens the weights
-// that it copied itself, once for all MT rows. With several parts of K, the block that comes last adds them up, in
-// their order. Block: 128; weight, its rows and x aligned to 16 bytes.
+    "kernels/cuda/linear_tiles.cuh": r'''// y = epilogue(x * weight^T) of many rows x [M, K]. Module: linear_tiles_BITS_TILE_M.
+//
+// Shapes: quantised weight [N, K]. Grid: (tiles of N, parts of K, tiles of M); block: 128, BLOCKS_PER_SM to a
+// multiprocessor. Shared memory: STAGES of weights and x; after the products, their sums. Alignment: weight, its rows
+// and x to 16 bytes. Pipeline: a block owns 64 * HEIGHT weight rows, TILE_M rows of x and a part of K. cp.async runs
+// STAGES - 1 steps ahead. Each thread dequantises the weights it copied itself, once for all rows of x. Split-K: the
+// last block of a tile to arrive adds all partials, in their order. arrivals: zeros [tiles], left as zeros. Source:
+// threadFenceReduction of the CUDA samples.
 #pragma once
 
 #include "kernels/cuda/dequantize.cuh"
 #include "kernels/cuda/epilogue.cuh"
 #include "kernels/cuda/mma.cuh"
 
-template <int BITS, int MT, int HEIGHT, int STAGES>
-__device__ __forceinline__ void tiles(const unsigned char* __restrict__ weight, const u16* x, const Epilogue& e,
-                                      float* parts, u32* tickets, int M, int N, int K) {
-    constexpr int CHUNK = 128 / BITS, HALF = 4 * CHUNK, STEP = 2 * HALF, NT = MT / 8, STRIDE = (STEP + 8) / 8;
-    constexpr int THREADS = 128, WEIGHTS = 4 * HEIGHT * THREADS, STAGE = WEIGHTS + MT * STRIDE;  // in 16 bytes
+static_assert((BITS == 8 || BITS == 4) && TILE_M % 8 == 0 && STAGES >= 2, "");
+constexpr int THREADS = 128, M_FRAGMENTS = TILE_M / 8;
+constexpr int CHUNK = 128 / BITS, HALF = 4 * CHUNK, STEP = 2 * HALF;              // weights in 16, 64 and 128 bytes
+constexpr int STRIDE = (STEP + 8) / 8;                                            // of rows of x, in 16 bytes; padded
+constexpr int WEIGHTS = 4 * HEIGHT * THREADS, STAGE = WEIGHTS + TILE_M * STRIDE;  // in 16 bytes
+
+extern "C" __global__ void __launch_bounds__(128, BLOCKS_PER_SM)
+    linear_tiles(const unsigned char* weight, const u16* x, const u16* scale, const u16* bias, const u16* residual,
+                 float alpha, int use_gelu, u16* y, float* partials, u32* arrivals, int M, int N, int K) {
+    const Epilogue epilogue = {scale, bias, residual, alpha, use_gelu, y};
     extern __shared__ uint4 shared[];
     __shared__ bool is_last;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
     const size_t row_bytes = (size_t)K * BITS / 8;
-    const int row = (blockIdx.x * 4 + warp) * 16 * HEIGHT + g, column = blockIdx.z * MT;
+    const int row = (blockIdx.x * 4 + warp) * 16 * HEIGHT + g, column = blockIdx.z * TILE_M;
     const int all_steps = (K + STEP - 1) / STEP, per_part = (all_steps + gridDim.y - 1) / gridDim.y;
     const int begin = blockIdx.y * per_part, end = min(begin + per_part, all_steps);
 
-    // A step is 128 bytes of each row, in two halves; the thread has 16 bytes of each, in 2 · HEIGHT rows.
+    // A step is 128 bytes of each row, in two halves. A thread has 16 bytes of each, in 2 * HEIGHT rows.
     const unsigned char* my_weight = weight + row * row_bytes + t * 16;
-    auto copy_weights = [&](int step, int slot) {
+    auto copy_weights = [&](int step, int stage) {
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
             for (int h = 0; h < 2 * HEIGHT; h++) {
                 const int k = step * STEP + i * HALF + t * CHUNK;
                 const bool inside = step < end && k < K && row + h * 8 < N;
-                copy_async(&shared[slot * STAGE + (i * 2 * HEIGHT + h) * THREADS + threadIdx.x],
-                           inside ? my_weight + h * 8 * row_bytes + step * 128 + i * 64 : weight, inside);
+                cp_async(&shared[stage * STAGE + (i * 2 * HEIGHT + h) * THREADS + threadIdx.x],
+                         inside ? my_weight + h * 8 * row_bytes + step * 128 + i * 64 : weight, inside);
             }
     };
-    auto copy_x = [&](int step, int slot) {
+    auto copy_x = [&](int step, int stage) {
 #pragma unroll
-        for (int i = threadIdx.x; i < MT * STEP / 8; i += THREADS) {
+        for (int i = threadIdx.x; i < TILE_M * STEP / 8; i += THREADS) {
             const int m = i / (STEP / 8), c = i % (STEP / 8), k = step * STEP + c * 8;
             const bool inside = step < end && column + m < M && k < K;
-            copy_async(&shared[slot * STAGE + WEIGHTS + m * STRIDE + c], inside ? x + (size_t)(column + m) * K + k : x,
-                       inside);
+            cp_async(&shared[stage * STAGE + WEIGHTS + m * STRIDE + c], inside ? x + (size_t)(column + m) * K + k : x,
+                     inside);
         }
-        commit();
+        cp_async_commit();
     };
 
-    start_next();
+    pdl_launch_dependents();
     for (int s = 0; s < STAGES - 1; s++) copy_weights(begin + s, s);
-    wait();
-    for (int s = 0; s < STAGES - 1; s++) copy_x(begin + s, s);  // the first group has all the weights, too
+    pdl_wait();
+    for (int s = 0; s < STAGES - 1; s++) copy_x(begin + s, s);  // the first group includes all weights
 
-    float sums[HEIGHT][NT][4];
+    float sums[HEIGHT][M_FRAGMENTS][4];
 #pragma unroll
     for (int h = 0; h < HEIGHT; h++)
 #pragma unroll
-        for (int c = 0; c < NT; c++)
+        for (int c = 0; c < M_FRAGMENTS; c++)
 #pragma unroll
             for (int i = 0; i < 4; i++) sums[h][c][i] = 0;
 
-    int slot = 0;
+    int stage = 0;
     for (int step = begin; step < end; step++) {
-        wait_copies<STAGES - 2>();
+        cp_async_wait<STAGES - 2>();
         __syncthreads();
-        const int free = slot == 0 ? STAGES - 1 : slot - 1;
-        copy_weights(step + STAGES - 1, free);
-        copy_x(step + STAGES - 1, free);
+        const int next = stage == 0 ? STAGES - 1 : stage - 1;
+        copy_weights(step + STAGES - 1, next);
+        copy_x(step + STAGES - 1, next);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const uint4* here = shared + slot * STAGE + half * 2 * HEIGHT * THREADS;
-            const uint4* xs = shared + slot * STAGE + WEIGHTS + g * STRIDE + (half * HALF + t * CHUNK) / 8;
+            const uint4* here = shared + stage * STAGE + half * 2 * HEIGHT * THREADS;
+            const uint4* xs = shared + stage * STAGE + WEIGHTS + g * STRIDE + (half * HALF + t * CHUNK) / 8;
             u32 words[2 * HEIGHT][4];
 #pragma unroll
             for (int h = 0; h < 2 * HEIGHT; h++) {
@@ -3534,46 +3538,42 @@ __device__ __forceinline__ void tiles(const unsigned char* __restrict__ weight, 
                 u32 a[2 * HEIGHT][4];
 #pragma unroll
                 for (int h = 0; h < 2 * HEIGHT; h++) {
-                    if (BITS == 8) {
-                        widen8(words[h][2 * j], a[h]);
-                        widen8(words[h][2 * j + 1], a[h] + 2);
-                    } else
-                        widen4(words[h][j], a[h]);
+                    dequantize8<BITS>(words[h], j, a[h]);
                 }
 #pragma unroll
-                for (int c = 0; c < NT; c++) {
+                for (int c = 0; c < M_FRAGMENTS; c++) {
                     const uint4 b = xs[c * 8 * STRIDE + j];
 #pragma unroll
                     for (int h = 0; h < HEIGHT; h++) {
                         u32(&p)[4] = a[2 * h], (&q)[4] = a[2 * h + 1];
-                        multiply(sums[h][c], p[0], q[0], p[1], q[1], b.x, b.y);
-                        multiply(sums[h][c], p[2], q[2], p[3], q[3], b.z, b.w);
+                        mma_m16n8k16(sums[h][c], p[0], q[0], p[1], q[1], b.x, b.y);
+                        mma_m16n8k16(sums[h][c], p[2], q[2], p[3], q[3], b.z, b.w);
                     }
                 }
             }
         }
-        slot = slot == STAGES - 1 ? 0 : slot + 1;
+        stage = stage == STAGES - 1 ? 0 : stage + 1;
     }
 
-    // The sums leave the registers, for memory if other parts are to be added, and are finished by a loop.
-    constexpr int COUNT = HEIGHT * NT * 4;
+    // The epilogue is a loop, so the sums leave the registers: for global memory if K is split, else for shared memory.
+    constexpr int COUNT = HEIGHT * M_FRAGMENTS * 4;
     const size_t tile = (size_t)blockIdx.z * gridDim.x + blockIdx.x;
-    wait_copies<0>();
+    cp_async_wait<0>();
     __syncthreads();
-    float* kept = (gridDim.y > 1 ? parts + tile * gridDim.y * COUNT * THREADS : (float*)shared) + threadIdx.x;
+    float* kept = (gridDim.y > 1 ? partials + tile * gridDim.y * COUNT * THREADS : (float*)shared) + threadIdx.x;
 #pragma unroll
     for (int h = 0; h < HEIGHT; h++)
 #pragma unroll
-        for (int c = 0; c < NT; c++)
+        for (int c = 0; c < M_FRAGMENTS; c++)
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                kept[((size_t)blockIdx.y * COUNT + (h * NT + c) * 4 + i) * THREADS] = sums[h][c][i];
+                kept[((size_t)blockIdx.y * COUNT + (h * M_FRAGMENTS + c) * 4 + i) * THREADS] = sums[h][c][i];
     if (gridDim.y > 1) {
         __threadfence();
         __syncthreads();
         if (threadIdx.x == 0) {
-            is_last = atomicAdd(&tickets[tile], 1) == gridDim.y - 1;
-            if (is_last) tickets[tile] = 0;  // for the next launch
+            is_last = atomicAdd(&arrivals[tile], 1) == gridDim.y - 1;
+            if (is_last) arrivals[tile] = 0;  // for the next launch
         }
         __syncthreads();
         if (!is_last) return;
@@ -3581,15 +3581,16 @@ __device__ __forceinline__ void tiles(const unsigned char* __restrict__ weight, 
     }
     const int count = gridDim.y;
 #pragma unroll 1
-    for (int c = 0; c < NT; c++) {
+    for (int c = 0; c < M_FRAGMENTS; c++) {
         float total[HEIGHT][4];
-        Finish ends[HEIGHT][4];
+        EpilogueOperands operands[HEIGHT][4];
 #pragma unroll
         for (int h = 0; h < HEIGHT; h++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 total[h][i] = 0;
-                ends[h][i] = prepare(e, column + c * 8 + 2 * t + i % 2, row + h * 16 + i / 2 * 8, M, N);
+                operands[h][i] =
+                    load_operands(epilogue, column + c * 8 + 2 * t + i % 2, row + h * 16 + i / 2 * 8, M, N);
             }
         const float* from = kept + c * 4 * THREADS;
 #pragma unroll 4
@@ -3598,7 +3599,7 @@ __device__ __forceinline__ void tiles(const unsigned char* __restrict__ weight, 
             for (int h = 0; h < HEIGHT; h++)
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    const float* at = from + (h * NT * 4 + i) * THREADS;
+                    const float* at = from + (h * M_FRAGMENTS * 4 + i) * THREADS;
                     total[h][i] += count > 1 ? __ldcg(at) : *at;
                 }
 #pragma unroll
@@ -3606,31 +3607,28 @@ __device__ __forceinline__ void tiles(const unsigned char* __restrict__ weight, 
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int n = row + h * 16 + i / 2 * 8, m = column + c * 8 + 2 * t + i % 2;
-                if (n < N && m < M) finish(e, ends[h][i], total[h][i], m, n, N);
+                if (n < N && m < M) store_output(epilogue, operands[h][i], total[h][i], m, n, N);
             }
     }
 }
-#define TILES(NAME, BITS, MT, HEIGHT, STAGES, BLOCKS)                                                           \
-    extern "C" __global__ void __launch_bounds__(128, BLOCKS)                                                   \
-        NAME(const unsigned char* weight, const u16* x, const u16* scale, const u16* bias, const u16* residual, \
-             float alpha, int use_gelu, u16* y, float* parts, u32* tickets, int M, int N, int K) {              \
-        const Epilogue e = {scale, bias, residual, alpha, use_gelu, y};                                         \
-        tiles<BITS, MT, HEIGHT, STAGES>(weight, x, e, parts, tickets, M, N, K);                                 \
-    }
 ''',
-    "kernels/cuda/mma.cuh": r'''// A product of 16 x 16 weights with 16 x 8 activations on the tensor cores.
+    "kernels/cuda/mma.cuh": r'''// One tensor core product of a warp: 16 x 16 weights times 16 x 8 activations.
+//
+// Source: PTX ISA, "Matrix fragments for mma.m16n8k16". sm_75 makes it of two m16n8k8; sm_70 of ordinary arithmetic.
 #pragma once
 
 #include "kernels/cuda/common.cuh"
 
-// d[row g, columns 2t, 2t+1], d[row g+8, …] += a · b, g = lane / 4, t = lane % 4. a: pairs of k (row g, 2t), (row g+8,
-// 2t), (row g, 2t+8), (row g+8, 2t+8); b: pairs (2t, column g), (2t+8, column g).
+// d += a * b. With g = lane / 4, t = lane % 4, a lane has
+//   d: row g, columns 2t and 2t + 1; row g + 8, the same columns;
+//   a: pairs of k at (row g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8);
+//   b: pairs of k at (2t, column g), (2t + 8, column g).
 #if __CUDA_ARCH__ >= 750
 __device__ __forceinline__
 #else
-__device__ __noinline__  // it is long
+__device__ __noinline__  // long code on sm_70
 #endif
-    void multiply(float* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    void mma_m16n8k16(float* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if BF16
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
@@ -3651,7 +3649,7 @@ __device__ __noinline__  // it is long
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a2), "r"(a3), "r"(b1));
 #else
-    // Volta's tensor cores have another layout: ordinary arithmetic, right but slow. Lane 4c + s has column c of b.
+    // Volta's tensor cores have another layout. Lane 4c + s has column c of b.
     const int g4 = threadIdx.x & 28, t = threadIdx.x & 3;
 #pragma unroll 1
     for (int s = 0; s < 4; s++) {
@@ -3692,39 +3690,36 @@ struct Operation {
     u16* values;
     int* slots;          // [B]
     const int* padding;  // [B]
-    float* parts;
-    u32* tickets;
+    float* partials;
+    u32* arrivals;
     int bits, N, K, gelu, H, T, R, prefix, most;
     float alpha, epsilon;
 };
 ''',
-    "kernels/cuda/prompt.cuh": r'''// The small operations of a prompt.
+    "kernels/cuda/prompt.cuh": r'''// Operations of a prompt: LayerNorm, rotary positions, and half weights for cuBLAS (expand.cuh). Module: prompt.
 #pragma once
 
 #include "kernels/cuda/expand.cuh"
 #include "kernels/cuda/layer_norm.cuh"
 
-// y = LayerNorm(x), a block a row; K % 8 == 0.
+// y = LayerNorm(x) of rows x [M, K]; K % 8 == 0. Grid: M; block: 512. Shared memory: 2 * K. Alignment: 16 bytes.
 extern "C" __global__ void __launch_bounds__(512)
     layer_norm(const u16* x, const u16* weight, const u16* bias, u16* y, float epsilon, int K) {
     extern __shared__ uint4 row[];
     __shared__ float sums[32];
-    Operation op = {};
-    op.epsilon = epsilon;
-    op.K = K;
-    start_next();
+    pdl_launch_dependents();
     for (int i = threadIdx.x; i < K / 8; i += blockDim.x) {
-        prefetch(weight + i * 8);
-        prefetch(bias + i * 8);
+        prefetch_l2(weight + i * 8);
+        prefetch_l2(bias + i * 8);
     }
-    wait();
+    pdl_wait();
     for (int i = threadIdx.x; i < K / 8; i += blockDim.x) row[i] = ((const uint4*)x)[(size_t)blockIdx.x * (K / 8) + i];
-    normalise(row, (const uint4*)weight, (const uint4*)bias, op, sums);
+    layer_norm_row(row, (const uint4*)weight, (const uint4*)bias, nullptr, epsilon, K, sums);
     for (int i = threadIdx.x; i < K / 8; i += blockDim.x) ((uint4*)y)[(size_t)blockIdx.x * (K / 8) + i] = row[i];
 }
 
-// A prompt's queries, keys and values out of qkv [B, S, H, 3·D], rotated by cosines and sines [B, S, D]:
-// queries [B, S, H, D] and, into the places from `place` on, caches [B, H, T, D]. A thread for 8 numbers; D % 16 == 0.
+// Splits qkv [B, S, H, 3 * D] and rotates by cosines and sines [B, S, D]: queries [B, S, H, D]; keys and values to the
+// caches [B, H, T, D], from `place` on. A thread for 8 numbers of each; block: 256. D % 16 == 0; alignment: 16 bytes.
 extern "C" __global__ void split_rotate(const u16* __restrict__ qkv, const u16* __restrict__ cosines,
                                         const u16* __restrict__ sines, u16* queries, u16* keys, u16* values, int B,
                                         int S, int H, int D, int R, int T, int place) {
@@ -3750,8 +3745,9 @@ extern "C" __global__ void split_rotate(const u16* __restrict__ qkv, const u16* 
     *(uint4*)(values + to) = *(const uint4*)(mine + 2 * D + k);
 }
 
-// qkv [tokens, H, 3·D] with queries and keys rotated by cosines and sines [tokens, D], which are the same in both
-// halves of each of R parts; back with sign -1. A thread for 8 numbers of each half; D / R % 16 == 0.
+// Rotates queries and keys of qkv [tokens, H, 3 * D] by cosines and sines [tokens, D], whose halves of each of R parts
+// are equal. sign -1 rotates back. A thread for 8 numbers of each half; block: 256. D / R % 16 == 0; alignment: 16
+// bytes.
 extern "C" __global__ void rotate(const u16* __restrict__ qkv, const u16* __restrict__ cosines,
                                   const u16* __restrict__ sines, u16* out, float sign, int tokens, int H, int D,
                                   int R) {
@@ -3776,8 +3772,11 @@ extern "C" __global__ void rotate(const u16* __restrict__ qkv, const u16* __rest
     *(uint4*)(out + place + part / 2) = second;
 }
 ''',
-    "kernels/cuda/training_norm.cuh": r'''// LayerNorm in training under autocast: a row is float32, the LayerNorm's result too, and what a product takes of it is
-// rounded to 16 bits. A block a row of K numbers, K % 8 == 0; a thread has every 512th eight of them, at most MOST.
+    "kernels/cuda/training_norm.cuh": r'''// LayerNorm in training under autocast: its result in float32, and rounded to 16 bits for the next linear; and its
+// gradient. Module: training.
+//
+// Shapes: x [M, K], K % 8 == 0, K <= 4096 * EIGHTS. Grid: M; block: 512. A thread has every 512th eight numbers of a
+// row, at most EIGHTS of them, in registers. Shared memory: static. Alignment: 16 bytes.
 #pragma once
 
 #include "kernels/cuda/layer_norm.cuh"
@@ -3814,14 +3813,14 @@ __device__ __forceinline__ void store8(void* p, size_t i, bool is_float, const f
     }
 }
 
-// A row of x, its mean and the inverse of its standard deviation; `sums` has room for 32.
-template <int MOST>
+// A row of x, its mean and the inverse of its standard deviation. sums: [32] in shared memory.
+template <int EIGHTS>
 struct Row {
-    float v[MOST][8], mean, scale;
+    float v[EIGHTS][8], mean, scale;
     __device__ __forceinline__ Row(const void* x, size_t row, bool is_float, float epsilon, int K, float* sums) {
         float sum = 0;
 #pragma unroll
-        for (int j = 0; j < MOST; j++) {
+        for (int j = 0; j < EIGHTS; j++) {
             const int i = threadIdx.x + j * 512;
             if (i >= K / 8) break;
             load8(x, row + i, is_float, v[j]);
@@ -3831,7 +3830,7 @@ struct Row {
         mean = block_sum(sum, sums) / K;
         sum = 0;
 #pragma unroll
-        for (int j = 0; j < MOST; j++) {
+        for (int j = 0; j < EIGHTS; j++) {
             if (threadIdx.x + j * 512 >= K / 8) break;
 #pragma unroll
             for (int e = 0; e < 8; e++) sum += (v[j][e] - mean) * (v[j][e] - mean);
@@ -3840,16 +3839,16 @@ struct Row {
     }
 };
 
-// y and `rounded`: LayerNorm of x.
-template <int MOST>
+// y, rounded: LayerNorm of x.
+template <int EIGHTS>
 __device__ __forceinline__ void norm_forward(const void* x, const void* weight, const void* bias, float* y,
                                              u16* rounded, float epsilon, bool x_is_float, bool weight_is_float,
                                              int K) {
     __shared__ float sums[32];
     const size_t row = (size_t)blockIdx.x * (K / 8);
-    Row<MOST> r(x, row, x_is_float, epsilon, K, sums);
+    Row<EIGHTS> r(x, row, x_is_float, epsilon, K, sums);
 #pragma unroll
-    for (int j = 0; j < MOST; j++) {
+    for (int j = 0; j < EIGHTS; j++) {
         const int i = threadIdx.x + j * 512;
         if (i >= K / 8) break;
         float w[8], b[8];
@@ -3862,17 +3861,17 @@ __device__ __forceinline__ void norm_forward(const void* x, const void* weight, 
     }
 }
 
-// The gradient of x, for those of y and of `rounded`.
-template <int MOST>
+// grad_x, from the gradients of y and rounded.
+template <int EIGHTS>
 __device__ __forceinline__ void norm_backward(const void* x, const void* weight, const float* grad_y,
                                               const u16* grad_rounded, void* grad_x, float epsilon, bool x_is_float,
                                               bool weight_is_float, int K) {
     __shared__ float sums[64];
     const size_t row = (size_t)blockIdx.x * (K / 8);
-    Row<MOST> r(x, row, x_is_float, epsilon, K, sums);
-    float g[MOST][8], sum = 0, product = 0;
+    Row<EIGHTS> r(x, row, x_is_float, epsilon, K, sums);
+    float g[EIGHTS][8], sum = 0, product = 0;
 #pragma unroll
-    for (int j = 0; j < MOST; j++) {
+    for (int j = 0; j < EIGHTS; j++) {
         const int i = threadIdx.x + j * 512;
         if (i >= K / 8) break;
         float w[8], rounded[8];
@@ -3890,7 +3889,7 @@ __device__ __forceinline__ void norm_backward(const void* x, const void* weight,
     sum = block_sum(sum, sums + 32) / K;
     product = block_sum(product, sums + 48) / K;
 #pragma unroll
-    for (int j = 0; j < MOST; j++) {
+    for (int j = 0; j < EIGHTS; j++) {
         const int i = threadIdx.x + j * 512;
         if (i >= K / 8) break;
 #pragma unroll
@@ -3898,16 +3897,16 @@ __device__ __forceinline__ void norm_backward(const void* x, const void* weight,
         store8(grad_x, row + i, x_is_float, g[j]);
     }
 }
-#define NORMS(MOST)                                                                                            \
-    extern "C" __global__ void __launch_bounds__(512, 4 / MOST)                                                \
-        norm_forward_##MOST(const void* x, const void* weight, const void* bias, float* y, u16* rounded,       \
-                            float epsilon, int x_is_float, int weight_is_float, int K) {                       \
-        norm_forward<MOST>(x, weight, bias, y, rounded, epsilon, x_is_float, weight_is_float, K);              \
-    }                                                                                                          \
-    extern "C" __global__ void __launch_bounds__(512, MOST == 1 ? 3 : 1)                                       \
-        norm_backward_##MOST(const void* x, const void* weight, const float* grad_y, const u16* grad_rounded,  \
-                             void* grad_x, float epsilon, int x_is_float, int weight_is_float, int K) {        \
-        norm_backward<MOST>(x, weight, grad_y, grad_rounded, grad_x, epsilon, x_is_float, weight_is_float, K); \
+#define NORMS(EIGHTS)                                                                                            \
+    extern "C" __global__ void __launch_bounds__(512, 4 / EIGHTS)                                                \
+        norm_forward_##EIGHTS(const void* x, const void* weight, const void* bias, float* y, u16* rounded,       \
+                              float epsilon, int x_is_float, int weight_is_float, int K) {                       \
+        norm_forward<EIGHTS>(x, weight, bias, y, rounded, epsilon, x_is_float, weight_is_float, K);              \
+    }                                                                                                            \
+    extern "C" __global__ void __launch_bounds__(512, EIGHTS == 1 ? 3 : 1)                                       \
+        norm_backward_##EIGHTS(const void* x, const void* weight, const float* grad_y, const u16* grad_rounded,  \
+                               void* grad_x, float epsilon, int x_is_float, int weight_is_float, int K) {        \
+        norm_backward<EIGHTS>(x, weight, grad_y, grad_rounded, grad_x, epsilon, x_is_float, weight_is_float, K); \
     }
 NORMS(1) NORMS(2) NORMS(4)
 ''',

@@ -40,8 +40,8 @@ _MOST_ROWS = 128
 MOST_FEW_ROWS = 32  # Hopper has one kernel for them, and another for more
 _SHARED_LIMIT = 32 * 1024  # of a kernel that has not asked for more; it has up to 16 KB beside
 HEAD_DIMS = (16, 32, 64, 128)
-MOST_PARTS = 8  # into which the keys of a head are cut
-# Of the kernels tiles_BITS_MT: (HEIGHT, STAGES, blocks that a multiprocessor holds at once).
+MAX_PARTS = 8  # into which the keys of a head are cut
+# linear_tiles, by (bits, TILE_M): HEIGHT, STAGES, BLOCKS_PER_SM.
 TILE_SHAPES = {
     (8, 8): (1, 4, 4),
     (8, 16): (2, 3, 3),
@@ -52,15 +52,12 @@ TILE_SHAPES = {
     (4, 32): (2, 2, 3),
     (4, 64): (2, 2, 2),
 }
-# Of the modules few_BITS_MT: MT.
-FEW_WIDTHS = (8, 16)
-# Of the modules hopper_…_TOKENS_SPLIT: steps under way at a time, by TOKENS; and SPLIT.
-STAGES = {64: 8, 128: 8, 192: 6, 256: 5}
-SPLITS = (1, 2)
-# The same of the modules hopper_few_…, of which a launch says how many steps are under way.
-FEW_TOKENS = (8, 16, 32)
-FEW_SPLITS = (1, 2, 3)  # clusters of four leave many multiprocessors alone
-MOST_STAGES = 10
+M16_TILES = (8, 16)  # linear_m16: TILE_M
+LARGE_M_STAGES = {64: 8, 128: 8, 192: 6, 256: 5}  # hopper/linear_large_m: STAGES by TILE_M
+LARGE_M_SPLITS = (1, 2)
+SMALL_M_TILES = (8, 16, 32)  # hopper/linear_small_m: TILE_M
+SMALL_M_SPLITS = (1, 2, 3)  # clusters of four leave many multiprocessors idle
+MAX_STAGES = 10  # hopper/linear_small_m: a launch says how many it uses
 _lock = threading.RLock()
 _local = threading.local()
 
@@ -158,26 +155,32 @@ def load_launcher() -> types.ModuleType:
 # --- Compiling, with a cache on disk ---
 
 
-def _modules() -> dict[str, tuple[str, str]]:
-    """Of every module, its file in `kernels/cuda`, and the macro there that makes its kernel, with numbers for it."""
-    modules = {"prompt": ("prompt", ""), "training": ("training_norm", "")}
-    modules |= {f"row_{bits}": ("linear_m1", f"ROW({bits})") for bits in (8, 4, 16)}
-    for bits, height in ((8, 1), (4, 2)):
-        modules[f"rows_{bits}"] = "linear_m8", f"ROWS(rows_{bits}, {bits}, {height})"
-    modules |= {f"step_{dim}": ("decode_attention", "") for dim in HEAD_DIMS}
-    for (bits, width), shape in TILE_SHAPES.items():  # modules of their own: few are ever needed
-        name = f"tiles_{bits}_{width}"
-        modules[name] = "linear_tiles", "TILES({}, {}, {}, {}, {}, {})".format(name, bits, width, *shape)
-    for width, bits in itertools.product(FEW_WIDTHS, (8, 4)):
-        modules[f"few_{bits}_{width}"] = "linear_m16", f"FEW_ROWS({bits}, {width})"
-    for (tokens, stages), split in itertools.product(STAGES.items(), SPLITS):
-        shape = f"{tokens}, {split}, {stages}"
-        for bits in (8, 4):
-            modules[f"hopper_{bits}_{tokens}_{split}"] = "hopper/linear_large_m", f"MANY_ROWS({bits}, {shape})"
-        modules[f"hopper_gradient_{tokens}_{split}"] = "hopper/linear_large_m", f"GRADIENT({shape})"
-    for tokens, split, bits in itertools.product(FEW_TOKENS, FEW_SPLITS, (8, 4)):
-        kernel = f"FEW_ROWS({bits}, {tokens}, {split})"
-        modules[f"hopper_few_{bits}_{tokens}_{split}"] = "hopper/linear_small_m", kernel
+def _modules() -> dict[str, tuple[str, dict[str, int]]]:
+    """Of every module, its file in `kernels/cuda` and the constants that it is compiled with.
+
+    Each holds one kernel of one shape, where a model needs few of them.
+    """
+    modules = {"prompt": ("prompt", {}), "training": ("training_norm", {})}
+    modules |= {f"step_{dim}": ("decode_attention", {"HEAD_DIM": dim, "MAX_PARTS": MAX_PARTS}) for dim in HEAD_DIMS}
+    modules |= {f"linear_m1_{bits}": ("linear_m1", {"BITS": bits}) for bits in (8, 4, 16)}
+    modules |= {f"linear_m8_{bits}": ("linear_m8", {"BITS": bits}) for bits in (8, 4)}
+    for bits, tile_m in itertools.product((8, 4), M16_TILES):
+        modules[f"linear_m16_{bits}_{tile_m}"] = "linear_m16", {"BITS": bits, "TILE_M": tile_m}
+    for (bits, tile_m), shape in TILE_SHAPES.items():
+        constants = dict(zip(("HEIGHT", "STAGES", "BLOCKS_PER_SM"), shape, strict=True))
+        modules[f"linear_tiles_{bits}_{tile_m}"] = "linear_tiles", {"BITS": bits, "TILE_M": tile_m, **constants}
+    for tile_m, split, bits in itertools.product(SMALL_M_TILES, SMALL_M_SPLITS, (8, 4)):
+        constants = {"BITS": bits, "TILE_M": tile_m, "SPLIT_K": split, "MAX_STAGES": MAX_STAGES}
+        modules[f"linear_small_m_{bits}_{tile_m}_{split}"] = "hopper/linear_small_m", constants
+    for (tile_m, stages), split in itertools.product(LARGE_M_STAGES.items(), LARGE_M_SPLITS):
+        constants = {"TILE_M": tile_m, "SPLIT_K": split, "STAGES": stages}
+        for name, bits, transposed in (
+            ("linear_large_m_8", 8, 0),
+            ("linear_large_m_4", 4, 0),
+            ("input_gradient", 8, 1),
+        ):
+            kernel = {"BITS": bits, "TRANSPOSED": transposed}
+            modules[f"{name}_{tile_m}_{split}"] = "hopper/linear_large_m", {**kernel, **constants}
     return modules
 
 
@@ -193,11 +196,10 @@ def compile_module(nvrtc, name: str, options: list[str]) -> bytes:
     Raises:
         RuntimeError: what the compiler said.
     """
-    file, kernel = MODULES[name]
-    text = f'#include "kernels/cuda/{file}.cuh"\n{kernel}\n'
+    file = f"kernels/cuda/{MODULES[name][0]}.cuh"
     headers = {name: text for name, text in FILES.items() if name.startswith("kernels/cuda/")}
     program = nvrtc.nvrtcProgram()
-    nvrtc.nvrtcCreateProgram(program, text, f"{name}.cu", len(headers), list(headers.values()), list(headers))
+    nvrtc.nvrtcCreateProgram(program, FILES[file], file, len(headers), list(headers.values()), list(headers))
     try:
         nvrtc.nvrtcCompileProgram(program, len(options), options)
         kind = "PTX" if any("=compute_" in option for option in options) else "CUBIN"
@@ -209,18 +211,17 @@ def compile_module(nvrtc, name: str, options: list[str]) -> bytes:
 
 
 def compiler_options(name: str, bf16: bool, architecture: int) -> list[str]:
-    """How a module is compiled; those for Hopper have instructions of this architecture alone."""
-    special = "a" if name.startswith("hopper") else ""
-    options = ["--std=c++17", f"-DBF16={int(bf16)}", f"--gpu-architecture=sm_{architecture}{special}"]
-    if name.startswith("step"):
-        options += [f"-DHEAD_DIM={name.removeprefix('step_')}", f"-DMOST_PARTS={MOST_PARTS}"]
-    return options
+    """How a module is compiled. sm_90a has instructions that are Hopper's alone."""
+    file, constants = MODULES[name]
+    special = "a" if file.startswith("hopper/") else ""
+    defined = [f"-D{key}={value}" for key, value in {"BF16": int(bf16), **constants}.items()]
+    return ["--std=c++17", f"--gpu-architecture=sm_{architecture}{special}", *defined]
 
 
 def _module_code(nvrtc, name: str, bf16: bool, architecture: int) -> bytes:
     """Compiled code of a module, from the cache on disk if it is there."""
     options = compiler_options(name, bf16, architecture)
-    key = repr((MODULES[name], FILES, options, nvrtc.version))
+    key = repr((name, FILES, options, nvrtc.version))
     file = f"cuda-{name}-sm_{architecture}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.cubin"
     return keep(file, lambda path: path.write_bytes(compile_module(nvrtc, name, options))).read_bytes()
 
@@ -241,7 +242,7 @@ def _compile(names: list[str], bf16: bool, architecture: int) -> None:
 def _function(name: str, module: str, bf16: bool, device: int, much_shared: bool):
     """A `KernelFunction` for one device, the current one; `much_shared`: of more shared memory than is had unasked."""
     architecture, *_ = _properties(device)
-    if module.startswith("hopper"):  # a model that needs it will need those with other parts of K
+    if MODULES[module][0].startswith("hopper/"):  # a model that needs it will need those with other splits of K
         family = module.rpartition("_")[0]
         _compile([other for other in MODULES if other.rpartition("_")[0] == family], bf16, architecture)
     function = load_launcher().KernelFunction(_module(module, bf16, architecture), name)
@@ -312,7 +313,7 @@ def _try_to_load(device: int, dtype: torch.dtype) -> bool:
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()
             load_launcher()
-            needed = ["row_8", "row_16", "prompt", "step_128"]
+            needed = ["linear_m1_8", "linear_m1_16", "prompt", "step_128"]
             _compile(needed, bf16, architecture)
             for name in needed:
                 _module(name, bf16, architecture).get_module()  # can't be done while a graph is captured
@@ -481,16 +482,16 @@ def _plan(m: int, n: int, k: int, bits: int, device: int) -> tuple | None:
         shared = ring * 8192 + padded * 2
         resident = max(1, min(2, shared_of_all // (shared + 4096)))
         grid = (min(-(-n // 16), processors * resident), 1, 1)
-        name = f"row_{bits}"
-        return (name, name, grid, 256, shared, None) if shared + 4096 <= shared_of_one else None
+        plan = f"linear_m1_{bits}", "linear_m1", grid, 256, shared, None
+        return plan if shared + 4096 <= shared_of_one else None
     width = next(width for width in (8, 16, 32, 64) if m <= width or width == 64)
     shared = 65536 + width * 2560
-    if width in FEW_WIDTHS and k <= 4096 and bits < 16 and architecture >= 80 and shared <= shared_of_one:
-        return f"few_{bits}_{width}", "few_rows", (min(-(-n // 16), processors), 1, 1), 512, shared, None
+    if width in M16_TILES and k <= 4096 and bits < 16 and architecture >= 80 and shared <= shared_of_one:
+        return f"linear_m16_{bits}_{width}", "linear_m16", (min(-(-n // 16), processors), 1, 1), 512, shared, None
     shared = m * (padded + 8) * 2
     if m <= 8 and bits < 16 and shared <= shared_of_all // 2 - 12 * 1024:
         grid = (min(-(-n // (16 * height)), processors * 2), 1, 1)
-        return f"rows_{bits}", f"rows_{bits}", grid, 256, shared, None
+        return f"linear_m8_{bits}", "linear_m8", grid, 256, shared, None
     if bits == 16:
         return None
     # Where the widest tiles don't fit into shared memory, several narrower ones read the weights as often.
@@ -507,7 +508,7 @@ def _plan(m: int, n: int, k: int, bits: int, device: int) -> tuple | None:
     if rows * columns > _TICKETS:
         parts = 1
     sums = rows * columns * parts * height * width * 64 if parts > 1 else 0
-    return f"tiles_{bits}_{width}", f"tiles_{bits}_{width}", (rows, parts, columns), 128, shared, sums
+    return f"linear_tiles_{bits}_{width}", "linear_tiles", (rows, parts, columns), 128, shared, sums
 
 
 # --- Products of many rows on Hopper ---
@@ -518,13 +519,13 @@ _STEP_TIME = {64: 0.33, 128: 0.45, 192: 0.57, 256: 0.68}
 _TILE_TIME, _EXCHANGE_TIME = 4, 2
 
 
-def hopper_bytes(tokens: int, weight_bytes: int) -> int:
+def large_m_bytes(tokens: int, weight_bytes: int) -> int:
     """Dynamic shared memory of a block, with so many bytes of weights in a step."""
     stage = tokens * 128 + weight_bytes + 128  # the last are scales, where a step needs them
-    return 1024 + STAGES[tokens] * stage + 8 * 1536  # STAGING of each warp
+    return 1024 + LARGE_M_STAGES[tokens] * stage + 8 * 1536  # STAGING of each warp
 
 
-def few_bytes(tokens: int, split: int, stages: int, weight_bytes: int) -> int:
+def small_m_bytes(tokens: int, split: int, stages: int, weight_bytes: int) -> int:
     """Dynamic shared memory of a block that multiplies few rows: as above, and sums of the blocks of a cluster."""
     return 1024 + stages * (tokens * 256 + weight_bytes) + (split > 1) * split * -(-8 // split) * tokens * 64
 
@@ -538,7 +539,7 @@ def _hopper_shape(m: int, n: int, k: int, processors: int) -> tuple[int, int]:
         rounds = -(-(-(-n // 128) * -(-m // tokens)) // (processors // split))
         return rounds * (-(-k // (64 * split)) * _STEP_TIME[tokens] + _TILE_TIME + (split > 1) * _EXCHANGE_TIME)
 
-    return min(((tokens, split) for tokens in STAGES for split in SPLITS if split * 64 <= k), key=time)
+    return min(((tokens, split) for tokens in LARGE_M_STAGES for split in LARGE_M_SPLITS if split * 64 <= k), key=time)
 
 
 def _few_shape(m: int, n: int, k: int, bits: int, device: int) -> tuple[int, int, int, int]:
@@ -548,13 +549,13 @@ def _few_shape(m: int, n: int, k: int, bits: int, device: int) -> tuple[int, int
     one would come to their end last; and leaves a third of it to blocks of the kernels before and after.
     """
     _, processors, shared_of_all, _ = _properties(device)
-    tokens = next(tokens for tokens in FEW_TOKENS if m <= tokens)
+    tokens = next(tokens for tokens in SMALL_M_TILES if m <= tokens)
     blocks = -(-n // 128)
-    split = max((split for split in FEW_SPLITS if split * 128 <= k and blocks * split <= processors), default=1)
+    split = max((split for split in SMALL_M_SPLITS if split * 128 <= k and blocks * split <= processors), default=1)
     is_alone = blocks * split <= processors
     room = shared_of_all * 2 // 3 if is_alone else shared_of_all // 2 - 3072
-    stages = min((room - few_bytes(tokens, split, 0, 0)) // (tokens * 256 + 2048 * bits), MOST_STAGES)
-    needed = few_bytes(tokens, split, stages, 2048 * bits)
+    stages = min((room - small_m_bytes(tokens, split, 0, 0)) // (tokens * 256 + 2048 * bits), MAX_STAGES)
+    needed = small_m_bytes(tokens, split, stages, 2048 * bits)
     return tokens, split, stages, max(needed, shared_of_all // 2) if is_alone else needed
 
 
@@ -593,21 +594,22 @@ def _suits_hopper(m: int, x: torch.Tensor, weight: torch.Tensor, n: int, other: 
 def _hopper_launch(kernel: str, m: int, n: int, k: int, weight: int, rows: int, row_bytes: int, device: int) -> tuple:
     """All of a launch that does not depend on x: what `_launch` takes between x and the arguments; and of these the
     tensor map of the weight [rows, row_bytes] at the address `weight`, rows of x of a block, and steps under way."""
-    bits = 8 if kernel == "gradient" else row_bytes * 8 // k
-    # Rows and bytes that a step takes of the weight.
-    box = {"gradient": (64, 128), "many_rows": (128, 8 * bits), "few_rows": (128, 16 * bits)}[kernel]
+    bits = 8 if kernel == "input_gradient" else row_bytes * 8 // k
+    # Rows and bytes of the weight in a step.
+    box = {"input_gradient": (64, 128), "linear_large_m": (128, 8 * bits), "linear_small_m": (128, 16 * bits)}[kernel]
+    module = kernel if kernel == "input_gradient" else f"{kernel}_{bits}"
     tiles = -(-n // 128)
-    if kernel == "few_rows":
+    if kernel == "linear_small_m":
         tokens, split, stages, shared = _few_shape(m, n, k, bits, device)
-        module, blocks, threads = f"few_{bits}", tiles * split, 320
+        blocks, threads = tiles * split, 320
     else:
         processors = _properties(device)[1]
         tokens, split = _hopper_shape(m, n, k, processors)
-        stages, shared = 0, hopper_bytes(tokens, box[0] * box[1])
-        tiles *= -(-m // tokens)  # of which a block takes several, one after the other, unless K is cut
-        module, threads = "gradient" if kernel == "gradient" else str(bits), 384
+        stages, shared = 0, large_m_bytes(tokens, box[0] * box[1])
+        tiles *= -(-m // tokens)  # a persistent block takes several, unless K is split
+        kernel, threads = "linear_large_m", 384
         blocks = min(tiles, processors) if split == 1 else tiles * split
-    launch = f"hopper_{module}_{tokens}_{split}", kernel, (blocks, 1, 1), threads, shared
+    launch = f"{module}_{tokens}_{split}", kernel, (blocks, 1, 1), threads, shared
     return launch, _tensor_map(weight, rows, row_bytes, *box), tokens, stages
 
 
@@ -638,7 +640,7 @@ def takes_norm(x: torch.Tensor, weight: torch.Tensor, bits: int) -> bool:
         return False
     module, _, _, _, shared, _ = plan
     *_, most = _properties(weight.get_device())
-    return shared + _norm_bytes(k) + 4096 <= most if m == 1 else module.startswith("few")
+    return shared + _norm_bytes(k) + 4096 <= most if m == 1 else module.startswith("linear_m16")
 
 
 def _norm_bytes(k: int) -> int:
@@ -683,7 +685,7 @@ def product(
     if m == 0:
         return x.new_empty(shape)
     if on_hopper and norm is None:
-        kernel = "few_rows" if m <= MOST_FEW_ROWS else "many_rows"
+        kernel = "linear_small_m" if m <= MOST_FEW_ROWS else "linear_large_m"
         y = torch.empty_like(residual) if is_wide else x.new_empty(shape)
         return _multiply_on_hopper(kernel, m, x, weight, y, scale, bias, residual, alpha, gelu)
     aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0 and weight.is_contiguous()
@@ -706,7 +708,7 @@ def product(
             shared += _norm_bytes(k)
         _operate(x, module, name, grid, shared, **given)
         return y
-    if name == "few_rows":
+    if name == "linear_m16":
         normed, x, norm_weight, norm_bias, epsilon = norm or (None, x, None, None, 0.0)
         given = (weight, x, scale, bias, residual, alpha, gelu, y, norm_weight, norm_bias, normed, epsilon, m, n, k)
         _launch(x, module, name, grid, block, shared, _pack("PPPPPfiPPPPfiii", *given))
@@ -726,7 +728,7 @@ def input_gradient(grad_y: torch.Tensor, weight: torch.Tensor, scale: torch.Tens
     scale = scale if scale.dtype == grad_y.dtype else scale.to(grad_y.dtype)
     if bits == 8 and m > MOST_FEW_ROWS and n % 64 == 0 and _suits_hopper(m, grad_y, weight, k, scale):
         grad_x = grad_y.new_empty(*grad_y.shape[:-1], k)
-        return _multiply_on_hopper("gradient", m, grad_y, weight, grad_x, scale)
+        return _multiply_on_hopper("input_gradient", m, grad_y, weight, grad_x, scale)
     return grad_y @ expand(weight.contiguous(), scale, bits)
 
 
@@ -824,7 +826,7 @@ def parts_of_keys(heads: int, device: int) -> int:
     Two blocks at a time fit a multiprocessor, and each takes as long to begin and to end as for 75 keys.
     """
     _, processors, *_ = _properties(device)
-    return min(range(1, MOST_PARTS + 1), key=lambda parts: -(-heads * parts // (2 * processors)) * (512 / parts + 75))
+    return min(range(1, MAX_PARTS + 1), key=lambda parts: -(-heads * parts // (2 * processors)) * (512 / parts + 75))
 
 
 def attend(qkv, cosines, sines, keys, values, slots, padding, prefix: int, rows: int, most: int) -> torch.Tensor:
@@ -837,7 +839,7 @@ def attend(qkv, cosines, sines, keys, values, slots, padding, prefix: int, rows:
         slots: int32 [B].
         padding: int32 [B]: so many places after the first `prefix` are seen by nobody.
         rows: of positions, R.
-        most: into how many parts the keys are cut at most, to be worked on at the same time; up to `MOST_PARTS`.
+        most: into how many parts the keys are cut at most, to be worked on at the same time; up to `MAX_PARTS`.
 
     Returns:
         [B, H · D].

@@ -16,6 +16,7 @@ from chatglm_int8 import kernels_cuda
 from chatglm_int8.modeling_chatglm import _Rotation, apply_rotary, rotary_embedding
 from chatglm_int8.quantization import dequantize_weight
 
+HOPPER = [name for name, (file, _) in kernels_cuda.MODULES.items() if file.startswith("hopper/")]
 ARCHITECTURES = {12: [70, 75, 80, 90], 13: [75, 80, 86, 89, 90, 100, 120]}
 on_gpu = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 # Of norms. Inputs are given, sums are fp32, so what remains is the rounding of the result: half a unit in the last
@@ -61,12 +62,14 @@ def test_compiles(major, architecture, monkeypatch, fresh_libraries):
     nvrtc = load_nvrtc(major, monkeypatch)
     assert nvrtc.version[0] == major
     # The others differ from these in a number.
-    names = ["row_8", "row_4", "row_16", "rows_8", "rows_4", "prompt", "training", "step_128"]
-    names += ["tiles_8_16", "tiles_4_64"]
-    names += ["few_8_16", "few_4_8"] if architecture >= 80 else []
-    names += ["hopper_8_256_2", "hopper_4_64_1", "hopper_gradient_192_2"] if architecture == 90 else []
-    names += ["hopper_few_8_16_3", "hopper_few_4_32_1", "hopper_few_8_8_2"] if architecture == 90 else []
-    others = [name for name in kernels_cuda.MODULES if not name.startswith("hopper")]  # those have a test below
+    names = ["linear_m1_8", "linear_m1_4", "linear_m1_16", "linear_m8_8", "linear_m8_4"]
+    names += ["prompt", "training", "step_128", "linear_tiles_8_16", "linear_tiles_4_64"]
+    if architecture >= 80:
+        names += ["linear_m16_8_16", "linear_m16_4_8"]
+    if architecture == 90:
+        names += ["linear_large_m_8_256_2", "linear_large_m_4_64_1", "input_gradient_192_2"]
+        names += ["linear_small_m_8_16_3", "linear_small_m_4_32_1", "linear_small_m_8_8_2"]
+    others = [name for name in kernels_cuda.MODULES if name not in HOPPER]  # those have a test below
     jobs = [(name, 0) for name in (others if architecture == 90 else names)]
     jobs += [(name, 1) for name in names if architecture >= 80]
 
@@ -98,21 +101,22 @@ def test_products_on_hopper_are_not_serialised(major, monkeypatch, fresh_librari
         return kernels_cuda.compile_module(nvrtc, name, kernels_cuda.compiler_options(name, False, 90))
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(compile_one, [name for name in kernels_cuda.MODULES if name.startswith("hopper")]))
+        list(pool.map(compile_one, HOPPER))
     assert logs
     assert not any("serialized" in log for log in logs)
-    file, touched = "kernels/cuda/hopper/linear_large_m.cuh", "sums[0] += 1; widen(stage, 1, a[1]);"
-    changed = kernels_cuda.FILES[file].replace("widen(stage, 1, a[1]);", touched)
+    file, touched = "kernels/cuda/hopper/linear_large_m.cuh", "sums[0] += 1; load_fragments(stage, 1, a[1]);"
+    changed = kernels_cuda.FILES[file].replace("load_fragments(stage, 1, a[1]);", touched)
     monkeypatch.setitem(kernels_cuda.FILES, file, changed)
-    compile_one("hopper_8_64_1")
+    compile_one("linear_large_m_8_64_1")
     assert "serialized" in logs[-1]  # so the test could fail
 
 
 def test_what_hopper_kernels_are_given_has_the_size_of_their_parameter(monkeypatch, fresh_libraries):
     nvrtc = load_nvrtc(13, monkeypatch)
-    options = ["--std=c++17", "-DBF16=0", "--gpu-architecture=compute_90a"]
-    kernels = {"hopper_8_64_1": "many_rows", "hopper_gradient_64_1": "gradient", "hopper_few_8_8_1": "few_rows"}
+    kernels = {"linear_large_m_8_64_1": "linear_large_m", "linear_small_m_8_8_1": "linear_small_m"}
     for name, kernel in kernels.items():
+        options = kernels_cuda.compiler_options(name, False, 90)
+        options[1] = "--gpu-architecture=compute_90a"
         ptx = kernels_cuda.compile_module(nvrtc, name, options).decode()
         assert f".param .align 64 .b8 {kernel}_param_0[{kernels_cuda._CALL.size}]" in ptx
 
@@ -123,7 +127,7 @@ def test_what_the_compiler_says_is_passed_on(monkeypatch, fresh_libraries):
     monkeypatch.setitem(kernels_cuda.FILES, "kernels/cuda/mma.cuh", changed)
     place = rf"kernels/cuda/mma.cuh\({changed.count(chr(10))}\): error.*no_such_thing"
     with pytest.raises(RuntimeError, match=place):
-        kernels_cuda.compile_module(nvrtc, "row_8", kernels_cuda.compiler_options("row_8", False, 90))
+        kernels_cuda.compile_module(nvrtc, "linear_m1_8", kernels_cuda.compiler_options("linear_m1_8", False, 90))
 
 
 def test_library_search_in_wheels(tmp_path, monkeypatch):
@@ -200,7 +204,7 @@ def test_every_launch_fits_the_device(architecture, monkeypatch):
                     continue
                 module, name, grid, block, shared, _ = plan
                 assert module in kernels_cuda.MODULES
-                static = 4096 if name.startswith("row") else 0 if name == "few_rows" else 64  # bytes, at most
+                static = {"linear_m1": 4096, "linear_m8": 4096, "linear_m16": 0}.get(name, 64)  # bytes, at most
                 assert shared + static <= most, plan
                 assert min(grid) > 0
                 assert grid[0] * block >= 32
@@ -215,19 +219,19 @@ def test_every_launch_on_hopper_fits_the_device(monkeypatch):
     for n, k in ((12288, 4096), (4096, 16384), (40, 65536), (24, 64), (8, 128)):
         for m in range(33, 2100, 7):
             tokens, split = kernels_cuda._hopper_shape(m, n, k, processors)
-            for module in ("hopper_8", "hopper_4", "hopper_gradient"):
+            for module in ("linear_large_m_8", "linear_large_m_4", "input_gradient"):
                 assert f"{module}_{tokens}_{split}" in kernels_cuda.MODULES
-            assert kernels_cuda.hopper_bytes(tokens, 8192) + 128 <= most
+            assert kernels_cuda.large_m_bytes(tokens, 8192) + 128 <= most
             assert k // 64 >= split
     for n, k in ((12288, 4096), (4096, 16384), (40, 65536), (24, 64), (200000, 128)):
         for m in range(2, 33):
             for bits in (8, 4):
                 tokens, split, stages, shared = kernels_cuda._few_shape(m, n, k, bits, 0)
-                assert f"hopper_few_{bits}_{tokens}_{split}" in kernels_cuda.MODULES
+                assert f"linear_small_m_{bits}_{tokens}_{split}" in kernels_cuda.MODULES
                 assert tokens >= m
                 assert split == 1 or k // 128 >= split
-                assert 1 < stages <= kernels_cuda.MOST_STAGES
-                assert kernels_cuda.few_bytes(tokens, split, stages, 2048 * bits) <= shared <= most - 2048
+                assert 1 < stages <= kernels_cuda.MAX_STAGES
+                assert kernels_cuda.small_m_bytes(tokens, split, stages, 2048 * bits) <= shared <= most - 2048
     # The prompts that benchmarks ask about, by measurement: the widest tiles; of few, K is cut.
     assert kernels_cuda._hopper_shape(2048, 4096, 16384, processors) == (256, 1)
     assert kernels_cuda._hopper_shape(512, 4096, 16384, processors) == (256, 2)
@@ -246,8 +250,8 @@ def test_what_is_launched_on_hopper(monkeypatch):
     assert not kernels_cuda.takes_norm(x[:, :8], weight, 8)
     normed = kernels_cuda.layer_norm(x[:, :2], scale.repeat(4), scale.repeat(4), 1e-5, deferred=True)
     kernels_cuda.product(normed, weight, scale)
-    names = ["hopper_8_64_1", "hopper_few_8_16_2", "few_8_8"]
-    assert launched == list(zip(names, ["many_rows", "few_rows", "few_rows"], strict=True))
+    names = ["linear_large_m_8_64_1", "linear_small_m_8_16_2", "linear_m16_8_8"]
+    assert launched == list(zip(names, ["linear_large_m", "linear_small_m", "linear_m16"], strict=True))
 
 
 def test_compiled_modules_are_kept(tmp_path, monkeypatch):
@@ -257,21 +261,21 @@ def test_compiled_modules_are_kept(tmp_path, monkeypatch):
         kernels_cuda, "compile_module", lambda *given: compiled.append(given) or f"code {len(compiled)}".encode()
     )
     old, new = types.SimpleNamespace(version=(12, 9)), types.SimpleNamespace(version=(13, 0))
-    assert kernels_cuda._module_code(old, "row_8", False, 90) == b"code 1"
-    assert kernels_cuda._module_code(old, "row_8", False, 90) == b"code 1"
+    assert kernels_cuda._module_code(old, "linear_m1_8", False, 90) == b"code 1"
+    assert kernels_cuda._module_code(old, "linear_m1_8", False, 90) == b"code 1"
     for other in (
-        (new, "row_8", False, 90),
+        (new, "linear_m1_8", False, 90),
         (old, "prompt", False, 90),
-        (old, "row_8", True, 90),
-        (old, "row_8", False, 80),
+        (old, "linear_m1_8", True, 90),
+        (old, "linear_m1_8", False, 80),
     ):
         assert kernels_cuda._module_code(*other) == f"code {len(compiled)}".encode()
     assert len(compiled) == 5
     monkeypatch.setitem(kernels_cuda.FILES, "kernels/cuda/linear_m1.cuh", "changed")
-    assert kernels_cuda._module_code(old, "row_8", False, 90) == b"code 6"
+    assert kernels_cuda._module_code(old, "linear_m1_8", False, 90) == b"code 6"
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # no folder can be made there
-    assert kernels_cuda._module_code(old, "row_8", False, 90) == b"code 7"
+    assert kernels_cuda._module_code(old, "linear_m1_8", False, 90) == b"code 7"
 
 
 # --- On a GPU ---
@@ -314,7 +318,7 @@ class TestProducts:
     @pytest.mark.parametrize("widths", [(), (8, 16)])
     def test_ways_of_older_devices(self, widths, n, k, bits, dtype, monkeypatch):
         weight, scale, bias, exact = problem(bits, dtype, n, k)
-        monkeypatch.setattr(kernels_cuda, "FEW_WIDTHS", widths)
+        monkeypatch.setattr(kernels_cuda, "M16_TILES", widths)
         monkeypatch.setattr(kernels_cuda, "_plan", kernels_cuda._plan.__wrapped__)
         monkeypatch.setattr(kernels_cuda, "_suits_hopper", lambda *given: False)
         for m in (2, 8, 9, 16) if widths else (2, 8, 9, 32, 33, 65, 128, 130):
@@ -356,14 +360,14 @@ on_hopper = [
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("split", kernels_cuda.FEW_SPLITS)
-@pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=on_hopper) for tokens in kernels_cuda.FEW_TOKENS])
+@pytest.mark.parametrize("split", kernels_cuda.SMALL_M_SPLITS)
+@pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=on_hopper) for tokens in kernels_cuda.SMALL_M_TILES])
 def test_every_shape_of_block_of_few_rows_on_hopper(tokens, split, dtype, monkeypatch):
     monkeypatch.setattr(kernels_cuda, "_hopper_launch", kernels_cuda._hopper_launch.__wrapped__)
     for stages in (2, 3, 8):  # rings that turn often, too
         for m, n, k in ((tokens, 256, 4096), (tokens - 3, 448, 2080), (2, 136, 1056), (tokens // 2, 8, 192)):
             for bits in (8, 4):
-                shared = kernels_cuda.few_bytes(tokens, split, stages, 2048 * bits)
+                shared = kernels_cuda.small_m_bytes(tokens, split, stages, 2048 * bits)
                 shape = (tokens, split, stages, shared)
                 monkeypatch.setattr(kernels_cuda, "_few_shape", lambda *given, shape=shape: shape)
                 weight, scale, bias, exact = problem(bits, dtype, n, k)
@@ -377,8 +381,8 @@ def test_every_shape_of_block_of_few_rows_on_hopper(tokens, split, dtype, monkey
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("split", kernels_cuda.SPLITS)
-@pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=on_hopper) for tokens in kernels_cuda.STAGES])
+@pytest.mark.parametrize("split", kernels_cuda.LARGE_M_SPLITS)
+@pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=on_hopper) for tokens in kernels_cuda.LARGE_M_STAGES])
 def test_every_shape_of_block_on_hopper(tokens, split, dtype, monkeypatch):
     monkeypatch.setattr(kernels_cuda, "_hopper_launch", kernels_cuda._hopper_launch.__wrapped__)
     monkeypatch.setattr(kernels_cuda, "_hopper_shape", lambda *given: (tokens, split))

@@ -1,12 +1,23 @@
-// The small operations of a decoding step of one token for each of B sequences.
+// A decoding step of one token for each of B sequences: its begin, its attention and its end. Module: step_HEAD_DIM.
+//
+// Attention: qkv [B, H, 3, D], not rotated; caches [B, H, T, D], filled before slots [B]; -> y [B, H, D].
+// Grid: (parts of the keys, B * H); block: 256. Shared memory: static. Alignment: qkv and the caches to 16 bytes.
+// Pipeline: D / 8 threads share a key. Each thread keeps two tiles of keys and values in registers, one loading while
+// the other is used, with an online softmax. The keys of a head are split into up to MAX_PARTS parts; the last block of
+// a head to arrive combines them. arrivals: zeros [B * H], left as zeros. Source: Flash-Decoding (Dao et al., 2023).
 #pragma once
 
 #include "kernels/cuda/operation.cuh"
 
-// Begins a step: the embedding of ids [B] -> hidden [B, N]; cosines and sines [B, D] of positions [B, R], rounded as
-// the model's dtype rounds them. A block a sequence, `b`.
-template <int D>
-__device__ __forceinline__ void begin(const Operation& op, int b) {
+constexpr int D = HEAD_DIM, LANES = D / 8, GROUPS = 256 / LANES;  // LANES threads share a key
+static_assert(D % 8 == 0 && D <= 256 && (LANES & (LANES - 1)) == 0 && LANES <= 32 && MAX_PARTS <= 32, "");
+
+// Begins a step. hidden [B, N]: embeddings of ids [B]; cosines, sines [B, D] of positions [B, R], rounded as the
+// model's dtype rounds them. Grid: B; block: 256. Alignment: embedding and its rows to 16 bytes.
+extern "C" __global__ void begin_step(const __grid_constant__ Operation op) {
+    pdl_launch_dependents();
+    pdl_wait();
+    const int b = blockIdx.x;
     const u16* row = (const u16*)op.weight + ((const long long*)op.input)[b] * op.N;
     for (int k = threadIdx.x * 8; k < op.N; k += blockDim.x * 8)
         *(uint4*)((u16*)op.output + (size_t)b * op.N + k) = *(const uint4*)(row + k);
@@ -22,62 +33,59 @@ __device__ __forceinline__ void begin(const Operation& op, int b) {
         op.sines[b * D + i] = to_float(to_u16(sinf(angle)));
     }
 }
-// Ends it: the N = B * R positions move on, and so do the slots. One block.
-__device__ __forceinline__ void end(const Operation& op) {
+// Ends a step: positions [B, R] += advance, slots [B] += 1. N = B * R. Grid: 1; block: 256.
+extern "C" __global__ void end_step(const __grid_constant__ Operation op) {
+    pdl_launch_dependents();
+    pdl_wait();
     for (int i = threadIdx.x; i < op.N; i += blockDim.x) op.positions[i] += op.advance[i];
     for (int i = threadIdx.x; i < op.N / op.R; i += blockDim.x) op.slots[i] += 1;
 }
 
-// How the n keys, the new one among them, are cut into parts for several blocks. It depends on their number, not on T,
-// so that the same question gets the same sums.
-struct Cut {
+// Split of n keys, the new one included, into parts. It depends on n, not on T: the same sequence has the same sums.
+struct KeySplit {
     int n, per, used;
-    __device__ __forceinline__ Cut(const Operation& op, int b) {
+    __device__ __forceinline__ KeySplit(const Operation& op, int b) {
         n = op.slots[b] + 1;
         per = max(64, (n + 16 * op.most - 1) / (16 * op.most) * 16);
         used = (n + per - 1) / per;
     }
 };
-// Keys and values that a thread has loaded; D / 8 threads share a key.
-template <int D, int AT_ONCE>
-struct Keys {
-    static constexpr int LANES = D / 8, GROUPS = 256 / LANES, AHEAD = GROUPS < AT_ONCE ? AT_ONCE / GROUPS : 1;
-    static constexpr int COUNT = GROUPS * AHEAD;  // keys of all threads
-    uint4 k[AHEAD], v[AHEAD];
-    __device__ __forceinline__ void fetch(const Operation& op, const Cut& cut, int head, int base, int end) {
+// Keys and values in registers.
+template <int KEYS_IN_FLIGHT>
+struct KeyTile {
+    static constexpr int PER_THREAD = GROUPS < KEYS_IN_FLIGHT ? KEYS_IN_FLIGHT / GROUPS : 1;
+    static constexpr int COUNT = GROUPS * PER_THREAD;  // keys of the block
+    uint4 k[PER_THREAD], v[PER_THREAD];
+    __device__ __forceinline__ void fetch(const Operation& op, const KeySplit& split, int head, int base, int end) {
         const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
 #pragma unroll
-        for (int a = 0; a < AHEAD; a++) {
+        for (int a = 0; a < PER_THREAD; a++) {
             const int j = base + a * GROUPS + group;
             const size_t place = ((size_t)head * op.T + j) * LANES + lane;
             k[a] = v[a] = make_uint4(0, 0, 0, 0);
-            if (j < end && j < cut.n - 1) {
+            if (j < end && j < split.n - 1) {
                 k[a] = ((const uint4*)op.keys)[place];
                 v[a] = ((const uint4*)op.values)[place];
             }
         }
     }
 };
-template <int D>
 struct AttendShared {
-    static constexpr int GROUPS = 256 / (D / 8);
     float q[D], sums[GROUPS], maxima[GROUPS], outs[GROUPS][D], weights[32];
     uint4 new_key[D / 8];
     bool is_last;
 };
 
-// One part of the keys for the query of one head of B * H: rotates query and key, stores key and value at the slot, and
-// attends to the keys up to there but those of the padding (prefix <= j < prefix + padding[b]). The last block of a
-// head adds up its parts. The first keys of the part, older ones, are loaded already; the next are, always, while some
-// are worked on.
-template <int D, int AT_ONCE>
-__device__ __forceinline__ void attend(const Operation& op, const Cut& cut, int head, int part_index,
-                                       Keys<D, AT_ONCE>& first_keys, Keys<D, AT_ONCE>& second_keys,
-                                       AttendShared<D>& s) {
-    using K = Keys<D, AT_ONCE>;
-    constexpr int LANES = K::LANES, GROUPS = K::GROUPS, AHEAD = K::AHEAD, COUNT = K::COUNT;
-    const int b = head / op.H, lane = threadIdx.x % LANES, group = threadIdx.x / LANES, n = cut.n;
-    const int begin = part_index * cut.per, end = min(begin + cut.per, n), hidden_to = op.prefix + op.padding[b];
+// One part of the keys of a head: rotates query and key, stores key and value at the slot, attends to the keys up to
+// it, without padding (prefix <= j < prefix + padding[b]), and combines the parts. Both tiles are loaded or loading.
+template <int KEYS_IN_FLIGHT>
+__device__ __forceinline__ void attend(const Operation& op, const KeySplit& split, int head, int part_index,
+                                       KeyTile<KEYS_IN_FLIGHT>& first_keys, KeyTile<KEYS_IN_FLIGHT>& second_keys,
+                                       AttendShared& s) {
+    using K = KeyTile<KEYS_IN_FLIGHT>;
+    constexpr int PER_THREAD = K::PER_THREAD, COUNT = K::COUNT;
+    const int b = head / op.H, lane = threadIdx.x % LANES, group = threadIdx.x / LANES, n = split.n;
+    const int begin = part_index * split.per, end = min(begin + split.per, n), padding_end = op.prefix + op.padding[b];
     const u16* mine = (const u16*)op.input + (size_t)head * 3 * D;
     for (int i = threadIdx.x; i < D; i += blockDim.x) {
         const int half = D / op.R / 2;
@@ -94,16 +102,16 @@ __device__ __forceinline__ void attend(const Operation& op, const Cut& cut, int 
         ((uint4*)op.keys)[place] = s.new_key[lane];
         ((uint4*)op.values)[place] = new_value;
     }
-    float my_q[8], acc[8], largest = -1e30f, sum = 0;
+    float my_q[8], acc[8], running_max = -1e30f, sum = 0;
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         my_q[i] = s.q[lane * 8 + i];
         acc[i] = 0;
     }
-    auto take = [&](K& keys, int base) {
-        float score[AHEAD], top = largest;
+    auto accumulate = [&](K& keys, int base) {
+        float score[PER_THREAD], top = running_max;
 #pragma unroll
-        for (int a = 0; a < AHEAD; a++) {
+        for (int a = 0; a < PER_THREAD; a++) {
             const int j = base + a * GROUPS + group;
             if (j == n - 1) {
                 keys.k[a] = s.new_key[lane];
@@ -114,16 +122,16 @@ __device__ __forceinline__ void attend(const Operation& op, const Cut& cut, int 
                         my_q[4] * low(k.z) + my_q[5] * high(k.z) + my_q[6] * low(k.w) + my_q[7] * high(k.w);
 #pragma unroll
             for (int i = LANES / 2; i; i /= 2) dot += __shfl_xor_sync(~0u, dot, i);
-            score[a] = j < end && (j < op.prefix || j >= hidden_to) ? dot : -1e30f;
+            score[a] = j < end && (j < op.prefix || j >= padding_end) ? dot : -1e30f;
             top = fmaxf(top, score[a]);
         }
-        const float shrink = __expf(largest - top);
-        largest = top;
+        const float shrink = __expf(running_max - top);
+        running_max = top;
         sum *= shrink;
 #pragma unroll
         for (int i = 0; i < 8; i++) acc[i] *= shrink;
 #pragma unroll
-        for (int a = 0; a < AHEAD; a++) {
+        for (int a = 0; a < PER_THREAD; a++) {
             const float p = score[a] > -1e29f ? __expf(score[a] - top) : 0.0f;
             const uint4 v = keys.v[a];
             sum += p;
@@ -138,15 +146,15 @@ __device__ __forceinline__ void attend(const Operation& op, const Cut& cut, int 
         }
     };
     for (int base = begin; base < end; base += 2 * COUNT) {
-        take(first_keys, base);
-        first_keys.fetch(op, cut, head, base + 2 * COUNT, end);
+        accumulate(first_keys, base);
+        first_keys.fetch(op, split, head, base + 2 * COUNT, end);
         if (base + COUNT >= end) break;
-        take(second_keys, base + COUNT);
-        second_keys.fetch(op, cut, head, base + 3 * COUNT, end);
+        accumulate(second_keys, base + COUNT);
+        second_keys.fetch(op, split, head, base + 3 * COUNT, end);
     }
     if (lane == 0) {
         s.sums[group] = sum;
-        s.maxima[group] = largest;
+        s.maxima[group] = running_max;
     }
 #pragma unroll
     for (int i = 0; i < 8; i++) s.outs[group][lane * 8 + i] = acc[i];
@@ -154,42 +162,45 @@ __device__ __forceinline__ void attend(const Operation& op, const Cut& cut, int 
     float top = -1e30f, total = 0;
     for (int i = 0; i < GROUPS; i++) top = fmaxf(top, s.maxima[i]);
     for (int i = 0; i < GROUPS; i++) total += s.sums[i] * __expf(s.maxima[i] - top);
-    // Of every part: D sums of values; and beside all of them, its largest score and its sum of weights.
+    // partials: of every part, D sums of values; then its maximum score and its sum of weights.
     u16* out = (u16*)op.output + (size_t)head * D;
-    float* parts = op.parts + (size_t)head * op.most * (D + 2);
-    float2* heads = (float2*)(parts + op.most * D);
+    float* partials = op.partials + (size_t)head * op.most * (D + 2);
+    float2* heads = (float2*)(partials + op.most * D);
     for (int i = threadIdx.x; i < D; i += blockDim.x) {
         float o = 0;
 #pragma unroll 16
         for (int j = 0; j < GROUPS; j++) o += s.outs[j][i] * __expf(s.maxima[j] - top);
-        if (cut.used == 1)
+        if (split.used == 1)
             out[i] = to_u16(o / total);
         else
-            parts[part_index * D + i] = o;
+            partials[part_index * D + i] = o;
     }
-    if (cut.used == 1) return;
+    if (split.used == 1) return;
     if (threadIdx.x == 0) heads[part_index] = make_float2(top, total);
     __syncthreads();
-    if (threadIdx.x == 0) {  // what the block has written comes before its ticket, and what it reads after
-        u32 ticket;
+    if (threadIdx.x == 0) {  // release the block's partials; acquire the others'
+        u32 arrival;
         __threadfence();
-        asm volatile("atom.add.relaxed.gpu.global.u32 %0, [%1], 1;" : "=r"(ticket) : "l"(op.tickets + head) : "memory");
+        asm volatile("atom.add.relaxed.gpu.global.u32 %0, [%1], 1;"
+                     : "=r"(arrival)
+                     : "l"(op.arrivals + head)
+                     : "memory");
         __threadfence();
-        s.is_last = ticket == cut.used - 1;
-        if (s.is_last) op.tickets[head] = 0;
+        s.is_last = arrival == split.used - 1;
+        if (s.is_last) op.arrivals[head] = 0;
     }
     __syncthreads();
     if (!s.is_last) return;
-    float held[MOST_PARTS];  // on their way while the parts are weighed
+    float held[MAX_PARTS];  // loading while the weights of the parts are computed
 #pragma unroll
-    for (int p = 0; p < MOST_PARTS; p++)
-        held[p] = p < cut.used && threadIdx.x < D ? __ldcg(parts + p * D + threadIdx.x) : 0.0f;
-    if (threadIdx.x < 32) {  // a lane a part
-        const float2 h = threadIdx.x < cut.used ? __ldcg(heads + threadIdx.x) : make_float2(-1e30f, 0.0f);
-        float largest_part = h.x;
+    for (int p = 0; p < MAX_PARTS; p++)
+        held[p] = p < split.used && threadIdx.x < D ? __ldcg(partials + p * D + threadIdx.x) : 0.0f;
+    if (threadIdx.x < 32) {  // a lane for each part
+        const float2 h = threadIdx.x < split.used ? __ldcg(heads + threadIdx.x) : make_float2(-1e30f, 0.0f);
+        float max_of_parts = h.x;
 #pragma unroll
-        for (int i = 16; i; i /= 2) largest_part = fmaxf(largest_part, __shfl_xor_sync(~0u, largest_part, i));
-        const float w = __expf(h.x - largest_part);
+        for (int i = 16; i; i /= 2) max_of_parts = fmaxf(max_of_parts, __shfl_xor_sync(~0u, max_of_parts, i));
+        const float w = __expf(h.x - max_of_parts);
         float all = h.y * w;
 #pragma unroll
         for (int i = 16; i; i /= 2) all += __shfl_xor_sync(~0u, all, i);
@@ -199,34 +210,24 @@ __device__ __forceinline__ void attend(const Operation& op, const Cut& cut, int 
     if (threadIdx.x >= D) return;
     float o = 0;
 #pragma unroll
-    for (int p = 0; p < MOST_PARTS; p++) o += held[p] * s.weights[p];
+    for (int p = 0; p < MAX_PARTS; p++) o += held[p] * s.weights[p];
     out[threadIdx.x] = to_u16(o);
 }
 
-extern "C" __global__ void begin_step(const __grid_constant__ Operation op) {
-    start_next();
-    wait();
-    begin<HEAD_DIM>(op, blockIdx.x);
-}
-extern "C" __global__ void end_step(const __grid_constant__ Operation op) {
-    start_next();
-    wait();
-    end(op);
-}
-// Grid: parts of the keys, at most; heads. Slots and older keys were there before the step began. `attend_many` has
-// fewer keys ahead, and twice as many blocks on a multiprocessor.
-template <int AT_ONCE>
+// Slots and older keys precede the step, so they are read before pdl_wait. attend_many has fewer keys in flight and
+// twice as many blocks on a multiprocessor.
+template <int KEYS_IN_FLIGHT>
 __device__ __forceinline__ void attend_all(const Operation& op) {
-    __shared__ AttendShared<HEAD_DIM> shared;
-    start_next();
-    const Cut cut(op, blockIdx.y / op.H);
-    if (blockIdx.x >= cut.used) return;
-    Keys<HEAD_DIM, AT_ONCE> first, second;
-    const int begin = blockIdx.x * cut.per, end = min(begin + cut.per, cut.n);
-    first.fetch(op, cut, blockIdx.y, begin, end);
-    second.fetch(op, cut, blockIdx.y, begin + first.COUNT, end);
-    wait();
-    attend<HEAD_DIM>(op, cut, blockIdx.y, blockIdx.x, first, second, shared);
+    __shared__ AttendShared shared;
+    pdl_launch_dependents();
+    const KeySplit split(op, blockIdx.y / op.H);
+    if (blockIdx.x >= split.used) return;
+    KeyTile<KEYS_IN_FLIGHT> first, second;
+    const int begin = blockIdx.x * split.per, end = min(begin + split.per, split.n);
+    first.fetch(op, split, blockIdx.y, begin, end);
+    second.fetch(op, split, blockIdx.y, begin + first.COUNT, end);
+    pdl_wait();
+    attend(op, split, blockIdx.y, blockIdx.x, first, second, shared);
 }
 extern "C" __global__ void __launch_bounds__(256) attend_step(const __grid_constant__ Operation op) {
     attend_all<64>(op);

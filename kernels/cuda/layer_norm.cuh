@@ -1,10 +1,10 @@
-// LayerNorm of a row by a block.
+// LayerNorm of a row by a block, the variance around the mean (two passes).
 #pragma once
 
-#include "kernels/cuda/operation.cuh"
+#include "kernels/cuda/common.cuh"
 
-// Eight numbers of a row after LayerNorm.
-__device__ __forceinline__ uint4 normalised(uint4 x, float mean, float scale, uint4 weight, uint4 bias) {
+// LayerNorm of eight numbers of a row; scale = 1 / standard deviation.
+__device__ __forceinline__ uint4 layer_norm8(uint4 x, float mean, float scale, uint4 weight, uint4 bias) {
     auto two = [&](u32 x, u32 weight, u32 bias) {
         return pack((low(x) - mean) * scale * low(weight) + low(bias),
                     (high(x) - mean) * scale * high(weight) + high(bias));
@@ -13,7 +13,7 @@ __device__ __forceinline__ uint4 normalised(uint4 x, float mean, float scale, ui
                       two(x.w, weight.w, bias.w));
 }
 
-// The sum of every thread's v, of a block of at most 16 warps; `shared` was not read since the last barrier.
+// Reduces v over a block of at most 16 warps. shared: [16], not read since the last barrier.
 __device__ __forceinline__ float block_sum(float v, float* shared) {
 #pragma unroll
     for (int i = 16; i; i /= 2) v += __shfl_xor_sync(~0u, v, i);
@@ -23,18 +23,19 @@ __device__ __forceinline__ float block_sum(float v, float* shared) {
     for (int i = 0; i < blockDim.x / 32; i++) v += shared[i];
     return v;
 }
-// LayerNorm of x [K] in shared memory, of which each thread has every blockDim'th 16 bytes; the variance is taken
-// around the mean. Block 0 stores the result in `normed`, too.
-__device__ __forceinline__ void normalise(uint4* x, const uint4* weight, const uint4* bias, const Operation& op,
-                                          float* shared) {
+
+// LayerNorm of x [K] in place, in shared memory; K % 8 == 0. A thread reads and writes every blockDim'th 16 bytes
+// alone. normed: null, or where block 0 stores the result, too. shared: [32].
+__device__ __forceinline__ void layer_norm_row(uint4* x, const uint4* weight, const uint4* bias, u16* normed,
+                                               float epsilon, int K, float* shared) {
     float sum = 0;
-    for (int i = threadIdx.x; i < op.K / 8; i += blockDim.x) {
+    for (int i = threadIdx.x; i < K / 8; i += blockDim.x) {
         const uint4 v = x[i];
         sum += low(v.x) + high(v.x) + low(v.y) + high(v.y) + low(v.z) + high(v.z) + low(v.w) + high(v.w);
     }
-    const float mean = block_sum(sum, shared) / op.K;
+    const float mean = block_sum(sum, shared) / K;
     sum = 0;
-    for (int i = threadIdx.x; i < op.K / 8; i += blockDim.x) {
+    for (int i = threadIdx.x; i < K / 8; i += blockDim.x) {
         const uint4 v = x[i];
         const u32 words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
@@ -43,9 +44,9 @@ __device__ __forceinline__ void normalise(uint4* x, const uint4* weight, const u
             sum += a * a + b * b;
         }
     }
-    const float scale = rsqrtf(block_sum(sum, shared + 16) / op.K + op.epsilon);
-    for (int i = threadIdx.x; i < op.K / 8; i += blockDim.x) {
-        x[i] = normalised(x[i], mean, scale, weight[i], bias[i]);
-        if (op.normed && blockIdx.x == 0) ((uint4*)op.normed)[i] = x[i];
+    const float scale = rsqrtf(block_sum(sum, shared + 16) / K + epsilon);
+    for (int i = threadIdx.x; i < K / 8; i += blockDim.x) {
+        x[i] = layer_norm8(x[i], mean, scale, weight[i], bias[i]);
+        if (normed && blockIdx.x == 0) ((uint4*)normed)[i] = x[i];
     }
 }

@@ -1,9 +1,13 @@
-// A linear of one row of x. A block of 8 warps, two to a multiprocessor, owns 16 weight rows at a time, each warp every
-// eighth 64 bytes of them. RING copies of 16 bytes to shared memory are under way for each thread and row at any time,
-// from before the kernel's turn (weights depend on nothing) to its end, over the boundaries of tiles. A thread reads
-// what it has copied itself. x is in shared memory, too; the sums of the 16 rows come from the tensor cores, whose 8
-// columns are all alike then. More copies under way would delay what the blocks tell each other from kernel to kernel.
-// Grid: any; block: 256; weight, its rows and x aligned to 16 bytes.
+// y = epilogue(LayerNorm(x) * weight^T) of one row x [K], the LayerNorm if norm_weight is given. Module:
+// linear_m1_BITS.
+//
+// Shapes: weight [N, K], of BITS = 8 or 4 (quantised) or 16 bits (half). Grid: any; block: 256, two to a
+// multiprocessor. Shared memory: the ring (STAGES * 8192 bytes), x padded to rounds of the ring, weight and bias of the
+// LayerNorm (4 * K). Alignment: weight, its rows and x to 16 bytes. Pipeline: a block owns 16 weight rows at a time,
+// each of its 8 warps every eighth 64 bytes of them. Each thread keeps STAGES cp.async copies in flight for each row,
+// from before pdl_wait (weights depend on no kernel) to the end, across tiles. It reads only what it copied itself, so
+// the ring needs no barrier. A deeper ring delays the traffic between kernels. The sums come from the tensor cores,
+// whose 8 columns are equal: x is broadcast.
 #pragma once
 
 #include "kernels/cuda/dequantize.cuh"
@@ -12,22 +16,19 @@
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/operation.cuh"
 
-#define WARPS 8
-#if __CUDA_ARCH__ >= 800
-#define RING 4
-#else
-#define RING 2
-#endif
-#define TURN (RING * WARPS * 64)  // bytes of a row that a block has under way
+static_assert(BITS == 8 || BITS == 4 || BITS == 16, "");
+constexpr int WARPS = 8;
+constexpr int STAGES = __CUDA_ARCH__ >= 800 ? 4 : 2;  // kernels_cuda.ring_stages
+constexpr int ROUND = STAGES * WARPS * 64;            // bytes of a weight row in flight
 
 struct Ring {
-    uint4* place;            // this thread's, in shared memory; every 256th is its own
-    const unsigned char* p;  // where this thread's bytes of a turn begin, in row g
+    uint4* place;            // of this thread, in shared memory: every 256th 16 bytes
+    const unsigned char* p;  // in global memory: this thread's bytes of a round, row g
     size_t stride;           // from there to row g + 8
-    int left, rows_left;     // bytes of the row, and rows, from there on
-    __device__ __forceinline__ void point_at(const Operation& op, int tile, int turn) {
+    int left, rows_left;     // bytes of the row and rows from there on
+    __device__ __forceinline__ void point_at(const Operation& op, int tile, int round) {
         const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-        const int row_bytes = op.K * op.bits / 8, byte = turn * TURN + warp * 64 + t * 16, n = tile * 16 + g;
+        const int row_bytes = op.K * op.bits / 8, byte = round * ROUND + warp * 64 + t * 16, n = tile * 16 + g;
         p = op.weight + (size_t)n * row_bytes + byte;
         stride = 8 * (size_t)row_bytes;
         left = row_bytes - byte;
@@ -37,97 +38,78 @@ struct Ring {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const bool inside = r * WARPS * 64 < left && h * 8 < rows_left;
-            copy_async(place + (r * 2 + h) * 256, inside ? p + h * stride + r * WARPS * 64 : p, inside);
+            cp_async(place + (r * 2 + h) * 256, inside ? p + h * stride + r * WARPS * 64 : p, inside);
         }
-        commit();
+        cp_async_commit();
     }
 };
 
-// y = LayerNorm(x) . weight, with what follows a product.
-template <int BITS>
-__device__ __forceinline__ void linear(const Operation& op) {
+extern "C" __global__ void __launch_bounds__(256, 2) linear_m1(const __grid_constant__ Operation op) {
     constexpr int CHUNK = 128 / BITS;  // weights in 16 bytes
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-    const int turns = (op.K * BITS / 8 + TURN - 1) / TURN, tiles = (op.N + 15) / 16;
+    const int rounds = (op.K * BITS / 8 + ROUND - 1) / ROUND, tiles = (op.N + 15) / 16;
     extern __shared__ uint4 ring_and_x[];
-    __shared__ float part[2][WARPS][16], sums[32];
-    uint4* x = ring_and_x + RING * 512;
-    uint4* norm = x + turns * (TURN / BITS);  // its weights; x is padded
+    __shared__ float partials[2][WARPS][16], sums[32];
+    uint4* x = ring_and_x + STAGES * 512;
+    uint4* norm = x + rounds * (ROUND / BITS);  // weight, then bias; x is padded
     Ring ring;
     ring.place = ring_and_x + threadIdx.x;
-    start_next();
+    const Epilogue epilogue = {op.scale, op.bias, op.residual, op.alpha, op.gelu, op.output};
+    pdl_launch_dependents();
     ring.point_at(op, blockIdx.x, 0);
 #pragma unroll
-    for (int r = 0; r < RING; r++) ring.fetch(r);
+    for (int r = 0; r < STAGES; r++) ring.fetch(r);
     for (int i = threadIdx.x; i < op.K / 8 && op.norm_weight; i += WARPS * 32) {
         norm[i] = ((const uint4*)op.norm_weight)[i];
         norm[op.K / 8 + i] = ((const uint4*)op.norm_bias)[i];
     }
-    wait();
-    for (int i = threadIdx.x; i < turns * (TURN / BITS); i += WARPS * 32)
+    pdl_wait();
+    for (int i = threadIdx.x; i < rounds * (ROUND / BITS); i += WARPS * 32)
         x[i] = i * 8 < op.K ? __ldcg((const uint4*)op.input + i) : make_uint4(0, 0, 0, 0);
-    // Each thread needs nothing but what it has stored itself.
-    if (op.norm_weight) normalise(x, norm, norm + op.K / 8, op, sums);
+    // No barrier: each thread reads what it stored itself.
+    if (op.norm_weight) layer_norm_row(x, norm, norm + op.K / 8, op.normed, op.epsilon, op.K, sums);
     __syncthreads();
     const uint4* my_x = x + (warp * 4 + t) * CHUNK / 8;
-    int buffer = 0;  // sums of every second tile have another
+    int buffer = 0;  // double buffer of partial sums: one barrier a tile
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, buffer ^= 1) {
         float even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0};
-        // One thread finishes one sum; what it needs for that is loaded early.
+        // A thread finishes one output. Its operands are loaded before the products.
         const int n = tile * 16 + threadIdx.x;
-        const Finish end = prepare(op, threadIdx.x / 16, n, 1, op.N);
-        for (int turn = 0; turn < turns; turn++) {
-            if (turn + 1 < turns)
-                ring.point_at(op, tile, turn + 1);
+        const EpilogueOperands operands = load_operands(epilogue, threadIdx.x / 16, n, 1, op.N);
+        for (int round = 0; round < rounds; round++) {
+            if (round + 1 < rounds)
+                ring.point_at(op, tile, round + 1);
             else
                 ring.point_at(op, tile + gridDim.x, 0);
-            const uint4* turn_x = my_x + turn * (TURN / BITS);
+            const uint4* round_x = my_x + round * (ROUND / BITS);
 #pragma unroll
-            for (int r = 0; r < RING; r++) {
-                const uint4* xs = turn_x + r * WARPS * 4 * CHUNK / 8;
-                wait_copies<RING - 1>();
+            for (int r = 0; r < STAGES; r++) {
+                const uint4* xs = round_x + r * WARPS * 4 * CHUNK / 8;
+                cp_async_wait<STAGES - 1>();
                 const uint4 first = ring.place[r * 512], second = ring.place[r * 512 + 256];
                 const u32 w[4] = {first.x, first.y, first.z, first.w}, v[4] = {second.x, second.y, second.z, second.w};
 #pragma unroll
-                for (int j = 0; j < CHUNK / 8; j++) {  // 8 weights of either row
+                for (int j = 0; j < CHUNK / 8; j++) {  // 8 weights of both rows
                     const uint4 b = xs[j];
                     u32 c[4], d[4];
-                    if (BITS == 8) {
-                        widen8(w[2 * j], c);
-                        widen8(w[2 * j + 1], c + 2);
-                        widen8(v[2 * j], d);
-                        widen8(v[2 * j + 1], d + 2);
-                    } else if (BITS == 4) {
-                        widen4(w[j], c);
-                        widen4(v[j], d);
-                    } else {
-#pragma unroll
-                        for (int i = 0; i < 4; i++) {
-                            c[i] = w[i];
-                            d[i] = v[i];
-                        }
-                    }
-                    multiply(even, c[0], d[0], c[1], d[1], b.x, b.y);
-                    multiply(odd, c[2], d[2], c[3], d[3], b.z, b.w);
+                    dequantize8<BITS>(w, j, c);
+                    dequantize8<BITS>(v, j, d);
+                    mma_m16n8k16(even, c[0], d[0], c[1], d[1], b.x, b.y);
+                    mma_m16n8k16(odd, c[2], d[2], c[3], d[3], b.z, b.w);
                 }
                 ring.fetch(r);
             }
         }
         if (t == 0) {
-            part[buffer][warp][g] = even[0] + odd[0];
-            part[buffer][warp][g + 8] = even[2] + odd[2];
+            partials[buffer][warp][g] = even[0] + odd[0];
+            partials[buffer][warp][g + 8] = even[2] + odd[2];
         }
         __syncthreads();
         if (threadIdx.x < 16 && n < op.N) {
             float sum = 0;
 #pragma unroll
-            for (int w = 0; w < WARPS; w++) sum += part[buffer][w][threadIdx.x];
-            finish(op, end, sum, 0, n, op.N);
+            for (int w = 0; w < WARPS; w++) sum += partials[buffer][w][threadIdx.x];
+            store_output(epilogue, operands, sum, 0, n, op.N);
         }
     }
 }
-
-#define ROW(BITS)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(256, 2) row_##BITS(const __grid_constant__ Operation op) { \
-        linear<BITS>(op);                                                                                   \
-    }

@@ -1,7 +1,10 @@
-// A linear of 2 to 16 rows of x of up to 4096 columns: a block of 16 warps owns 16 weight rows at a time, each warp
-// 1/16 of the columns, for which it has all of x in registers. Up to 64 KB of weights are on the way to shared memory
-// at any time; as each thread reads what it has copied itself, warps meet but once a tile, to add up their sums. Grid:
-// any; block: 512; weight, its rows and x aligned to 16 bytes.
+// y = epilogue(LayerNorm(x) * weight^T) of 2 to 16 rows x [M, K], K <= 4096, the LayerNorm if norm.weight is given.
+// Module: linear_m16_BITS_TILE_M. From sm_80 on.
+//
+// Shapes: quantised weight [N, K]; M <= TILE_M. Grid: any; block: 512, one to a multiprocessor.
+// Shared memory: the ring (64 KB), two buffers of partial sums. Alignment: weight, its rows and x to 16 bytes.
+// Pipeline: a block owns 16 weight rows at a time, each of its 16 warps 1/16 of K, for which it holds x in registers.
+// Each thread reads only the weights it copied itself (cp.async), so warps meet once a tile, to add their partial sums.
 #pragma once
 
 #include "kernels/cuda/dequantize.cuh"
@@ -9,66 +12,74 @@
 #include "kernels/cuda/layer_norm.cuh"
 #include "kernels/cuda/mma.cuh"
 
+static_assert((BITS == 8 || BITS == 4) && (TILE_M == 8 || TILE_M == 16), "");
+constexpr int MAX_K = 4096;                                  // kernels_cuda.M16_MAX_K
+constexpr int WARPS = 16, THREADS = 512, TILE_N = 16;        // a thread an output
+constexpr int SLICES = MAX_K * BITS / 8 / WARPS / 64;        // of 64 bytes of a weight row, for each warp
+constexpr int STAGES = 4 / SLICES;                           // tiles in flight
+constexpr int CHUNK = 128 / BITS, M_FRAGMENTS = TILE_M / 8;  // weights in 16 bytes
+constexpr int PITCH = TILE_N + 4;                            // of partial sums: free of bank conflicts
+static_assert(TILE_M * TILE_N <= THREADS && STAGES * SLICES == 4, "");
+
 struct Norm {
-    const u16* weight;  // [K] or null: x is normalised first,
+    const u16* weight;  // [K] or null
     const u16* bias;
-    u16* normed;  // [M, K], and stored here
+    u16* normed;  // [M, K]: block 0 stores the LayerNorm's result
     float epsilon;
 };
 
-template <int BITS, int MT>
-__device__ __forceinline__ void few_rows(const unsigned char* __restrict__ weight, const u16* x, const Norm& norm,
-                                         const Epilogue& e, int M, int N, int K) {
-    constexpr int CHUNK = 128 / BITS, NT = MT / 8, WARPS = 16, THREADS = 512;
-    constexpr int SLOTS = 4096 * BITS / 8 / WARPS / 64;  // 64 bytes of a row, for each warp
-    constexpr int DEPTH = 4 / SLOTS;                     // tiles under way
-    constexpr int HEIGHT = 16, PITCH = HEIGHT + 4;
+extern "C" __global__ void __launch_bounds__(512, 1)
+    linear_m16(const unsigned char* weight, const u16* x, const u16* scale, const u16* bias, const u16* residual,
+               float alpha, int use_gelu, u16* y, const u16* norm_weight, const u16* norm_bias, u16* normed,
+               float epsilon, int M, int N, int K) {
+    const Epilogue epilogue = {scale, bias, residual, alpha, use_gelu, y};
+    const Norm norm = {norm_weight, norm_bias, normed, epsilon};
     extern __shared__ uint4 shared[];
-    float* const all_parts = (float*)(shared + 4 * 2 * THREADS);  // [2][WARPS][MT * PITCH]
+    float* const all_partials = (float*)(shared + 4 * 2 * THREADS);  // [2][WARPS][TILE_M * PITCH]
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-    const int tiles = (N + HEIGHT - 1) / HEIGHT;
+    const int tiles = (N + TILE_N - 1) / TILE_N;
     const int row_bytes = K * BITS / 8, my_byte = warp * 64 + t * 16;
-    uint4* ring = shared + threadIdx.x;  // this thread's bytes; every 512th is its own
+    uint4* ring = shared + threadIdx.x;  // of this thread: every 512th 16 bytes
 
-    auto fetch = [&](int tile, int slot, int depth) {
-        const int byte = my_byte + slot * WARPS * 64, n = tile * HEIGHT + g;
+    auto fetch = [&](int tile, int slice, int stage) {
+        const int byte = my_byte + slice * WARPS * 64, n = tile * TILE_N + g;
         const unsigned char* from = weight + (size_t)n * row_bytes + byte;
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const bool inside = byte < row_bytes && n + h * 8 < N;
-            copy_async(ring + ((depth * SLOTS + slot) * 2 + h) * THREADS,
-                       inside ? from + h * 8 * (size_t)row_bytes : weight, inside);
+            cp_async(ring + ((stage * SLICES + slice) * 2 + h) * THREADS,
+                     inside ? from + h * 8 * (size_t)row_bytes : weight, inside);
         }
-        commit();
+        cp_async_commit();
     };
-    start_next();
+    pdl_launch_dependents();
 #pragma unroll
-    for (int d = 0; d < DEPTH; d++)
+    for (int d = 0; d < STAGES; d++)
 #pragma unroll
-        for (int r = 0; r < SLOTS; r++) fetch(blockIdx.x + d * gridDim.x, r, d);
-    wait();
-    uint4 my_x[SLOTS][NT][CHUNK / 8];
+        for (int r = 0; r < SLICES; r++) fetch(blockIdx.x + d * gridDim.x, r, d);
+    pdl_wait();
+    uint4 my_x[SLICES][M_FRAGMENTS][CHUNK / 8];
 #pragma unroll
-    for (int r = 0; r < SLOTS; r++)
+    for (int r = 0; r < SLICES; r++)
 #pragma unroll
-        for (int c = 0; c < NT; c++)
+        for (int c = 0; c < M_FRAGMENTS; c++)
 #pragma unroll
             for (int j = 0; j < CHUNK / 8; j++) {
                 const int m = c * 8 + g, k = (my_byte + r * WARPS * 64) * 8 / BITS + j * 8;
                 my_x[r][c][j] = m < M && k < K ? __ldcg((const uint4*)(x + (size_t)m * K + k)) : make_uint4(0, 0, 0, 0);
             }
 
-    if (norm.weight) {  // as `normalise` does it
-        float mean[NT], scale[NT];
+    if (norm.weight) {                                  // as layer_norm_row
+        float mean[M_FRAGMENTS], inverse[M_FRAGMENTS];  // of the standard deviation
 #pragma unroll
-        for (int c = 0; c < NT; c++) mean[c] = 0;
-        // Sums of every row of x: of its numbers, then of the squares of their distances from the mean.
-        auto sum_rows = [&](float* parts, float (&totals)[NT], bool squares) {
+        for (int c = 0; c < M_FRAGMENTS; c++) mean[c] = 0;
+        // Reduces every row of x over the block: its mean, then its variance.
+        auto sum_rows = [&](float* partials, float (&totals)[M_FRAGMENTS], bool squares) {
 #pragma unroll
-            for (int c = 0; c < NT; c++) {
+            for (int c = 0; c < M_FRAGMENTS; c++) {
                 float sum = 0;
 #pragma unroll
-                for (int r = 0; r < SLOTS; r++) {
+                for (int r = 0; r < SLICES; r++) {
 #pragma unroll
                     for (int j = 0; j < CHUNK / 8; j++) {
                         const uint4 v = my_x[r][c][j];
@@ -83,32 +94,32 @@ __device__ __forceinline__ void few_rows(const unsigned char* __restrict__ weigh
                 }
                 sum += __shfl_xor_sync(~0u, sum, 1);
                 sum += __shfl_xor_sync(~0u, sum, 2);
-                if (t == 0) parts[warp * MT + c * 8 + g] = sum;
+                if (t == 0) partials[warp * TILE_M + c * 8 + g] = sum;
             }
             __syncthreads();
 #pragma unroll
-            for (int c = 0; c < NT; c++) {
+            for (int c = 0; c < M_FRAGMENTS; c++) {
                 float total = 0;
 #pragma unroll
-                for (int w = 0; w < WARPS; w++) total += parts[w * MT + c * 8 + g];
+                for (int w = 0; w < WARPS; w++) total += partials[w * TILE_M + c * 8 + g];
                 totals[c] = total / K;
             }
         };
-        float* const parts = all_parts + WARPS * MT * PITCH;  // the first tile has the other buffer
-        sum_rows(parts, mean, false);
-        sum_rows(parts + WARPS * MT, scale, true);
+        float* const partials = all_partials + WARPS * TILE_M * PITCH;  // buffer 1: the first tile uses buffer 0
+        sum_rows(partials, mean, false);
+        sum_rows(partials + WARPS * TILE_M, inverse, true);
 #pragma unroll
-        for (int c = 0; c < NT; c++) scale[c] = rsqrtf(scale[c] + norm.epsilon);
+        for (int c = 0; c < M_FRAGMENTS; c++) inverse[c] = rsqrtf(inverse[c] + norm.epsilon);
 #pragma unroll
-        for (int r = 0; r < SLOTS; r++) {
+        for (int r = 0; r < SLICES; r++) {
 #pragma unroll
             for (int j = 0; j < CHUNK / 8; j++) {
                 const int k = (my_byte + r * WARPS * 64) * 8 / BITS + j * 8;
                 if (k >= K) continue;
                 const uint4 w = *(const uint4*)(norm.weight + k), b = *(const uint4*)(norm.bias + k);
 #pragma unroll
-                for (int c = 0; c < NT; c++) {
-                    my_x[r][c][j] = normalised(my_x[r][c][j], mean[c], scale[c], w, b);
+                for (int c = 0; c < M_FRAGMENTS; c++) {
+                    my_x[r][c][j] = layer_norm8(my_x[r][c][j], mean[c], inverse[c], w, b);
                     const int m = c * 8 + g;
                     if (blockIdx.x == 0 && m < M) *(uint4*)(norm.normed + (size_t)m * K + k) = my_x[r][c][j];
                 }
@@ -116,65 +127,50 @@ __device__ __forceinline__ void few_rows(const unsigned char* __restrict__ weigh
         }
     }
 
-    int buffer = 0, depth = 0;
-    const int m = threadIdx.x / HEIGHT, i = threadIdx.x % HEIGHT;  // a thread finishes row i of a tile for row m of x
+    int buffer = 0, stage = 0;
+    const int m = threadIdx.x / TILE_N, i = threadIdx.x % TILE_N;  // the output that the thread finishes
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, buffer ^= 1) {
-        float sums[NT][4];
+        float sums[M_FRAGMENTS][4];
 #pragma unroll
-        for (int c = 0; c < NT; c++)
+        for (int c = 0; c < M_FRAGMENTS; c++)
 #pragma unroll
             for (int i = 0; i < 4; i++) sums[c][i] = 0;
-        const int n = tile * HEIGHT + i;
-        const Finish end = prepare(e, m, n, M, N);
+        const int n = tile * TILE_N + i;
+        const EpilogueOperands operands = load_operands(epilogue, m, n, M, N);
 #pragma unroll
-        for (int r = 0; r < SLOTS; r++) {
-            wait_copies<DEPTH * SLOTS - 1>();
-            const uint4* here = ring + (depth * SLOTS + r) * 2 * THREADS;
+        for (int r = 0; r < SLICES; r++) {
+            cp_async_wait<STAGES * SLICES - 1>();
+            const uint4* here = ring + (stage * SLICES + r) * 2 * THREADS;
             const uint4 upper = here[0], lower = here[THREADS];
             const u32 w[4] = {upper.x, upper.y, upper.z, upper.w}, v[4] = {lower.x, lower.y, lower.z, lower.w};
 #pragma unroll
-            for (int j = 0; j < CHUNK / 8; j++) {  // 8 weights of either row
+            for (int j = 0; j < CHUNK / 8; j++) {  // 8 weights of both rows
                 u32 p[4], q[4];
-                if (BITS == 8) {
-                    widen8(w[2 * j], p);
-                    widen8(w[2 * j + 1], p + 2);
-                    widen8(v[2 * j], q);
-                    widen8(v[2 * j + 1], q + 2);
-                } else {
-                    widen4(w[j], p);
-                    widen4(v[j], q);
-                }
+                dequantize8<BITS>(w, j, p);
+                dequantize8<BITS>(v, j, q);
 #pragma unroll
-                for (int c = 0; c < NT; c++) {
+                for (int c = 0; c < M_FRAGMENTS; c++) {
                     const uint4 b = my_x[r][c][j];
-                    multiply(sums[c], p[0], q[0], p[1], q[1], b.x, b.y);
-                    multiply(sums[c], p[2], q[2], p[3], q[3], b.z, b.w);
+                    mma_m16n8k16(sums[c], p[0], q[0], p[1], q[1], b.x, b.y);
+                    mma_m16n8k16(sums[c], p[2], q[2], p[3], q[3], b.z, b.w);
                 }
             }
-            fetch(tile + DEPTH * gridDim.x, r, depth);
+            fetch(tile + STAGES * gridDim.x, r, stage);
         }
-        if (DEPTH > 1) depth = depth == DEPTH - 1 ? 0 : depth + 1;
-        float* parts = all_parts + buffer * WARPS * MT * PITCH;
+        if (STAGES > 1) stage = stage == STAGES - 1 ? 0 : stage + 1;
+        float* partials = all_partials + buffer * WARPS * TILE_M * PITCH;
 #pragma unroll
-        for (int c = 0; c < NT; c++)
+        for (int c = 0; c < M_FRAGMENTS; c++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) parts[(warp * MT + c * 8 + 2 * t + i % 2) * PITCH + i / 2 * 8 + g] = sums[c][i];
+            for (int i = 0; i < 4; i++)
+                partials[(warp * TILE_M + c * 8 + 2 * t + i % 2) * PITCH + i / 2 * 8 + g] = sums[c][i];
         __syncthreads();
         if (m < M && n < N) {
             float sum = 0;
 #pragma unroll
-            for (int w = 0; w < WARPS; w++) sum += parts[(w * MT + m) * PITCH + i];
-            finish(e, end, sum, m, n, N);
+            for (int w = 0; w < WARPS; w++) sum += partials[(w * TILE_M + m) * PITCH + i];
+            store_output(epilogue, operands, sum, m, n, N);
         }
     }
-    wait_copies<0>();
+    cp_async_wait<0>();
 }
-#define FEW_ROWS(BITS, MT)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(512, 1)                                                            \
-        few_rows(const unsigned char* weight, const u16* x, const u16* scale, const u16* bias, const u16* residual, \
-                 float alpha, int use_gelu, u16* y, const u16* norm_weight, const u16* norm_bias, u16* normed,      \
-                 float epsilon, int M, int N, int K) {                                                              \
-        const Epilogue e = {scale, bias, residual, alpha, use_gelu, y};                                             \
-        const Norm norm = {norm_weight, norm_bias, normed, epsilon};                                                \
-        few_rows<BITS, MT>(weight, x, norm, e, M, N, K);                                                            \
-    }

@@ -1,39 +1,40 @@
-// A linear of 2 to 8 rows of x: as of one row (linear_m1), with 16 * HEIGHT weight rows to a block.
+// y = epilogue(x * weight^T) of 2 to 8 rows x [M, K]. Module: linear_m8_BITS.
+//
+// Shapes: quantised weight [N, K]. Grid: any; block: 256, two to a multiprocessor. Shared memory: x, rows padded to
+// rounds of the ring and by 8. Alignment: weight, its rows and x to 16 bytes. Pipeline: that of linear_m1, with the
+// ring in registers and 16 * HEIGHT weight rows to a block.
 #pragma once
 
 #include "kernels/cuda/dequantize.cuh"
 #include "kernels/cuda/epilogue.cuh"
 #include "kernels/cuda/mma.cuh"
 
-#define WARPS 8
-#if __CUDA_ARCH__ >= 800
-#define RING 4
-#else
-#define RING 2
-#endif
+static_assert(BITS == 8 || BITS == 4, "");
+constexpr int HEIGHT = BITS == 4 ? 2 : 1;                        // fragments of 16 weight rows; as in kernels_cuda
+constexpr int STAGES = (__CUDA_ARCH__ >= 800 ? 4 : 2) / HEIGHT;  // kernels_cuda.ring_stages
+constexpr int WARPS = 8, TILE_M = 8, TILE_N = 16 * HEIGHT;
+constexpr int CHUNK = 128 / BITS;           // weights in 16 bytes
+constexpr int STEP = 4 * CHUNK;             // weights in 64 bytes
+constexpr int ROUND = STAGES * WARPS * 64;  // bytes of a weight row in flight
 
-template <int BITS, int HEIGHT>
-__device__ __forceinline__ void rows(const unsigned char* __restrict__ weight, const u16* x, const Epilogue& e, int M,
-                                     int N, int K) {
-    constexpr int COLUMNS = 8, DEPTH = RING / HEIGHT;
-    constexpr int CHUNK = 128 / BITS;         // weights in 16 bytes
-    constexpr int STEP = 4 * CHUNK;           // weights in 64 bytes
-    constexpr int SPAN = DEPTH * WARPS * 64;  // bytes of a row that are under way
-    constexpr int TILE = 16 * HEIGHT;
+extern "C" __global__ void __launch_bounds__(256, 2)
+    linear_m8(const unsigned char* weight, const u16* x, const u16* scale, const u16* bias, const u16* residual,
+              float alpha, int use_gelu, u16* y, int M, int N, int K) {
+    const Epilogue epilogue = {scale, bias, residual, alpha, use_gelu, y};
     extern __shared__ uint4 shared_x[];
-    __shared__ float part[2][WARPS][TILE * COLUMNS];
+    __shared__ float partials[2][WARPS][TILE_N * TILE_M];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
     const size_t row_bytes = (size_t)K * BITS / 8;
-    const int turns = (row_bytes + SPAN - 1) / SPAN;  // of a tile
-    const int tiles = (N + TILE - 1) / TILE;
-    const int stride = turns * (SPAN * 8 / BITS) + 8;
+    const int rounds = (row_bytes + ROUND - 1) / ROUND;
+    const int tiles = (N + TILE_N - 1) / TILE_N;
+    const int stride = rounds * (ROUND * 8 / BITS) + 8;
 
-    uint4 ring[DEPTH][2 * HEIGHT];
-    // Where this thread's bytes of a turn begin, in row g, and how many weights there are from there on.
+    uint4 ring[STAGES][2 * HEIGHT];
+    // This thread's bytes of a round, row g; weights of the row and rows from there on.
     const unsigned char* p;
     int left, rows_left;
-    auto point_at = [&](int tile, int turn) {
-        const int k = (turn * DEPTH * WARPS + warp) * STEP + t * CHUNK, n = tile * TILE + g;
+    auto point_at = [&](int tile, int round) {
+        const int k = (round * STAGES * WARPS + warp) * STEP + t * CHUNK, n = tile * TILE_N + g;
         p = weight + n * row_bytes + (size_t)k * BITS / 8;
         left = K - k;
         rows_left = N - n;
@@ -42,40 +43,40 @@ __device__ __forceinline__ void rows(const unsigned char* __restrict__ weight, c
 #pragma unroll
         for (int h = 0; h < 2 * HEIGHT; h++)
             ring[r][h] =
-                load_stream(p + h * 8 * row_bytes + r * WARPS * 64, r * WARPS * STEP < left && h * 8 < rows_left);
+                load_streaming(p + h * 8 * row_bytes + r * WARPS * 64, r * WARPS * STEP < left && h * 8 < rows_left);
     };
 
-    start_next();
+    pdl_launch_dependents();
     point_at(blockIdx.x, 0);
 #pragma unroll
-    for (int r = 0; r < DEPTH; r++) fetch(r);
-    wait();
+    for (int r = 0; r < STAGES; r++) fetch(r);
+    pdl_wait();
     for (int i = threadIdx.x; i < M * (stride / 8); i += WARPS * 32) {
         const int m = i / (stride / 8), k = (i % (stride / 8)) * 8;
-        copy_async(&shared_x[i], k < K ? x + (size_t)m * K + k : x, k < K);
+        cp_async(&shared_x[i], k < K ? x + (size_t)m * K + k : x, k < K);
     }
-    commit();
-    wait_copies<0>();
+    cp_async_commit();
+    cp_async_wait<0>();
     __syncthreads();
     const u16* my_x = (u16*)shared_x + min(g, M - 1) * stride + warp * STEP + t * CHUNK;
 
-    int buffer = 0;
+    int buffer = 0;  // double buffer of partial sums: one barrier a tile
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, buffer ^= 1) {
         float even[HEIGHT][4], odd[HEIGHT][4];
 #pragma unroll
         for (int h = 0; h < HEIGHT; h++)
 #pragma unroll
             for (int i = 0; i < 4; i++) even[h][i] = odd[h][i] = 0;
-        // One thread finishes one sum; what it needs for that is loaded early.
-        const int m = threadIdx.x / TILE, n = tile * TILE + threadIdx.x % TILE;
-        const Finish end = prepare(e, m, n, M, N);
-        for (int turn = 0; turn < turns; turn++) {
-            const bool last = turn + 1 == turns;
-            point_at(last ? tile + gridDim.x : tile, last ? 0 : turn + 1);
-            const uint4* turn_x = (const uint4*)(my_x + turn * (SPAN * 8 / BITS));
+        // A thread finishes one output. Its operands are loaded before the products.
+        const int m = threadIdx.x / TILE_N, n = tile * TILE_N + threadIdx.x % TILE_N;
+        const EpilogueOperands operands = load_operands(epilogue, m, n, M, N);
+        for (int round = 0; round < rounds; round++) {
+            const bool last = round + 1 == rounds;
+            point_at(last ? tile + gridDim.x : tile, last ? 0 : round + 1);
+            const uint4* round_x = (const uint4*)(my_x + round * (ROUND * 8 / BITS));
 #pragma unroll
-            for (int r = 0; r < DEPTH; r++) {
-                const uint4* xs = turn_x + r * WARPS * STEP / 8;
+            for (int r = 0; r < STAGES; r++) {
+                const uint4* xs = round_x + r * WARPS * STEP / 8;
                 u32 w[2 * HEIGHT][4];
 #pragma unroll
                 for (int h = 0; h < 2 * HEIGHT; h++) {
@@ -90,40 +91,27 @@ __device__ __forceinline__ void rows(const unsigned char* __restrict__ weight, c
 #pragma unroll
                     for (int h = 0; h < HEIGHT; h++) {
                         u32 c[4], d[4];
-                        if (BITS == 8) {
-                            widen8(w[2 * h][2 * j], c);
-                            widen8(w[2 * h][2 * j + 1], c + 2);
-                            widen8(w[2 * h + 1][2 * j], d);
-                            widen8(w[2 * h + 1][2 * j + 1], d + 2);
-                        } else {
-                            widen4(w[2 * h][j], c);
-                            widen4(w[2 * h + 1][j], d);
-                        }
-                        multiply(even[h], c[0], d[0], c[1], d[1], b.x, b.y);
-                        multiply(odd[h], c[2], d[2], c[3], d[3], b.z, b.w);
+                        dequantize8<BITS>(w[2 * h], j, c);
+                        dequantize8<BITS>(w[2 * h + 1], j, d);
+                        mma_m16n8k16(even[h], c[0], d[0], c[1], d[1], b.x, b.y);
+                        mma_m16n8k16(odd[h], c[2], d[2], c[3], d[3], b.z, b.w);
                     }
                 }
                 fetch(r);
             }
         }
-        float* mine = part[buffer][warp];
+        float* mine = partials[buffer][warp];
 #pragma unroll
         for (int h = 0; h < HEIGHT; h++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) mine[(2 * t + i % 2) * TILE + h * 16 + i / 2 * 8 + g] = even[h][i] + odd[h][i];
+            for (int i = 0; i < 4; i++)
+                mine[(2 * t + i % 2) * TILE_N + h * 16 + i / 2 * 8 + g] = even[h][i] + odd[h][i];
         __syncthreads();
         if (m < M && n < N) {
             float sum = 0;
 #pragma unroll
-            for (int w = 0; w < WARPS; w++) sum += part[buffer][w][threadIdx.x];
-            finish(e, end, sum, m, n, N);
+            for (int w = 0; w < WARPS; w++) sum += partials[buffer][w][threadIdx.x];
+            store_output(epilogue, operands, sum, m, n, N);
         }
     }
 }
-#define ROWS(NAME, BITS, HEIGHT)                                                                                \
-    extern "C" __global__ void __launch_bounds__(256, 2)                                                        \
-        NAME(const unsigned char* weight, const u16* x, const u16* scale, const u16* bias, const u16* residual, \
-             float alpha, int use_gelu, u16* y, int M, int N, int K) {                                          \
-        const Epilogue e = {scale, bias, residual, alpha, use_gelu, y};                                         \
-        rows<BITS, HEIGHT>(weight, x, e, M, N, K);                                                              \
-    }

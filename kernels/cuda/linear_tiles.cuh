@@ -1,74 +1,83 @@
-// A linear of many rows of x: a block owns 64 * HEIGHT weight rows (blockIdx.x), MT rows of x (blockIdx.z), and a part
-// of K (blockIdx.y). Weights and x come through shared memory, STAGES - 1 steps ahead; each thread widens the weights
-// that it copied itself, once for all MT rows. With several parts of K, the block that comes last adds them up, in
-// their order. Block: 128; weight, its rows and x aligned to 16 bytes.
+// y = epilogue(x * weight^T) of many rows x [M, K]. Module: linear_tiles_BITS_TILE_M.
+//
+// Shapes: quantised weight [N, K]. Grid: (tiles of N, parts of K, tiles of M); block: 128, BLOCKS_PER_SM to a
+// multiprocessor. Shared memory: STAGES of weights and x; after the products, their sums. Alignment: weight, its rows
+// and x to 16 bytes. Pipeline: a block owns 64 * HEIGHT weight rows, TILE_M rows of x and a part of K. cp.async runs
+// STAGES - 1 steps ahead. Each thread dequantises the weights it copied itself, once for all rows of x. Split-K: the
+// last block of a tile to arrive adds all partials, in their order. arrivals: zeros [tiles], left as zeros. Source:
+// threadFenceReduction of the CUDA samples.
 #pragma once
 
 #include "kernels/cuda/dequantize.cuh"
 #include "kernels/cuda/epilogue.cuh"
 #include "kernels/cuda/mma.cuh"
 
-template <int BITS, int MT, int HEIGHT, int STAGES>
-__device__ __forceinline__ void tiles(const unsigned char* __restrict__ weight, const u16* x, const Epilogue& e,
-                                      float* parts, u32* tickets, int M, int N, int K) {
-    constexpr int CHUNK = 128 / BITS, HALF = 4 * CHUNK, STEP = 2 * HALF, NT = MT / 8, STRIDE = (STEP + 8) / 8;
-    constexpr int THREADS = 128, WEIGHTS = 4 * HEIGHT * THREADS, STAGE = WEIGHTS + MT * STRIDE;  // in 16 bytes
+static_assert((BITS == 8 || BITS == 4) && TILE_M % 8 == 0 && STAGES >= 2, "");
+constexpr int THREADS = 128, M_FRAGMENTS = TILE_M / 8;
+constexpr int CHUNK = 128 / BITS, HALF = 4 * CHUNK, STEP = 2 * HALF;              // weights in 16, 64 and 128 bytes
+constexpr int STRIDE = (STEP + 8) / 8;                                            // of rows of x, in 16 bytes; padded
+constexpr int WEIGHTS = 4 * HEIGHT * THREADS, STAGE = WEIGHTS + TILE_M * STRIDE;  // in 16 bytes
+
+extern "C" __global__ void __launch_bounds__(128, BLOCKS_PER_SM)
+    linear_tiles(const unsigned char* weight, const u16* x, const u16* scale, const u16* bias, const u16* residual,
+                 float alpha, int use_gelu, u16* y, float* partials, u32* arrivals, int M, int N, int K) {
+    const Epilogue epilogue = {scale, bias, residual, alpha, use_gelu, y};
     extern __shared__ uint4 shared[];
     __shared__ bool is_last;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
     const size_t row_bytes = (size_t)K * BITS / 8;
-    const int row = (blockIdx.x * 4 + warp) * 16 * HEIGHT + g, column = blockIdx.z * MT;
+    const int row = (blockIdx.x * 4 + warp) * 16 * HEIGHT + g, column = blockIdx.z * TILE_M;
     const int all_steps = (K + STEP - 1) / STEP, per_part = (all_steps + gridDim.y - 1) / gridDim.y;
     const int begin = blockIdx.y * per_part, end = min(begin + per_part, all_steps);
 
-    // A step is 128 bytes of each row, in two halves; the thread has 16 bytes of each, in 2 · HEIGHT rows.
+    // A step is 128 bytes of each row, in two halves. A thread has 16 bytes of each, in 2 * HEIGHT rows.
     const unsigned char* my_weight = weight + row * row_bytes + t * 16;
-    auto copy_weights = [&](int step, int slot) {
+    auto copy_weights = [&](int step, int stage) {
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
             for (int h = 0; h < 2 * HEIGHT; h++) {
                 const int k = step * STEP + i * HALF + t * CHUNK;
                 const bool inside = step < end && k < K && row + h * 8 < N;
-                copy_async(&shared[slot * STAGE + (i * 2 * HEIGHT + h) * THREADS + threadIdx.x],
-                           inside ? my_weight + h * 8 * row_bytes + step * 128 + i * 64 : weight, inside);
+                cp_async(&shared[stage * STAGE + (i * 2 * HEIGHT + h) * THREADS + threadIdx.x],
+                         inside ? my_weight + h * 8 * row_bytes + step * 128 + i * 64 : weight, inside);
             }
     };
-    auto copy_x = [&](int step, int slot) {
+    auto copy_x = [&](int step, int stage) {
 #pragma unroll
-        for (int i = threadIdx.x; i < MT * STEP / 8; i += THREADS) {
+        for (int i = threadIdx.x; i < TILE_M * STEP / 8; i += THREADS) {
             const int m = i / (STEP / 8), c = i % (STEP / 8), k = step * STEP + c * 8;
             const bool inside = step < end && column + m < M && k < K;
-            copy_async(&shared[slot * STAGE + WEIGHTS + m * STRIDE + c], inside ? x + (size_t)(column + m) * K + k : x,
-                       inside);
+            cp_async(&shared[stage * STAGE + WEIGHTS + m * STRIDE + c], inside ? x + (size_t)(column + m) * K + k : x,
+                     inside);
         }
-        commit();
+        cp_async_commit();
     };
 
-    start_next();
+    pdl_launch_dependents();
     for (int s = 0; s < STAGES - 1; s++) copy_weights(begin + s, s);
-    wait();
-    for (int s = 0; s < STAGES - 1; s++) copy_x(begin + s, s);  // the first group has all the weights, too
+    pdl_wait();
+    for (int s = 0; s < STAGES - 1; s++) copy_x(begin + s, s);  // the first group includes all weights
 
-    float sums[HEIGHT][NT][4];
+    float sums[HEIGHT][M_FRAGMENTS][4];
 #pragma unroll
     for (int h = 0; h < HEIGHT; h++)
 #pragma unroll
-        for (int c = 0; c < NT; c++)
+        for (int c = 0; c < M_FRAGMENTS; c++)
 #pragma unroll
             for (int i = 0; i < 4; i++) sums[h][c][i] = 0;
 
-    int slot = 0;
+    int stage = 0;
     for (int step = begin; step < end; step++) {
-        wait_copies<STAGES - 2>();
+        cp_async_wait<STAGES - 2>();
         __syncthreads();
-        const int free = slot == 0 ? STAGES - 1 : slot - 1;
-        copy_weights(step + STAGES - 1, free);
-        copy_x(step + STAGES - 1, free);
+        const int next = stage == 0 ? STAGES - 1 : stage - 1;
+        copy_weights(step + STAGES - 1, next);
+        copy_x(step + STAGES - 1, next);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const uint4* here = shared + slot * STAGE + half * 2 * HEIGHT * THREADS;
-            const uint4* xs = shared + slot * STAGE + WEIGHTS + g * STRIDE + (half * HALF + t * CHUNK) / 8;
+            const uint4* here = shared + stage * STAGE + half * 2 * HEIGHT * THREADS;
+            const uint4* xs = shared + stage * STAGE + WEIGHTS + g * STRIDE + (half * HALF + t * CHUNK) / 8;
             u32 words[2 * HEIGHT][4];
 #pragma unroll
             for (int h = 0; h < 2 * HEIGHT; h++) {
@@ -83,46 +92,42 @@ __device__ __forceinline__ void tiles(const unsigned char* __restrict__ weight, 
                 u32 a[2 * HEIGHT][4];
 #pragma unroll
                 for (int h = 0; h < 2 * HEIGHT; h++) {
-                    if (BITS == 8) {
-                        widen8(words[h][2 * j], a[h]);
-                        widen8(words[h][2 * j + 1], a[h] + 2);
-                    } else
-                        widen4(words[h][j], a[h]);
+                    dequantize8<BITS>(words[h], j, a[h]);
                 }
 #pragma unroll
-                for (int c = 0; c < NT; c++) {
+                for (int c = 0; c < M_FRAGMENTS; c++) {
                     const uint4 b = xs[c * 8 * STRIDE + j];
 #pragma unroll
                     for (int h = 0; h < HEIGHT; h++) {
                         u32(&p)[4] = a[2 * h], (&q)[4] = a[2 * h + 1];
-                        multiply(sums[h][c], p[0], q[0], p[1], q[1], b.x, b.y);
-                        multiply(sums[h][c], p[2], q[2], p[3], q[3], b.z, b.w);
+                        mma_m16n8k16(sums[h][c], p[0], q[0], p[1], q[1], b.x, b.y);
+                        mma_m16n8k16(sums[h][c], p[2], q[2], p[3], q[3], b.z, b.w);
                     }
                 }
             }
         }
-        slot = slot == STAGES - 1 ? 0 : slot + 1;
+        stage = stage == STAGES - 1 ? 0 : stage + 1;
     }
 
-    // The sums leave the registers, for memory if other parts are to be added, and are finished by a loop.
-    constexpr int COUNT = HEIGHT * NT * 4;
+    // The epilogue is a loop, so the sums leave the registers: for global memory if K is split, else for shared memory.
+    constexpr int COUNT = HEIGHT * M_FRAGMENTS * 4;
     const size_t tile = (size_t)blockIdx.z * gridDim.x + blockIdx.x;
-    wait_copies<0>();
+    cp_async_wait<0>();
     __syncthreads();
-    float* kept = (gridDim.y > 1 ? parts + tile * gridDim.y * COUNT * THREADS : (float*)shared) + threadIdx.x;
+    float* kept = (gridDim.y > 1 ? partials + tile * gridDim.y * COUNT * THREADS : (float*)shared) + threadIdx.x;
 #pragma unroll
     for (int h = 0; h < HEIGHT; h++)
 #pragma unroll
-        for (int c = 0; c < NT; c++)
+        for (int c = 0; c < M_FRAGMENTS; c++)
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                kept[((size_t)blockIdx.y * COUNT + (h * NT + c) * 4 + i) * THREADS] = sums[h][c][i];
+                kept[((size_t)blockIdx.y * COUNT + (h * M_FRAGMENTS + c) * 4 + i) * THREADS] = sums[h][c][i];
     if (gridDim.y > 1) {
         __threadfence();
         __syncthreads();
         if (threadIdx.x == 0) {
-            is_last = atomicAdd(&tickets[tile], 1) == gridDim.y - 1;
-            if (is_last) tickets[tile] = 0;  // for the next launch
+            is_last = atomicAdd(&arrivals[tile], 1) == gridDim.y - 1;
+            if (is_last) arrivals[tile] = 0;  // for the next launch
         }
         __syncthreads();
         if (!is_last) return;
@@ -130,15 +135,16 @@ __device__ __forceinline__ void tiles(const unsigned char* __restrict__ weight, 
     }
     const int count = gridDim.y;
 #pragma unroll 1
-    for (int c = 0; c < NT; c++) {
+    for (int c = 0; c < M_FRAGMENTS; c++) {
         float total[HEIGHT][4];
-        Finish ends[HEIGHT][4];
+        EpilogueOperands operands[HEIGHT][4];
 #pragma unroll
         for (int h = 0; h < HEIGHT; h++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 total[h][i] = 0;
-                ends[h][i] = prepare(e, column + c * 8 + 2 * t + i % 2, row + h * 16 + i / 2 * 8, M, N);
+                operands[h][i] =
+                    load_operands(epilogue, column + c * 8 + 2 * t + i % 2, row + h * 16 + i / 2 * 8, M, N);
             }
         const float* from = kept + c * 4 * THREADS;
 #pragma unroll 4
@@ -147,7 +153,7 @@ __device__ __forceinline__ void tiles(const unsigned char* __restrict__ weight, 
             for (int h = 0; h < HEIGHT; h++)
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    const float* at = from + (h * NT * 4 + i) * THREADS;
+                    const float* at = from + (h * M_FRAGMENTS * 4 + i) * THREADS;
                     total[h][i] += count > 1 ? __ldcg(at) : *at;
                 }
 #pragma unroll
@@ -155,14 +161,7 @@ __device__ __forceinline__ void tiles(const unsigned char* __restrict__ weight, 
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int n = row + h * 16 + i / 2 * 8, m = column + c * 8 + 2 * t + i % 2;
-                if (n < N && m < M) finish(e, ends[h][i], total[h][i], m, n, N);
+                if (n < N && m < M) store_output(epilogue, operands[h][i], total[h][i], m, n, N);
             }
     }
 }
-#define TILES(NAME, BITS, MT, HEIGHT, STAGES, BLOCKS)                                                           \
-    extern "C" __global__ void __launch_bounds__(128, BLOCKS)                                                   \
-        NAME(const unsigned char* weight, const u16* x, const u16* scale, const u16* bias, const u16* residual, \
-             float alpha, int use_gelu, u16* y, float* parts, u32* tickets, int M, int N, int K) {              \
-        const Epilogue e = {scale, bias, residual, alpha, use_gelu, y};                                         \
-        tiles<BITS, MT, HEIGHT, STAGES>(weight, x, e, parts, tickets, M, N, K);                                 \
-    }

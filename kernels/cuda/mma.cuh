@@ -1,16 +1,20 @@
-// A product of 16 x 16 weights with 16 x 8 activations on the tensor cores.
+// One tensor core product of a warp: 16 x 16 weights times 16 x 8 activations.
+//
+// Source: PTX ISA, "Matrix fragments for mma.m16n8k16". sm_75 makes it of two m16n8k8; sm_70 of ordinary arithmetic.
 #pragma once
 
 #include "kernels/cuda/common.cuh"
 
-// d[row g, columns 2t, 2t+1], d[row g+8, …] += a · b, g = lane / 4, t = lane % 4. a: pairs of k (row g, 2t), (row g+8,
-// 2t), (row g, 2t+8), (row g+8, 2t+8); b: pairs (2t, column g), (2t+8, column g).
+// d += a * b. With g = lane / 4, t = lane % 4, a lane has
+//   d: row g, columns 2t and 2t + 1; row g + 8, the same columns;
+//   a: pairs of k at (row g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8);
+//   b: pairs of k at (2t, column g), (2t + 8, column g).
 #if __CUDA_ARCH__ >= 750
 __device__ __forceinline__
 #else
-__device__ __noinline__  // it is long
+__device__ __noinline__  // long code on sm_70
 #endif
-    void multiply(float* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    void mma_m16n8k16(float* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if BF16
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
@@ -31,7 +35,7 @@ __device__ __noinline__  // it is long
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a2), "r"(a3), "r"(b1));
 #else
-    // Volta's tensor cores have another layout: ordinary arithmetic, right but slow. Lane 4c + s has column c of b.
+    // Volta's tensor cores have another layout. Lane 4c + s has column c of b.
     const int g4 = threadIdx.x & 28, t = threadIdx.x & 3;
 #pragma unroll 1
     for (int s = 0; s < 4; s++) {

@@ -23,8 +23,8 @@ struct Operation {
     u16* values;
     int* slots;          // [B]
     const int* padding;  // [B]
-    float* parts;
-    u32* tickets;
+    float* partials;
+    u32* arrivals;
     int bits, N, K, gelu, H, T, R, prefix, most;
     float alpha, epsilon;
 };

@@ -1,30 +1,27 @@
-// The small operations of a prompt.
+// Operations of a prompt: LayerNorm, rotary positions, and half weights for cuBLAS (expand.cuh). Module: prompt.
 #pragma once
 
 #include "kernels/cuda/expand.cuh"
 #include "kernels/cuda/layer_norm.cuh"
 
-// y = LayerNorm(x), a block a row; K % 8 == 0.
+// y = LayerNorm(x) of rows x [M, K]; K % 8 == 0. Grid: M; block: 512. Shared memory: 2 * K. Alignment: 16 bytes.
 extern "C" __global__ void __launch_bounds__(512)
     layer_norm(const u16* x, const u16* weight, const u16* bias, u16* y, float epsilon, int K) {
     extern __shared__ uint4 row[];
     __shared__ float sums[32];
-    Operation op = {};
-    op.epsilon = epsilon;
-    op.K = K;
-    start_next();
+    pdl_launch_dependents();
     for (int i = threadIdx.x; i < K / 8; i += blockDim.x) {
-        prefetch(weight + i * 8);
-        prefetch(bias + i * 8);
+        prefetch_l2(weight + i * 8);
+        prefetch_l2(bias + i * 8);
     }
-    wait();
+    pdl_wait();
     for (int i = threadIdx.x; i < K / 8; i += blockDim.x) row[i] = ((const uint4*)x)[(size_t)blockIdx.x * (K / 8) + i];
-    normalise(row, (const uint4*)weight, (const uint4*)bias, op, sums);
+    layer_norm_row(row, (const uint4*)weight, (const uint4*)bias, nullptr, epsilon, K, sums);
     for (int i = threadIdx.x; i < K / 8; i += blockDim.x) ((uint4*)y)[(size_t)blockIdx.x * (K / 8) + i] = row[i];
 }
 
-// A prompt's queries, keys and values out of qkv [B, S, H, 3·D], rotated by cosines and sines [B, S, D]:
-// queries [B, S, H, D] and, into the places from `place` on, caches [B, H, T, D]. A thread for 8 numbers; D % 16 == 0.
+// Splits qkv [B, S, H, 3 * D] and rotates by cosines and sines [B, S, D]: queries [B, S, H, D]; keys and values to the
+// caches [B, H, T, D], from `place` on. A thread for 8 numbers of each; block: 256. D % 16 == 0; alignment: 16 bytes.
 extern "C" __global__ void split_rotate(const u16* __restrict__ qkv, const u16* __restrict__ cosines,
                                         const u16* __restrict__ sines, u16* queries, u16* keys, u16* values, int B,
                                         int S, int H, int D, int R, int T, int place) {
@@ -50,8 +47,9 @@ extern "C" __global__ void split_rotate(const u16* __restrict__ qkv, const u16* 
     *(uint4*)(values + to) = *(const uint4*)(mine + 2 * D + k);
 }
 
-// qkv [tokens, H, 3·D] with queries and keys rotated by cosines and sines [tokens, D], which are the same in both
-// halves of each of R parts; back with sign -1. A thread for 8 numbers of each half; D / R % 16 == 0.
+// Rotates queries and keys of qkv [tokens, H, 3 * D] by cosines and sines [tokens, D], whose halves of each of R parts
+// are equal. sign -1 rotates back. A thread for 8 numbers of each half; block: 256. D / R % 16 == 0; alignment: 16
+// bytes.
 extern "C" __global__ void rotate(const u16* __restrict__ qkv, const u16* __restrict__ cosines,
                                   const u16* __restrict__ sines, u16* out, float sign, int tokens, int H, int D,
                                   int R) {

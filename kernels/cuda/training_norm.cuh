@@ -1,5 +1,8 @@
-// LayerNorm in training under autocast: a row is float32, the LayerNorm's result too, and what a product takes of it is
-// rounded to 16 bits. A block a row of K numbers, K % 8 == 0; a thread has every 512th eight of them, at most MOST.
+// LayerNorm in training under autocast: its result in float32, and rounded to 16 bits for the next linear; and its
+// gradient. Module: training.
+//
+// Shapes: x [M, K], K % 8 == 0, K <= 4096 * EIGHTS. Grid: M; block: 512. A thread has every 512th eight numbers of a
+// row, at most EIGHTS of them, in registers. Shared memory: static. Alignment: 16 bytes.
 #pragma once
 
 #include "kernels/cuda/layer_norm.cuh"
@@ -36,14 +39,14 @@ __device__ __forceinline__ void store8(void* p, size_t i, bool is_float, const f
     }
 }
 
-// A row of x, its mean and the inverse of its standard deviation; `sums` has room for 32.
-template <int MOST>
+// A row of x, its mean and the inverse of its standard deviation. sums: [32] in shared memory.
+template <int EIGHTS>
 struct Row {
-    float v[MOST][8], mean, scale;
+    float v[EIGHTS][8], mean, scale;
     __device__ __forceinline__ Row(const void* x, size_t row, bool is_float, float epsilon, int K, float* sums) {
         float sum = 0;
 #pragma unroll
-        for (int j = 0; j < MOST; j++) {
+        for (int j = 0; j < EIGHTS; j++) {
             const int i = threadIdx.x + j * 512;
             if (i >= K / 8) break;
             load8(x, row + i, is_float, v[j]);
@@ -53,7 +56,7 @@ struct Row {
         mean = block_sum(sum, sums) / K;
         sum = 0;
 #pragma unroll
-        for (int j = 0; j < MOST; j++) {
+        for (int j = 0; j < EIGHTS; j++) {
             if (threadIdx.x + j * 512 >= K / 8) break;
 #pragma unroll
             for (int e = 0; e < 8; e++) sum += (v[j][e] - mean) * (v[j][e] - mean);
@@ -62,16 +65,16 @@ struct Row {
     }
 };
 
-// y and `rounded`: LayerNorm of x.
-template <int MOST>
+// y, rounded: LayerNorm of x.
+template <int EIGHTS>
 __device__ __forceinline__ void norm_forward(const void* x, const void* weight, const void* bias, float* y,
                                              u16* rounded, float epsilon, bool x_is_float, bool weight_is_float,
                                              int K) {
     __shared__ float sums[32];
     const size_t row = (size_t)blockIdx.x * (K / 8);
-    Row<MOST> r(x, row, x_is_float, epsilon, K, sums);
+    Row<EIGHTS> r(x, row, x_is_float, epsilon, K, sums);
 #pragma unroll
-    for (int j = 0; j < MOST; j++) {
+    for (int j = 0; j < EIGHTS; j++) {
         const int i = threadIdx.x + j * 512;
         if (i >= K / 8) break;
         float w[8], b[8];
@@ -84,17 +87,17 @@ __device__ __forceinline__ void norm_forward(const void* x, const void* weight, 
     }
 }
 
-// The gradient of x, for those of y and of `rounded`.
-template <int MOST>
+// grad_x, from the gradients of y and rounded.
+template <int EIGHTS>
 __device__ __forceinline__ void norm_backward(const void* x, const void* weight, const float* grad_y,
                                               const u16* grad_rounded, void* grad_x, float epsilon, bool x_is_float,
                                               bool weight_is_float, int K) {
     __shared__ float sums[64];
     const size_t row = (size_t)blockIdx.x * (K / 8);
-    Row<MOST> r(x, row, x_is_float, epsilon, K, sums);
-    float g[MOST][8], sum = 0, product = 0;
+    Row<EIGHTS> r(x, row, x_is_float, epsilon, K, sums);
+    float g[EIGHTS][8], sum = 0, product = 0;
 #pragma unroll
-    for (int j = 0; j < MOST; j++) {
+    for (int j = 0; j < EIGHTS; j++) {
         const int i = threadIdx.x + j * 512;
         if (i >= K / 8) break;
         float w[8], rounded[8];
@@ -112,7 +115,7 @@ __device__ __forceinline__ void norm_backward(const void* x, const void* weight,
     sum = block_sum(sum, sums + 32) / K;
     product = block_sum(product, sums + 48) / K;
 #pragma unroll
-    for (int j = 0; j < MOST; j++) {
+    for (int j = 0; j < EIGHTS; j++) {
         const int i = threadIdx.x + j * 512;
         if (i >= K / 8) break;
 #pragma unroll
@@ -120,15 +123,15 @@ __device__ __forceinline__ void norm_backward(const void* x, const void* weight,
         store8(grad_x, row + i, x_is_float, g[j]);
     }
 }
-#define NORMS(MOST)                                                                                            \
-    extern "C" __global__ void __launch_bounds__(512, 4 / MOST)                                                \
-        norm_forward_##MOST(const void* x, const void* weight, const void* bias, float* y, u16* rounded,       \
-                            float epsilon, int x_is_float, int weight_is_float, int K) {                       \
-        norm_forward<MOST>(x, weight, bias, y, rounded, epsilon, x_is_float, weight_is_float, K);              \
-    }                                                                                                          \
-    extern "C" __global__ void __launch_bounds__(512, MOST == 1 ? 3 : 1)                                       \
-        norm_backward_##MOST(const void* x, const void* weight, const float* grad_y, const u16* grad_rounded,  \
-                             void* grad_x, float epsilon, int x_is_float, int weight_is_float, int K) {        \
-        norm_backward<MOST>(x, weight, grad_y, grad_rounded, grad_x, epsilon, x_is_float, weight_is_float, K); \
+#define NORMS(EIGHTS)                                                                                            \
+    extern "C" __global__ void __launch_bounds__(512, 4 / EIGHTS)                                                \
+        norm_forward_##EIGHTS(const void* x, const void* weight, const void* bias, float* y, u16* rounded,       \
+                              float epsilon, int x_is_float, int weight_is_float, int K) {                       \
+        norm_forward<EIGHTS>(x, weight, bias, y, rounded, epsilon, x_is_float, weight_is_float, K);              \
+    }                                                                                                            \
+    extern "C" __global__ void __launch_bounds__(512, EIGHTS == 1 ? 3 : 1)                                       \
+        norm_backward_##EIGHTS(const void* x, const void* weight, const float* grad_y, const u16* grad_rounded,  \
+                               void* grad_x, float epsilon, int x_is_float, int weight_is_float, int K) {        \
+        norm_backward<EIGHTS>(x, weight, grad_y, grad_rounded, grad_x, epsilon, x_is_float, weight_is_float, K); \
     }
 NORMS(1) NORMS(2) NORMS(4)

@@ -1,29 +1,30 @@
-// What the linears on Hopper are given, and what they share.
+// Arguments, tile and pipeline barriers of the linears on Hopper.
 #pragma once
 
 #include "kernels/cuda/epilogue.cuh"
 #include "kernels/cuda/hopper/ptx.cuh"
 
-// What a kernel is given; see `kernels_cuda._CALL`.
+// Arguments. `kernels_cuda._CALL` is the same struct.
 struct Call {
     TensorMap weight, x;
     const u16 *scale, *bias, *residual;
     u16* y;
     float alpha;
     int gelu, M, N, K;
-    int stages;  // of few rows
-    int wide;    // of many rows: residual and y are float32; what is added to the residual is rounded before
+    int stages;  // small-M
+    int wide;    // large-M: residual and y are float32. What is added to the residual is rounded before.
 };
 
-constexpr int ROWS = 128, WARPS = 8;             // columns of y; warps that multiply
-constexpr int PITCH = 48, STAGING = 32 * PITCH;  // bytes from token to token and of a warp, in the end
+constexpr int TILE_N = 128, CONSUMERS = 8;       // columns of y; warps with products
+constexpr int PITCH = 48, STAGING = 32 * PITCH;  // bytes of a row of y and of a warp, for the epilogue
 
-// Barriers of each stage of a ring: `full` when weights and x are there, `free` when so many have left it.
-__device__ __forceinline__ void init_ring(u32 full, u32 free, const int& stages, u32 leaving = WARPS) {
+// Initialises the barriers of each stage: full (the producers of weights and x arrive), empty (the consumers arrive).
+__device__ __forceinline__ void init_barriers(u32 full, u32 empty, const int& stages,
+                                              u32 arrivals_per_phase = CONSUMERS) {
     if (threadIdx.x == 0) {
         for (int i = 0; i < stages; i++) {
-            init_barrier(full + i * 8, 2);
-            init_barrier(free + i * 8, leaving);
+            mbarrier_init(full + i * 8, 2);
+            mbarrier_init(empty + i * 8, arrivals_per_phase);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }

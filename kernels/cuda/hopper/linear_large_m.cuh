@@ -1,48 +1,49 @@
-// A block has tiles of 128 columns of y and TOKENS rows, one after the other and, as one of SPLIT blocks of a cluster,
-// a part of K. Two warps have the copy engine bring 64 columns of the weight and of x at a time, up to STAGES steps
-// ahead and for the block's next tile, too. Of the two warpgroups beside theirs each takes 64 columns of y: a thread
-// reads the weights of its fragments from shared memory and widens them in registers, while the tensor cores multiply
-// those before by x, which they read from shared memory.
+// y = epilogue(x * weight^T) of many rows x [M, K] on Hopper, or the input gradient x = y * weight (TRANSPOSED).
+// Module: linear_large_m_BITS_TILE_M_SPLIT_K, or input_gradient_TILE_M_SPLIT_K.
 //
-// `many_rows` reads weights 2 bytes (INT4: 1) at a time, as its fragments have them. `gradient` multiplies by the
-// weight itself: its fragments are columns of what is stored, of which pairs of bytes come transposed, and each number
-// is multiplied by the scale of its row.
-//
-// Grid: as many blocks as tiles, or less; SPLIT times as many as tiles, if K is cut. Block: 384. Tensor maps of bytes:
-// x with boxes of TOKENS rows of 128 bytes; the weight with 128 rows of 64 bytes (INT4: 32), or for `gradient` 64 rows
-// of 128; all swizzled. N is a multiple of 8, and there is a step for each of SPLIT blocks.
+// Shapes: quantised weight [N, K]; N % 8 == 0; K has a step of 64 for each of SPLIT_K blocks. Output tile: TILE_M x
+// 128. Grid: SPLIT_K == 1: at most one block for each tile, persistent; else SPLIT_K blocks (a cluster) a tile. Block:
+// 384. Shared memory: STAGES of x and weights, scales, STAGING for each warp; aligned to 1024 bytes here. Tensor maps:
+// bytes, swizzled; boxes: x TILE_M rows of 128 bytes; weight 128 rows of 64 bytes (INT4: 32), TRANSPOSED 64 of 128.
+// Pipeline: two producer warps (TMA of weights; of x, and scales if TRANSPOSED) run up to STAGES steps ahead, into the
+// next tile, too. Two consumer warpgroups take 64 columns of y each: a thread dequantises fragments from shared memory
+// to registers while wgmma runs on those before. TRANSPOSED: fragments are columns of the stored weight (ldmatrix.trans
+// of pairs of bytes), and each number is multiplied by the scale of its row. Source: PTX ISA; the split of producer and
+// consumer warps follows CUTLASS's warp-specialised GEMM for Hopper.
 #pragma once
 
 #include "kernels/cuda/dequantize.cuh"
 #include "kernels/cuda/hopper/call.cuh"
 #include "kernels/cuda/hopper/wgmma.cuh"
 
-template <int BITS, bool TRANSPOSED, int TOKENS, int SPLIT, int STAGES>
-struct ManyRows {
-    static constexpr int ROW_BYTES = 8 * BITS;  // of 64 weights
-    static constexpr int X_BYTES = TOKENS * 128, STAGE = X_BYTES + ROWS * ROW_BYTES;
-    static constexpr int SCALE_BYTES = TRANSPOSED ? 128 : 0;
-    static constexpr int COUNT = TOKENS / 2 / SPLIT;  // sums of a thread that this block finishes
-    // Lanes that say so when a warp has left a stage: of those that read a scale, compute-sanitizer follows the last.
-    static constexpr int LEAVING = TRANSPOSED ? 4 : 1;
-    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // so that the compiler knows: a warp has one
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    u32 ring;  // stages; then their scales; then what `write` needs
+static_assert(BITS == 8 || (BITS == 4 && !TRANSPOSED), "");
+static_assert(TILE_M == 64 || TILE_M == 128 || TILE_M == 192 || TILE_M == 256, "");
 
-    // The fragments of 32 columns of K: four registers for each 16.
-    __device__ __forceinline__ void widen(int stage, int half, u32* a) const {
+struct LargeM {
+    static constexpr int ROW_BYTES = 8 * BITS;  // 64 weights
+    static constexpr int X_BYTES = TILE_M * 128, STAGE = X_BYTES + TILE_N * ROW_BYTES;
+    static constexpr int SCALE_BYTES = TRANSPOSED ? 128 : 0;
+    static constexpr int COUNT = TILE_M / 2 / SPLIT_K;  // outputs of a thread
+    // Arrivals a warp makes on the empty barrier: of the readers of a scale, compute-sanitizer tracks the last.
+    static constexpr int ARRIVALS = TRANSPOSED ? 4 : 1;
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform in a warp, for the compiler
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    u32 ring;  // STAGES; then their scales; then STAGING
+
+    // Fragments of 32 columns of K, four registers for each 16.
+    __device__ __forceinline__ void load_fragments(int stage, int half, u32* a) const {
         const u32 weights = ring + stage * STAGE + X_BYTES;
         u32 out[4];
         if (TRANSPOSED) {  // rows g, g + 8 of the fragment are columns 2g, 2g + 1 of y
             u32 w[4];
-            shared_transposed(weights + (half * 32 + lane) * ROWS + (warp ^ lane % 8) * 16, w);
+            ldmatrix_x4_trans(weights + (half * 32 + lane) * TILE_N + (warp ^ lane % 8) * 16, w);
             const u32 scale = ring + STAGES * STAGE + stage * SCALE_BYTES + half * 64 + t * 4;
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                widen8(__byte_perm(w[i], 0, 0x3120), out);
-                const u32 pair = shared_u32(scale + i * 16);
-                a[i * 2] = times(out[0], pair);
-                a[i * 2 + 1] = times(out[1], pair);
+                dequantize_int8(__byte_perm(w[i], 0, 0x3120), out);
+                const u32 pair = ld_shared_u32(scale + i * 16);
+                a[i * 2] = mul2(out[0], pair);
+                a[i * 2 + 1] = mul2(out[1], pair);
             }
             return;
         }
@@ -53,36 +54,39 @@ struct ManyRows {
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
                     const u32 p = row + ((half * 2 + j) ^ (g / 2)) * 16 + t * 2;
-                    widen8(shared_u16(p) | shared_u16(p + 8) << 16, out);
+                    dequantize_int8(ld_shared_u16(p) | ld_shared_u16(p + 8) << 16, out);
                     a[j * 4 + r] = out[0];
                     a[j * 4 + r + 2] = out[1];
                 }
             } else {
                 const u32 p = row + (half ^ (g / 4)) * 16 + t;
-                widen4(shared_u8(p) | shared_u8(p + 4) << 8 | shared_u8(p + 8) << 16 | shared_u8(p + 12) << 24, out);
+                dequantize_int4(
+                    ld_shared_u8(p) | ld_shared_u8(p + 4) << 8 | ld_shared_u8(p + 8) << 16 | ld_shared_u8(p + 12) << 24,
+                    out);
 #pragma unroll
                 for (int i = 0; i < 4; i++) a[i / 2 * 4 + r + i % 2 * 2] = out[i];
             }
         }
     }
 
-    // Each block of a cluster finishes its share of the tokens; the others send it their sums. `at`: the ring, which
-    // nobody uses any more.
-    __device__ __forceinline__ void add_up(const float (&sums)[TOKENS / 2], float (&total)[COUNT], float4* at) const {
-        const int part = blockIdx.x % SPLIT;
+    // Split-K: each block of a cluster reduces its share of the rows. The others send it their sums, to the ring
+    // (`at`), which is idle now.
+    __device__ __forceinline__ void reduce_cluster(const float (&sums)[TILE_M / 2], float (&total)[COUNT],
+                                                   float4* at) const {
+        const int part = blockIdx.x % SPLIT_K;
 #pragma unroll
-        for (int block = 0; block < SPLIT; block++)
+        for (int block = 0; block < SPLIT_K; block++)
 #pragma unroll
             for (int i = 0; i < COUNT; i += 4) {
                 const float* v = sums + block * COUNT + i;
                 if (block != part)
-                    store_to(ring + ((part * COUNT + i) * 64 + threadIdx.x) * 16, block, v);
+                    st_cluster_v4(ring + ((part * COUNT + i) * 64 + threadIdx.x) * 16, block, v);
                 else
                     total[i] = v[0], total[i + 1] = v[1], total[i + 2] = v[2], total[i + 3] = v[3];
             }
         cluster_arrive();
         cluster_wait();
-        for (int block = 0; block < SPLIT; block++)
+        for (int block = 0; block < SPLIT_K; block++)
             if (block != part)
 #pragma unroll
                 for (int i = 0; i < COUNT; i += 4) {
@@ -94,30 +98,30 @@ struct ManyRows {
                 }
     }
 
-    // y from column first_n and row first_m on. A warp turns its numbers round in shared memory, 16 tokens at a time,
-    // to write 16 columns of a row of y; the residual is added there. `staging`: STAGING bytes of the warp's own.
-    __device__ __forceinline__ void write(const Epilogue& e, bool wide, float (&total)[COUNT], int first_m, int first_n,
-                                          int M, int N, char* staging) const {
+    // Epilogue of y[first_m:, first_n:]. A warp transposes 16 rows at a time in shared memory (staging: STAGING bytes
+    // of the warp), adds the residual and stores 16 columns of each row.
+    __device__ __forceinline__ void write(const Epilogue& e, bool wide, float* total, int first_m, int first_n, int M,
+                                          int N, char* staging) const {
         const Epilogue first = {e.scale, e.bias, nullptr, 0, 0, nullptr};
         const int my_n = first_n + warp * 16 + g;
-        const Finish ends[2] = {prepare(first, 0, my_n, M, N), prepare(first, 0, my_n + 8, M, N)};
-        const u32 mine = address_of(staging) + (lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * 16;
+        const EpilogueOperands ends[2] = {load_operands(first, 0, my_n, M, N), load_operands(first, 0, my_n + 8, M, N)};
+        const u32 mine = smem_address(staging) + (lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * 16;
         const int column = lane % 2 * 8, n = first_n + warp * 16 + column;
 #pragma unroll
         for (int i = 0; i < COUNT; i += 8) {
 #pragma unroll
             for (int j = i; j < i + 8; j++) {
-                total[j] = finished(first, ends[j / 2 % 2], total[j]);
+                total[j] = apply_epilogue(first, ends[j / 2 % 2], total[j]);
                 if (e.gelu) total[j] = gelu(total[j]);
             }
             const int slot = i / 8 % 2 * 16 * PITCH;
-            store_transposed(mine + slot, pack(total[i], total[i + 1]), pack(total[i + 2], total[i + 3]),
-                             pack(total[i + 4], total[i + 5]), pack(total[i + 6], total[i + 7]));
+            stmatrix_x4_trans(mine + slot, pack(total[i], total[i + 1]), pack(total[i + 2], total[i + 3]),
+                              pack(total[i + 4], total[i + 5]), pack(total[i + 6], total[i + 7]));
             __syncwarp();
             const int token = i * 2 + lane / 2, m = first_m + token;
             const char* from = staging + slot + lane / 2 * PITCH;
             uint4 v = *(const uint4*)(from + column * 2);
-            if (TRANSPOSED) {  // of 16 columns, the even ones lie before the odd ones
+            if (TRANSPOSED) {  // of 16 columns, the even ones precede the odd ones
                 const uint2 even = *(const uint2*)(from + column), odd = *(const uint2*)(from + column + 16);
                 v = make_uint4(__byte_perm(even.x, odd.x, 0x5410), __byte_perm(even.x, odd.x, 0x7632),
                                __byte_perm(even.y, odd.y, 0x5410), __byte_perm(even.y, odd.y, 0x7632));
@@ -126,7 +130,7 @@ struct ManyRows {
             const size_t place = (size_t)m * N + n;
             if (wide) {
                 const float4* r = (const float4*)((const float*)e.residual + place);
-                float4* y = (float4*)((float*)e.output + place);
+                float4* y = (float4*)((float*)e.y + place);
                 auto add = [&](u32 a, u32 b, float4 r) {
                     return make_float4(low(a) + e.alpha * r.x, high(a) + e.alpha * r.y, low(b) + e.alpha * r.z,
                                        high(b) + e.alpha * r.w);
@@ -141,7 +145,7 @@ struct ManyRows {
                 auto add = [&](u32 y, u32 r) { return pack(low(y) + e.alpha * low(r), high(y) + e.alpha * high(r)); };
                 v = make_uint4(add(v.x, r.x), add(v.y, r.y), add(v.z, r.z), add(v.w, r.w));
             }
-            *(uint4*)((u16*)e.output + place) = v;
+            *(uint4*)((u16*)e.y + place) = v;
         }
         __syncwarp();
     }
@@ -149,14 +153,14 @@ struct ManyRows {
     __device__ __forceinline__ void run(const Call& c) {
         extern __shared__ uint4 shared[];
         __shared__ unsigned long long barriers[2 * STAGES];
-        const int columns = (c.M + TOKENS - 1) / TOKENS, tiles = (c.N + ROWS - 1) / ROWS * columns;
-        const int part = blockIdx.x % SPLIT, first = blockIdx.x / SPLIT, stride = gridDim.x / SPLIT;
-        const int steps = (c.K + 63) / 64, begin = steps * part / SPLIT, end = steps * (part + 1) / SPLIT;
-        const u32 full = address_of(barriers), free = full + 8 * STAGES;  // of each stage
-        ring = (address_of(shared) + 1023) / 1024 * 1024;
-        init_ring(full, free, STAGES, WARPS * LEAVING);
-        start_next();
-        u32 parity = warp >= WARPS;  // those who fill a ring need not wait in its first turn
+        const int columns = (c.M + TILE_M - 1) / TILE_M, tiles = (c.N + TILE_N - 1) / TILE_N * columns;
+        const int part = blockIdx.x % SPLIT_K, first = blockIdx.x / SPLIT_K, stride = gridDim.x / SPLIT_K;
+        const int steps = (c.K + 63) / 64, begin = steps * part / SPLIT_K, end = steps * (part + 1) / SPLIT_K;
+        const u32 full = smem_address(barriers), empty = full + 8 * STAGES;  // barriers of each stage
+        ring = (smem_address(shared) + 1023) / 1024 * 1024;
+        init_barriers(full, empty, STAGES, CONSUMERS * ARRIVALS);
+        pdl_launch_dependents();
+        u32 parity = warp >= CONSUMERS;  // producers find the first STAGES empty
         int stage = 0;
         auto advance = [&] {
             if (++stage == STAGES) {
@@ -164,90 +168,87 @@ struct ManyRows {
                 parity ^= 1;
             }
         };
-        if (warp >= WARPS) {
-            asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");  // for those who multiply
-            const bool weights = warp == WARPS;  // else x and scales, which may have been written just before
-            if (!weights) wait();
-            for (int tile = first; tile < tiles && warp < WARPS + 2; tile += stride) {
-                const int n = tile / columns * ROWS, m = tile % columns * TOKENS;
+        if (warp >= CONSUMERS) {
+            asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");  // registers go to the consumers
+            const bool weights = warp == CONSUMERS;               // else x and scales, results of kernels before
+            if (!weights) pdl_wait();
+            for (int tile = first; tile < tiles && warp < CONSUMERS + 2; tile += stride) {
+                const int n = tile / columns * TILE_N, m = tile % columns * TILE_M;
                 for (int step = begin; step < end && lane == 0; step++, advance()) {
                     const u32 barrier = full + stage * 8, to = ring + stage * STAGE;
-                    wait_for(free + stage * 8, parity);
+                    mbarrier_wait(empty + stage * 8, parity);
                     if (weights) {
-                        announce(barrier, STAGE - X_BYTES);
-                        copy_box(to + X_BYTES, c.weight, TRANSPOSED ? n : step * ROW_BYTES, TRANSPOSED ? step * 64 : n,
+                        mbarrier_arrive_expect_tx(barrier, STAGE - X_BYTES);
+                        tma_load(to + X_BYTES, c.weight, TRANSPOSED ? n : step * ROW_BYTES, TRANSPOSED ? step * 64 : n,
                                  barrier);
                     } else {
-                        announce(barrier, X_BYTES + SCALE_BYTES);
-                        copy_box(to, c.x, step * 128, m, barrier);
+                        mbarrier_arrive_expect_tx(barrier, X_BYTES + SCALE_BYTES);
+                        tma_load(to, c.x, step * 128, m, barrier);
                         if (TRANSPOSED)
-                            copy_bytes(ring + STAGES * STAGE + stage * SCALE_BYTES, c.scale + step * 64, SCALE_BYTES,
-                                       barrier);
+                            bulk_load(ring + STAGES * STAGE + stage * SCALE_BYTES, c.scale + step * 64, SCALE_BYTES,
+                                      barrier);
                     }
                 }
             }
             return;
         }
         asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
-        wait();
-        char* at = (char*)shared + (ring - address_of(shared));
+        pdl_wait();
+        char* at = (char*)shared + (ring - smem_address(shared));
         char* staging = at + STAGES * (STAGE + SCALE_BYTES) + warp * STAGING;
         const Epilogue e = {c.scale, c.bias, c.residual, c.alpha, c.gelu, c.y}, bare = {0, 0, 0, 0, 0, c.y};
-        auto leave = [&](int s) {
-            __syncwarp();  // every lane has read what it needs
-            if (lane >= 32 - LEAVING) arrive(free + s * 8);
+        auto release = [&](int s) {
+            __syncwarp();  // all lanes have read
+            if (lane >= 32 - ARRIVALS) mbarrier_arrive(empty + s * 8);
         };
         u32 a[2][8];
         for (int tile = first; tile < tiles; tile += stride) {
-            float sums[TOKENS / 2];
+            float sums[TILE_M / 2];
 #pragma unroll
-            for (int i = 0; i < TOKENS / 2; i++) sums[i] = 0;
-            // While the tensor cores have 32 columns of K, the next are widened.
+            for (int i = 0; i < TILE_M / 2; i++) sums[i] = 0;
+            // While wgmma runs on 32 columns of K, the next are dequantised.
             int before = 0;
-            wait_for(full + stage * 8, parity);
-            widen(stage, 0, a[0]);
+            mbarrier_wait(full + stage * 8, parity);
+            load_fragments(stage, 0, a[0]);
             for (int step = begin;; step++) {
-                const unsigned long long b = describe(ring + stage * STAGE);
-                begin_products();
-                multiply_async(sums, a[0], b);
-                multiply_async(sums, a[0] + 4, b + 2);
-                commit_products();
-                wait_products<1>();
-                if (step > begin) leave(before);
+                const unsigned long long b = smem_descriptor(ring + stage * STAGE);
+                wgmma_fence();
+                wgmma(sums, a[0], b);
+                wgmma(sums, a[0] + 4, b + 2);
+                wgmma_commit();
+                wgmma_wait<1>();
+                if (step > begin) release(before);
                 before = stage;
-                widen(stage, 1, a[1]);
-                begin_products();
-                multiply_async(sums, a[1], b + 4);
-                multiply_async(sums, a[1] + 4, b + 6);
-                commit_products();
+                load_fragments(stage, 1, a[1]);
+                wgmma_fence();
+                wgmma(sums, a[1], b + 4);
+                wgmma(sums, a[1] + 4, b + 6);
+                wgmma_commit();
                 advance();
                 if (step + 1 == end) break;
-                wait_products<1>();
-                wait_for(full + stage * 8, parity);
-                widen(stage, 0, a[0]);
+                wgmma_wait<1>();
+                mbarrier_wait(full + stage * 8, parity);
+                load_fragments(stage, 0, a[0]);
             }
-            wait_products<0>();
+            wgmma_wait<0>();
 #pragma unroll
-            for (int i = 0; i < TOKENS / 2; i++) asm volatile("" : "+f"(sums[i])::"memory");  // not used before
-            leave(before);
-            const int first_n = tile / columns * ROWS, first_m = tile % columns * TOKENS + part * (TOKENS / SPLIT);
-            if constexpr (SPLIT == 1) {
-                write(TRANSPOSED ? bare : e, c.wide, sums, first_m, first_n, c.M, c.N, staging);
-            } else {
+            for (int i = 0; i < TILE_M / 2; i++) asm volatile("" : "+f"(sums[i])::"memory");  // no use before the wait
+            release(before);
+            const int first_n = tile / columns * TILE_N, first_m = tile % columns * TILE_M + part * (TILE_M / SPLIT_K);
+            float reduced[COUNT], *total = sums;
+            if (SPLIT_K > 1) {
                 cluster_arrive();  // all warps have left the ring
                 cluster_wait();
-                float total[COUNT];
-                add_up(sums, total, (float4*)at);
-                write(TRANSPOSED ? bare : e, c.wide, total, first_m, first_n, c.M, c.N, staging);
-                return;  // the ring is gone
+                reduce_cluster(sums, reduced, (float4*)at);
+                total = reduced;
             }
+            write(TRANSPOSED ? bare : e, c.wide, total, first_m, first_n, c.M, c.N, staging);
+            if (SPLIT_K > 1) return;  // the ring is overwritten
         }
     }
 };
-#define KERNEL(NAME, BITS, TRANSPOSED, TOKENS, SPLIT, STAGES)                          \
-    extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(384, 1) \
-        NAME(const __grid_constant__ Call c) {                                         \
-        ManyRows<BITS, TRANSPOSED, TOKENS, SPLIT, STAGES>().run(c);                    \
-    }
-#define MANY_ROWS(BITS, TOKENS, SPLIT, STAGES) KERNEL(many_rows, BITS, false, TOKENS, SPLIT, STAGES)
-#define GRADIENT(TOKENS, SPLIT, STAGES) KERNEL(gradient, 8, true, TOKENS, SPLIT, STAGES)
+
+extern "C" __global__ void __cluster_dims__(SPLIT_K, 1, 1) __launch_bounds__(384, 1)
+    linear_large_m(const __grid_constant__ Call c) {
+    LargeM().run(c);
+}
