@@ -16,17 +16,9 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from .kernels_cuda import (
-    HEAD_DIMS,
-    attend,
-    available,
-    begin_step,
-    end_step,
-    new_tickets,
-    own_tickets,
-    parts_of_keys,
-    split_rotate,
-)
+from .cuda_plans import HEAD_DIMS, parts_of_keys
+from .cuda_runtime import new_arrivals, own_arrivals
+from .kernels_cuda import attend, available, begin_step, end_step, split_rotate
 
 _GROWTH = 512  # places that are added to a cache at a time
 # A model's last cache is kept for its next answer, with its graph, if it is not larger than this or than this share of
@@ -158,7 +150,7 @@ class StepGraph:
         self.buffers: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         self.logits: torch.Tensor | None = None
         self.stream: torch.cuda.Stream | None = None  # where it was replayed last
-        self._tickets = new_tickets(device)
+        self._arrivals = new_arrivals(device)
         exponents = torch.arange(0, self._head_dim // rows, 2, device=device, dtype=torch.float32)
         exponents = exponents / (self._head_dim // rows)
         self._frequencies = (1.0 / 10000.0**exponents).half().float()  # as `rotary_embedding` rounds them
@@ -209,7 +201,7 @@ class StepGraph:
         positions, slots = self.positions.clone(), self.slots.clone()
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.device(device), torch.cuda.stream(stream), own_tickets(self._tickets):
+        with torch.cuda.device(device), torch.cuda.stream(stream), own_arrivals(self._arrivals):
             self.run(model)  # what libraries set up at their first call is not for a graph
             self.positions.copy_(positions)
             self.slots.copy_(slots)

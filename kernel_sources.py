@@ -1921,55 +1921,39 @@ __device__ __forceinline__ void cp_async_wait() {
 
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 ''',
-    "kernels/cuda/decode_attention.cuh": r'''// A decoding step of one token for each of B sequences: its begin, its attention and its end. Module: step_HEAD_DIM.
+    "kernels/cuda/decode_attention.cuh": r'''// Attention of a decoding step, one token for each of B sequences. Module: step_HEAD_DIM, with step.cuh.
 //
-// Attention: qkv [B, H, 3, D], not rotated; caches [B, H, T, D], filled before slots [B]; -> y [B, H, D].
-// Grid: (parts of the keys, B * H); block: 256. Shared memory: static. Alignment: qkv and the caches to 16 bytes.
+// Shapes: qkv, not rotated; caches filled before slots. Grid: (parts of the keys, B * H); block: 256. Alignment: qkv
+//   and the caches to 16 bytes.
 // Pipeline: D / 8 threads share a key. Each thread keeps two tiles of keys and values in registers, one loading while
-// the other is used, with an online softmax. The keys of a head are split into up to MAX_PARTS parts; the last block of
-// a head to arrive combines them. arrivals: zeros [B * H], left as zeros. Source: Flash-Decoding (Dao et al., 2023).
+//   the other is used, with an online softmax.
+// Split of keys: up to MAX_PARTS parts a head; the last block of a head to arrive combines them. arrivals: zeros [B *
+//   H], left as zeros. Source: Flash-Decoding (Dao et al., 2023).
 #pragma once
 
-#include "kernels/cuda/operation.cuh"
+#include "kernels/cuda/common.cuh"
+#include "kernels/cuda/step.cuh"
 
 constexpr int D = HEAD_DIM, LANES = D / 8, GROUPS = 256 / LANES;  // LANES threads share a key
 static_assert(D % 8 == 0 && D <= 256 && (LANES & (LANES - 1)) == 0 && LANES <= 32 && MAX_PARTS <= 32, "");
 
-// Begins a step. hidden [B, N]: embeddings of ids [B]; cosines, sines [B, D] of positions [B, R], rounded as the
-// model's dtype rounds them. Grid: B; block: 256. Alignment: embedding and its rows to 16 bytes.
-extern "C" __global__ void begin_step(const __grid_constant__ Operation op) {
-    pdl_launch_dependents();
-    pdl_wait();
-    const int b = blockIdx.x;
-    const u16* row = (const u16*)op.weight + ((const long long*)op.input)[b] * op.N;
-    for (int k = threadIdx.x * 8; k < op.N; k += blockDim.x * 8)
-        *(uint4*)((u16*)op.output + (size_t)b * op.N + k) = *(const uint4*)(row + k);
-    for (int i = threadIdx.x; i < D; i += blockDim.x) {
-        const int part = D / op.R;
-        const float position = (float)op.positions[b * op.R + i / part], frequency = op.frequencies[i % (part / 2)];
-#if BF16
-        const float angle = position * frequency;
-#else
-        const float angle = to_float(to_u16(to_float(to_u16(position)) * frequency));
-#endif
-        op.cosines[b * D + i] = to_float(to_u16(cosf(angle)));
-        op.sines[b * D + i] = to_float(to_u16(sinf(angle)));
-    }
-}
-// Ends a step: positions [B, R] += advance, slots [B] += 1. N = B * R. Grid: 1; block: 256.
-extern "C" __global__ void end_step(const __grid_constant__ Operation op) {
-    pdl_launch_dependents();
-    pdl_wait();
-    for (int i = threadIdx.x; i < op.N; i += blockDim.x) op.positions[i] += op.advance[i];
-    for (int i = threadIdx.x; i < op.N / op.R; i += blockDim.x) op.slots[i] += 1;
-}
+struct DecodeAttention {
+    const u16* qkv;                // [B, H, 3, D]
+    const float *cosines, *sines;  // [B, D]
+    u16 *keys, *values;            // [B, H, T, D]
+    const int *slots, *padding;    // [B]
+    u16* y;                        // [B, H, D]
+    float* partials;               // [B * H, max_parts, D + 2]
+    u32* arrivals;
+    int H, T, R, prefix, max_parts;
+};
 
 // Split of n keys, the new one included, into parts. It depends on n, not on T: the same sequence has the same sums.
 struct KeySplit {
     int n, per, used;
-    __device__ __forceinline__ KeySplit(const Operation& op, int b) {
-        n = op.slots[b] + 1;
-        per = max(64, (n + 16 * op.most - 1) / (16 * op.most) * 16);
+    __device__ __forceinline__ KeySplit(const DecodeAttention& a, int b) {
+        n = a.slots[b] + 1;
+        per = max(64, (n + 16 * a.max_parts - 1) / (16 * a.max_parts) * 16);
         used = (n + per - 1) / per;
     }
 };
@@ -1979,16 +1963,17 @@ struct KeyTile {
     static constexpr int PER_THREAD = GROUPS < KEYS_IN_FLIGHT ? KEYS_IN_FLIGHT / GROUPS : 1;
     static constexpr int COUNT = GROUPS * PER_THREAD;  // keys of the block
     uint4 k[PER_THREAD], v[PER_THREAD];
-    __device__ __forceinline__ void fetch(const Operation& op, const KeySplit& split, int head, int base, int end) {
+    __device__ __forceinline__ void fetch(const DecodeAttention& a, const KeySplit& split, int head, int base,
+                                          int end) {
         const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
 #pragma unroll
-        for (int a = 0; a < PER_THREAD; a++) {
-            const int j = base + a * GROUPS + group;
-            const size_t place = ((size_t)head * op.T + j) * LANES + lane;
-            k[a] = v[a] = make_uint4(0, 0, 0, 0);
+        for (int p = 0; p < PER_THREAD; p++) {
+            const int j = base + p * GROUPS + group;
+            const size_t place = ((size_t)head * a.T + j) * LANES + lane;
+            k[p] = v[p] = make_uint4(0, 0, 0, 0);
             if (j < end && j < split.n - 1) {
-                k[a] = ((const uint4*)op.keys)[place];
-                v[a] = ((const uint4*)op.values)[place];
+                k[p] = ((const uint4*)a.keys)[place];
+                v[p] = ((const uint4*)a.values)[place];
             }
         }
     }
@@ -2002,28 +1987,28 @@ struct AttendShared {
 // One part of the keys of a head: rotates query and key, stores key and value at the slot, attends to the keys up to
 // it, without padding (prefix <= j < prefix + padding[b]), and combines the parts. Both tiles are loaded or loading.
 template <int KEYS_IN_FLIGHT>
-__device__ __forceinline__ void attend(const Operation& op, const KeySplit& split, int head, int part_index,
+__device__ __forceinline__ void attend(const DecodeAttention& a, const KeySplit& split, int head, int part_index,
                                        KeyTile<KEYS_IN_FLIGHT>& first_keys, KeyTile<KEYS_IN_FLIGHT>& second_keys,
                                        AttendShared& s) {
     using K = KeyTile<KEYS_IN_FLIGHT>;
     constexpr int PER_THREAD = K::PER_THREAD, COUNT = K::COUNT;
-    const int b = head / op.H, lane = threadIdx.x % LANES, group = threadIdx.x / LANES, n = split.n;
-    const int begin = part_index * split.per, end = min(begin + split.per, n), padding_end = op.prefix + op.padding[b];
-    const u16* mine = (const u16*)op.input + (size_t)head * 3 * D;
+    const int b = head / a.H, lane = threadIdx.x % LANES, group = threadIdx.x / LANES, n = split.n;
+    const int begin = part_index * split.per, end = min(begin + split.per, n), padding_end = a.prefix + a.padding[b];
+    const u16* mine = a.qkv + (size_t)head * 3 * D;
     for (int i = threadIdx.x; i < D; i += blockDim.x) {
-        const int half = D / op.R / 2;
+        const int half = D / a.R / 2;
         const bool first = i % (2 * half) < half;
         const int other = first ? i + half : i - half;
-        const float c = op.cosines[b * D + i], t = first ? -op.sines[b * D + i] : op.sines[b * D + i];
+        const float c = a.cosines[b * D + i], t = first ? -a.sines[b * D + i] : a.sines[b * D + i];
         s.q[i] = to_float(to_u16(to_float(mine[i]) * c + to_float(mine[other]) * t)) * rsqrtf((float)D);
         ((u16*)s.new_key)[i] = to_u16(to_float(mine[D + i]) * c + to_float(mine[D + other]) * t);
     }
     const uint4 new_value = ((const uint4*)(mine + 2 * D))[lane];
     __syncthreads();
     if (end == n && group == 0) {
-        const size_t place = ((size_t)head * op.T + n - 1) * LANES + lane;
-        ((uint4*)op.keys)[place] = s.new_key[lane];
-        ((uint4*)op.values)[place] = new_value;
+        const size_t place = ((size_t)head * a.T + n - 1) * LANES + lane;
+        ((uint4*)a.keys)[place] = s.new_key[lane];
+        ((uint4*)a.values)[place] = new_value;
     }
     float my_q[8], acc[8], running_max = -1e30f, sum = 0;
 #pragma unroll
@@ -2034,19 +2019,19 @@ __device__ __forceinline__ void attend(const Operation& op, const KeySplit& spli
     auto accumulate = [&](K& keys, int base) {
         float score[PER_THREAD], top = running_max;
 #pragma unroll
-        for (int a = 0; a < PER_THREAD; a++) {
-            const int j = base + a * GROUPS + group;
+        for (int p = 0; p < PER_THREAD; p++) {
+            const int j = base + p * GROUPS + group;
             if (j == n - 1) {
-                keys.k[a] = s.new_key[lane];
-                keys.v[a] = new_value;
+                keys.k[p] = s.new_key[lane];
+                keys.v[p] = new_value;
             }
-            const uint4 k = keys.k[a];
+            const uint4 k = keys.k[p];
             float dot = my_q[0] * low(k.x) + my_q[1] * high(k.x) + my_q[2] * low(k.y) + my_q[3] * high(k.y) +
                         my_q[4] * low(k.z) + my_q[5] * high(k.z) + my_q[6] * low(k.w) + my_q[7] * high(k.w);
 #pragma unroll
             for (int i = LANES / 2; i; i /= 2) dot += __shfl_xor_sync(~0u, dot, i);
-            score[a] = j < end && (j < op.prefix || j >= padding_end) ? dot : -1e30f;
-            top = fmaxf(top, score[a]);
+            score[p] = j < end && (j < a.prefix || j >= padding_end) ? dot : -1e30f;
+            top = fmaxf(top, score[p]);
         }
         const float shrink = __expf(running_max - top);
         running_max = top;
@@ -2054,26 +2039,26 @@ __device__ __forceinline__ void attend(const Operation& op, const KeySplit& spli
 #pragma unroll
         for (int i = 0; i < 8; i++) acc[i] *= shrink;
 #pragma unroll
-        for (int a = 0; a < PER_THREAD; a++) {
-            const float p = score[a] > -1e29f ? __expf(score[a] - top) : 0.0f;
-            const uint4 v = keys.v[a];
-            sum += p;
-            acc[0] += p * low(v.x);
-            acc[1] += p * high(v.x);
-            acc[2] += p * low(v.y);
-            acc[3] += p * high(v.y);
-            acc[4] += p * low(v.z);
-            acc[5] += p * high(v.z);
-            acc[6] += p * low(v.w);
-            acc[7] += p * high(v.w);
+        for (int p = 0; p < PER_THREAD; p++) {
+            const float w = score[p] > -1e29f ? __expf(score[p] - top) : 0.0f;
+            const uint4 v = keys.v[p];
+            sum += w;
+            acc[0] += w * low(v.x);
+            acc[1] += w * high(v.x);
+            acc[2] += w * low(v.y);
+            acc[3] += w * high(v.y);
+            acc[4] += w * low(v.z);
+            acc[5] += w * high(v.z);
+            acc[6] += w * low(v.w);
+            acc[7] += w * high(v.w);
         }
     };
     for (int base = begin; base < end; base += 2 * COUNT) {
         accumulate(first_keys, base);
-        first_keys.fetch(op, split, head, base + 2 * COUNT, end);
+        first_keys.fetch(a, split, head, base + 2 * COUNT, end);
         if (base + COUNT >= end) break;
         accumulate(second_keys, base + COUNT);
-        second_keys.fetch(op, split, head, base + 3 * COUNT, end);
+        second_keys.fetch(a, split, head, base + 3 * COUNT, end);
     }
     if (lane == 0) {
         s.sums[group] = sum;
@@ -2086,9 +2071,9 @@ __device__ __forceinline__ void attend(const Operation& op, const KeySplit& spli
     for (int i = 0; i < GROUPS; i++) top = fmaxf(top, s.maxima[i]);
     for (int i = 0; i < GROUPS; i++) total += s.sums[i] * __expf(s.maxima[i] - top);
     // partials: of every part, D sums of values; then its maximum score and its sum of weights.
-    u16* out = (u16*)op.output + (size_t)head * D;
-    float* partials = op.partials + (size_t)head * op.most * (D + 2);
-    float2* heads = (float2*)(partials + op.most * D);
+    u16* out = a.y + (size_t)head * D;
+    float* partials = a.partials + (size_t)head * a.max_parts * (D + 2);
+    float2* heads = (float2*)(partials + a.max_parts * D);
     for (int i = threadIdx.x; i < D; i += blockDim.x) {
         float o = 0;
 #pragma unroll 16
@@ -2106,11 +2091,11 @@ __device__ __forceinline__ void attend(const Operation& op, const KeySplit& spli
         __threadfence();
         asm volatile("atom.add.relaxed.gpu.global.u32 %0, [%1], 1;"
                      : "=r"(arrival)
-                     : "l"(op.arrivals + head)
+                     : "l"(a.arrivals + head)
                      : "memory");
         __threadfence();
         s.is_last = arrival == split.used - 1;
-        if (s.is_last) op.arrivals[head] = 0;
+        if (s.is_last) a.arrivals[head] = 0;
     }
     __syncthreads();
     if (!s.is_last) return;
@@ -2140,23 +2125,23 @@ __device__ __forceinline__ void attend(const Operation& op, const KeySplit& spli
 // Slots and older keys precede the step, so they are read before pdl_wait. attend_many has fewer keys in flight and
 // twice as many blocks on a multiprocessor.
 template <int KEYS_IN_FLIGHT>
-__device__ __forceinline__ void attend_all(const Operation& op) {
+__device__ __forceinline__ void attend_all(const DecodeAttention& a) {
     __shared__ AttendShared shared;
     pdl_launch_dependents();
-    const KeySplit split(op, blockIdx.y / op.H);
+    const KeySplit split(a, blockIdx.y / a.H);
     if (blockIdx.x >= split.used) return;
     KeyTile<KEYS_IN_FLIGHT> first, second;
     const int begin = blockIdx.x * split.per, end = min(begin + split.per, split.n);
-    first.fetch(op, split, blockIdx.y, begin, end);
-    second.fetch(op, split, blockIdx.y, begin + first.COUNT, end);
+    first.fetch(a, split, blockIdx.y, begin, end);
+    second.fetch(a, split, blockIdx.y, begin + first.COUNT, end);
     pdl_wait();
-    attend(op, split, blockIdx.y, blockIdx.x, first, second, shared);
+    attend(a, split, blockIdx.y, blockIdx.x, first, second, shared);
 }
-extern "C" __global__ void __launch_bounds__(256) attend_step(const __grid_constant__ Operation op) {
-    attend_all<64>(op);
+extern "C" __global__ void __launch_bounds__(256) attend_step(const __grid_constant__ DecodeAttention a) {
+    attend_all<64>(a);
 }
-extern "C" __global__ void __launch_bounds__(256, 4) attend_many(const __grid_constant__ Operation op) {
-    attend_all<32>(op);
+extern "C" __global__ void __launch_bounds__(256, 4) attend_many(const __grid_constant__ DecodeAttention a) {
+    attend_all<32>(a);
 }
 ''',
     "kernels/cuda/dequantize.cuh": r'''// INT8 and INT4 weights to pairs of half or bfloat16, in registers and without the scale.
@@ -2231,10 +2216,10 @@ __device__ __forceinline__ float gelu(float v) {  // tanh form
 struct Epilogue {
     const u16* scale;     // [N] or null
     const u16* bias;      // [N] or null
-    const u16* residual;  // [M, N] or null
+    const u16* residual;  // [M, N] or null; float32 where a kernel says so
+    void* y;              // [M, N]
     float alpha;
     int gelu;
-    void* y;  // [M, N]
 };
 // Of one output, as loaded: a conversion would wait for the load.
 struct EpilogueOperands {
@@ -2267,9 +2252,16 @@ __device__ __forceinline__ void store_output(const Epilogue& e, const EpilogueOp
 
 #include "kernels/cuda/dequantize.cuh"
 
+struct Expand {
+    const unsigned char* weight;
+    const u16* scale;
+    u16* y;
+    int N, K;
+};
+
 template <int bits>
 __device__ __forceinline__ void expand(const unsigned char* __restrict__ weight, const u16* __restrict__ scale,
-                                       u16* __restrict__ out, int N, int K) {
+                                       u16* __restrict__ y, int N, int K) {
     const int k = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
     const size_t row_bytes = (size_t)K * bits / 8;
     if (k >= K) return;
@@ -2297,7 +2289,7 @@ __device__ __forceinline__ void expand(const unsigned char* __restrict__ weight,
                     dequantize_int8(v[i].y, w + 2);
                 } else
                     dequantize_int4(v[i].x, w);
-                *(uint4*)(out + (size_t)(first + i) * K + k) =
+                *(uint4*)(y + (size_t)(first + i) * K + k) =
                     make_uint4(pack(low(w[0]) * s, high(w[0]) * s), pack(low(w[1]) * s, high(w[1]) * s),
                                pack(low(w[2]) * s, high(w[2]) * s), pack(low(w[3]) * s, high(w[3]) * s));
             }
@@ -2311,70 +2303,39 @@ __device__ __forceinline__ void expand(const unsigned char* __restrict__ weight,
                     v = (signed char)p[i];
                 else
                     v = (i & 1) ? (int)((u32)p[i / 2] << 28) >> 28 : (int)((u32)p[i / 2] << 24) >> 28;
-                out[(size_t)n * K + i] = to_u16(v * to_float(scale[n]));
+                y[(size_t)n * K + i] = to_u16(v * to_float(scale[n]));
             }
     }
 }
-extern "C" __global__ void expand_8(const unsigned char* weight, const u16* scale, u16* out, int N, int K) {
-    expand<8>(weight, scale, out, N, K);
-}
-extern "C" __global__ void expand_4(const unsigned char* weight, const u16* scale, u16* out, int N, int K) {
-    expand<4>(weight, scale, out, N, K);
-}
+extern "C" __global__ void expand_8(const Expand a) { expand<8>(a.weight, a.scale, a.y, a.N, a.K); }
+extern "C" __global__ void expand_4(const Expand a) { expand<4>(a.weight, a.scale, a.y, a.N, a.K); }
 ''',
-    "kernels/cuda/hopper/call.cuh": r'''// Arguments, tile and pipeline barriers of the linears on Hopper.
-#pragma once
-
-#include "kernels/cuda/epilogue.cuh"
-#include "kernels/cuda/hopper/ptx.cuh"
-
-// Arguments. `kernels_cuda._CALL` is the same struct.
-struct Call {
-    TensorMap weight, x;
-    const u16 *scale, *bias, *residual;
-    u16* y;
-    float alpha;
-    int gelu, M, N, K;
-    int stages;  // small-M
-    int wide;    // large-M: residual and y are float32. What is added to the residual is rounded before.
-};
-
-constexpr int TILE_N = 128, CONSUMERS = 8;       // columns of y; warps with products
-constexpr int PITCH = 48, STAGING = 32 * PITCH;  // bytes of a row of y and of a warp, for the epilogue
-
-// Initialises the barriers of each stage: full (the producers of weights and x arrive), empty (the consumers arrive).
-__device__ __forceinline__ void init_barriers(u32 full, u32 empty, const int& stages,
-                                              u32 arrivals_per_phase = CONSUMERS) {
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < stages; i++) {
-            mbarrier_init(full + i * 8, 2);
-            mbarrier_init(empty + i * 8, arrivals_per_phase);
-        }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
-    __syncthreads();
-}
-''',
-    "kernels/cuda/hopper/linear_large_m.cuh": r'''// y = epilogue(x * weight^T) of many rows x [M, K] on Hopper, or the input gradient x = y * weight (TRANSPOSED).
-// Module: linear_large_m_BITS_TILE_M_SPLIT_K, or input_gradient_TILE_M_SPLIT_K.
+    "kernels/cuda/hopper/linear_large_m.cuh": r'''// y = epilogue(x * weight^T) of many rows x [M, K] on Hopper; TRANSPOSED: the input gradient y = (x * scale) * weight.
+// Modules: linear_large_m_BITS_TILE_M_SPLIT_K, input_gradient_TILE_M_SPLIT_K.
 //
 // Shapes: quantised weight [N, K]; N % 8 == 0; K has a step of 64 for each of SPLIT_K blocks. Output tile: TILE_M x
-// 128. Grid: SPLIT_K == 1: at most one block for each tile, persistent; else SPLIT_K blocks (a cluster) a tile. Block:
-// 384. Shared memory: STAGES of x and weights, scales, STAGING for each warp; aligned to 1024 bytes here. Tensor maps:
-// bytes, swizzled; boxes: x TILE_M rows of 128 bytes; weight 128 rows of 64 bytes (INT4: 32), TRANSPOSED 64 of 128.
-// Pipeline: two producer warps (TMA of weights; of x, and scales if TRANSPOSED) run up to STAGES steps ahead, into the
-// next tile, too. Two consumer warpgroups take 64 columns of y each: a thread dequantises fragments from shared memory
-// to registers while wgmma runs on those before. TRANSPOSED: fragments are columns of the stored weight (ldmatrix.trans
-// of pairs of bytes), and each number is multiplied by the scale of its row. Source: PTX ISA; the split of producer and
-// consumer warps follows CUTLASS's warp-specialised GEMM for Hopper.
+//   128.
+// Grid: SPLIT_K == 1: at most a block for each tile, persistent; else SPLIT_K blocks (a cluster) a tile. Block: 384.
+// Shared memory: STAGES of x and weights, scales, STAGING for each warp. Aligned to 1024 bytes here.
+// Tensor maps: bytes, swizzled. Boxes: x TILE_M rows of 128; weight 128 rows of 64 (INT4: 32), TRANSPOSED 64 of 128.
+// Pipeline, as in CUTLASS's warp-specialised GEMM: two producer warps (TMA of weights; of x and scales) run up to
+//   STAGES steps ahead, into the next tile, too. Two consumer warpgroups have 64 columns of y each: a thread
+//   dequantises fragments from shared to registers while wgmma runs on those before. TRANSPOSED: fragments are columns
+//   of the stored weight (ldmatrix.trans of pairs of bytes), times the scale of each row.
 #pragma once
 
 #include "kernels/cuda/dequantize.cuh"
-#include "kernels/cuda/hopper/call.cuh"
+#include "kernels/cuda/hopper/pipeline.cuh"
 #include "kernels/cuda/hopper/wgmma.cuh"
 
-static_assert(BITS == 8 || (BITS == 4 && !TRANSPOSED), "");
-static_assert(TILE_M == 64 || TILE_M == 128 || TILE_M == 192 || TILE_M == 256, "");
+static_assert((BITS == 8 || (BITS == 4 && !TRANSPOSED)) && TILE_M % 64 == 0 && TILE_M <= 256, "");
+
+struct LinearLargeM {
+    TensorMap weight, x;
+    Epilogue epilogue;
+    int M, N, K;
+    int residual_is_float;  // and y. What is added to the residual is rounded before
+};
 
 struct LargeM {
     static constexpr int ROW_BYTES = 8 * BITS;  // 64 weights
@@ -2388,7 +2349,7 @@ struct LargeM {
     u32 ring;  // STAGES; then their scales; then STAGING
 
     // Fragments of 32 columns of K, four registers for each 16.
-    __device__ __forceinline__ void load_fragments(int stage, int half, u32* a) const {
+    __device__ __forceinline__ void load_fragments(int stage, int half, u32* fragments) const {
         const u32 weights = ring + stage * STAGE + X_BYTES;
         u32 out[4];
         if (TRANSPOSED) {  // rows g, g + 8 of the fragment are columns 2g, 2g + 1 of y
@@ -2399,8 +2360,8 @@ struct LargeM {
             for (int i = 0; i < 4; i++) {
                 dequantize_int8(__byte_perm(w[i], 0, 0x3120), out);
                 const u32 pair = ld_shared_u32(scale + i * 16);
-                a[i * 2] = mul2(out[0], pair);
-                a[i * 2 + 1] = mul2(out[1], pair);
+                fragments[i * 2] = mul2(out[0], pair);
+                fragments[i * 2 + 1] = mul2(out[1], pair);
             }
             return;
         }
@@ -2412,8 +2373,8 @@ struct LargeM {
                 for (int j = 0; j < 2; j++) {
                     const u32 p = row + ((half * 2 + j) ^ (g / 2)) * 16 + t * 2;
                     dequantize_int8(ld_shared_u16(p) | ld_shared_u16(p + 8) << 16, out);
-                    a[j * 4 + r] = out[0];
-                    a[j * 4 + r + 2] = out[1];
+                    fragments[j * 4 + r] = out[0];
+                    fragments[j * 4 + r + 2] = out[1];
                 }
             } else {
                 const u32 p = row + (half ^ (g / 4)) * 16 + t;
@@ -2421,7 +2382,7 @@ struct LargeM {
                     ld_shared_u8(p) | ld_shared_u8(p + 4) << 8 | ld_shared_u8(p + 8) << 16 | ld_shared_u8(p + 12) << 24,
                     out);
 #pragma unroll
-                for (int i = 0; i < 4; i++) a[i / 2 * 4 + r + i % 2 * 2] = out[i];
+                for (int i = 0; i < 4; i++) fragments[i / 2 * 4 + r + i % 2 * 2] = out[i];
             }
         }
     }
@@ -2457,9 +2418,9 @@ struct LargeM {
 
     // Epilogue of y[first_m:, first_n:]. A warp transposes 16 rows at a time in shared memory (staging: STAGING bytes
     // of the warp), adds the residual and stores 16 columns of each row.
-    __device__ __forceinline__ void write(const Epilogue& e, bool wide, float* total, int first_m, int first_n, int M,
-                                          int N, char* staging) const {
-        const Epilogue first = {e.scale, e.bias, nullptr, 0, 0, nullptr};
+    __device__ __forceinline__ void write(const Epilogue& e, bool residual_is_float, float* total, int first_m,
+                                          int first_n, int M, int N, char* staging) const {
+        const Epilogue first = {e.scale, e.bias, nullptr, nullptr, 0, 0};
         const int my_n = first_n + warp * 16 + g;
         const EpilogueOperands ends[2] = {load_operands(first, 0, my_n, M, N), load_operands(first, 0, my_n + 8, M, N)};
         const u32 mine = smem_address(staging) + (lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * 16;
@@ -2485,7 +2446,7 @@ struct LargeM {
             }
             if (m >= M || n >= N) continue;
             const size_t place = (size_t)m * N + n;
-            if (wide) {
+            if (residual_is_float) {
                 const float4* r = (const float4*)((const float*)e.residual + place);
                 float4* y = (float4*)((float*)e.y + place);
                 auto add = [&](u32 a, u32 b, float4 r) {
@@ -2507,12 +2468,12 @@ struct LargeM {
         __syncwarp();
     }
 
-    __device__ __forceinline__ void run(const Call& c) {
+    __device__ __forceinline__ void run(const LinearLargeM& a) {
         extern __shared__ uint4 shared[];
         __shared__ unsigned long long barriers[2 * STAGES];
-        const int columns = (c.M + TILE_M - 1) / TILE_M, tiles = (c.N + TILE_N - 1) / TILE_N * columns;
+        const int columns = (a.M + TILE_M - 1) / TILE_M, tiles = (a.N + TILE_N - 1) / TILE_N * columns;
         const int part = blockIdx.x % SPLIT_K, first = blockIdx.x / SPLIT_K, stride = gridDim.x / SPLIT_K;
-        const int steps = (c.K + 63) / 64, begin = steps * part / SPLIT_K, end = steps * (part + 1) / SPLIT_K;
+        const int steps = (a.K + 63) / 64, begin = steps * part / SPLIT_K, end = steps * (part + 1) / SPLIT_K;
         const u32 full = smem_address(barriers), empty = full + 8 * STAGES;  // barriers of each stage
         ring = (smem_address(shared) + 1023) / 1024 * 1024;
         init_barriers(full, empty, STAGES, CONSUMERS * ARRIVALS);
@@ -2536,14 +2497,14 @@ struct LargeM {
                     mbarrier_wait(empty + stage * 8, parity);
                     if (weights) {
                         mbarrier_arrive_expect_tx(barrier, STAGE - X_BYTES);
-                        tma_load(to + X_BYTES, c.weight, TRANSPOSED ? n : step * ROW_BYTES, TRANSPOSED ? step * 64 : n,
+                        tma_load(to + X_BYTES, a.weight, TRANSPOSED ? n : step * ROW_BYTES, TRANSPOSED ? step * 64 : n,
                                  barrier);
                     } else {
                         mbarrier_arrive_expect_tx(barrier, X_BYTES + SCALE_BYTES);
-                        tma_load(to, c.x, step * 128, m, barrier);
+                        tma_load(to, a.x, step * 128, m, barrier);
                         if (TRANSPOSED)
-                            bulk_load(ring + STAGES * STAGE + stage * SCALE_BYTES, c.scale + step * 64, SCALE_BYTES,
-                                      barrier);
+                            bulk_load(ring + STAGES * STAGE + stage * SCALE_BYTES, a.epilogue.scale + step * 64,
+                                      SCALE_BYTES, barrier);
                     }
                 }
             }
@@ -2553,12 +2514,12 @@ struct LargeM {
         pdl_wait();
         char* at = (char*)shared + (ring - smem_address(shared));
         char* staging = at + STAGES * (STAGE + SCALE_BYTES) + warp * STAGING;
-        const Epilogue e = {c.scale, c.bias, c.residual, c.alpha, c.gelu, c.y}, bare = {0, 0, 0, 0, 0, c.y};
+        const Epilogue e = a.epilogue, bare = {0, 0, 0, e.y, 0, 0};
         auto release = [&](int s) {
             __syncwarp();  // all lanes have read
             if (lane >= 32 - ARRIVALS) mbarrier_arrive(empty + s * 8);
         };
-        u32 a[2][8];
+        u32 fragments[2][8];
         for (int tile = first; tile < tiles; tile += stride) {
             float sums[TILE_M / 2];
 #pragma unroll
@@ -2566,26 +2527,26 @@ struct LargeM {
             // While wgmma runs on 32 columns of K, the next are dequantised.
             int before = 0;
             mbarrier_wait(full + stage * 8, parity);
-            load_fragments(stage, 0, a[0]);
+            load_fragments(stage, 0, fragments[0]);
             for (int step = begin;; step++) {
                 const unsigned long long b = smem_descriptor(ring + stage * STAGE);
                 wgmma_fence();
-                wgmma(sums, a[0], b);
-                wgmma(sums, a[0] + 4, b + 2);
+                wgmma(sums, fragments[0], b);
+                wgmma(sums, fragments[0] + 4, b + 2);
                 wgmma_commit();
                 wgmma_wait<1>();
                 if (step > begin) release(before);
                 before = stage;
-                load_fragments(stage, 1, a[1]);
+                load_fragments(stage, 1, fragments[1]);
                 wgmma_fence();
-                wgmma(sums, a[1], b + 4);
-                wgmma(sums, a[1] + 4, b + 6);
+                wgmma(sums, fragments[1], b + 4);
+                wgmma(sums, fragments[1] + 4, b + 6);
                 wgmma_commit();
                 advance();
                 if (step + 1 == end) break;
                 wgmma_wait<1>();
                 mbarrier_wait(full + stage * 8, parity);
-                load_fragments(stage, 0, a[0]);
+                load_fragments(stage, 0, fragments[0]);
             }
             wgmma_wait<0>();
 #pragma unroll
@@ -2599,33 +2560,42 @@ struct LargeM {
                 reduce_cluster(sums, reduced, (float4*)at);
                 total = reduced;
             }
-            write(TRANSPOSED ? bare : e, c.wide, total, first_m, first_n, c.M, c.N, staging);
+            write(TRANSPOSED ? bare : e, a.residual_is_float, total, first_m, first_n, a.M, a.N, staging);
             if (SPLIT_K > 1) return;  // the ring is overwritten
         }
     }
 };
 
 extern "C" __global__ void __cluster_dims__(SPLIT_K, 1, 1) __launch_bounds__(384, 1)
-    linear_large_m(const __grid_constant__ Call c) {
-    LargeM().run(c);
+    linear_large_m(const __grid_constant__ LinearLargeM a) {
+    LargeM().run(a);
 }
 ''',
     "kernels/cuda/hopper/linear_small_m.cuh": r'''// y = epilogue(x * weight^T) of 2 to 32 rows x [M, K] on Hopper. Module: linear_small_m_BITS_TILE_M_SPLIT_K.
 //
 // Shapes: quantised weight [N, K]; M <= TILE_M; K has a step of 128 for each of SPLIT_K blocks. Output tile: TILE_M x
-// 128. Grid: SPLIT_K blocks (a cluster) a tile; block: 320, two to a multiprocessor. Shared memory: `stages` of x and
-// weights; SPLIT_K > 1: sums of the other blocks. Aligned to 1024 bytes here. Tensor maps: bytes, swizzled; boxes: x
-// TILE_M rows of 128 bytes, two a step; weight 128 rows of 128 bytes (INT4: 64). Pipeline: a producer warp (TMA) for
-// weights, another for x, up to `stages` steps ahead; eight consumer warps of 16 columns of y each (mma). The order of
-// K is free in a product: a thread takes 16 contiguous columns of weight and x. Split-K: each block of the cluster
-// reduces and finishes the columns of some of its warps.
+//   128.
+// Grid: SPLIT_K blocks (a cluster) a tile; block: 320, two to a multiprocessor.
+// Shared memory: `stages` of x and weights; SPLIT_K > 1: sums of the other blocks. Aligned to 1024 bytes here.
+// Tensor maps: bytes, swizzled. Boxes: x TILE_M rows of 128 bytes, two a step; weight 128 rows of 128 bytes (INT4:
+//   64).
+// Pipeline: a producer warp (TMA) for weights, another for x, up to `stages` steps ahead; eight consumer warps of 16
+//   columns of y each (mma). The order of K is free in a product: a thread takes 16 contiguous columns of weight and
+//   x.
+// Split-K: each block of the cluster reduces and finishes the columns of some of its warps.
 #pragma once
 
 #include "kernels/cuda/dequantize.cuh"
-#include "kernels/cuda/hopper/call.cuh"
+#include "kernels/cuda/hopper/pipeline.cuh"
 #include "kernels/cuda/mma.cuh"
 
 static_assert((BITS == 8 || BITS == 4) && (TILE_M == 8 || TILE_M == 16 || TILE_M == 32), "");
+
+struct LinearSmallM {
+    TensorMap weight, x;
+    Epilogue epilogue;
+    int M, N, K, stages;
+};
 
 struct SmallM {
     static constexpr int STEP = 128, ROW_BYTES = 16 * BITS, BOX_BYTES = TILE_M * 128;  // 64 columns of x
@@ -2677,18 +2647,18 @@ struct SmallM {
                 for (int j = 0; j < 2; j++) x[half][i][j] = ld_shared_v4(stage + x_at[half][j] + i * 8 * 128);
         };
         auto multiply_half = [&](int half) {
-            u32 a[2][8];  // pairs
+            u32 w_pairs[2][8];  // pairs
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 const uint4 v = w[half][r];
                 if (BITS == 8) {
-                    dequantize_int8(v.x, a[r]);
-                    dequantize_int8(v.y, a[r] + 2);
-                    dequantize_int8(v.z, a[r] + 4);
-                    dequantize_int8(v.w, a[r] + 6);
+                    dequantize_int8(v.x, w_pairs[r]);
+                    dequantize_int8(v.y, w_pairs[r] + 2);
+                    dequantize_int8(v.z, w_pairs[r] + 4);
+                    dequantize_int8(v.w, w_pairs[r] + 6);
                 } else {
-                    dequantize_int4(v.x, a[r]);
-                    dequantize_int4(v.y, a[r] + 4);
+                    dequantize_int4(v.x, w_pairs[r]);
+                    dequantize_int4(v.y, w_pairs[r] + 4);
                 }
             }
 #pragma unroll
@@ -2696,8 +2666,8 @@ struct SmallM {
 #pragma unroll
                 for (int i = 0; i < M_FRAGMENTS; i++) {  // inner loop: products of the same sums wait for each other
                     const uint4 v = x[half][i][j / 4];
-                    mma_m16n8k16(sums[half % SUMS][i], a[0][j], a[1][j], a[0][j + 1], a[1][j + 1], j % 4 ? v.z : v.x,
-                                 j % 4 ? v.w : v.y);
+                    mma_m16n8k16(sums[half % SUMS][i], w_pairs[0][j], w_pairs[1][j], w_pairs[0][j + 1],
+                                 w_pairs[1][j + 1], j % 4 ? v.z : v.x, j % 4 ? v.w : v.y);
                 }
         };
         load(0);
@@ -2707,16 +2677,16 @@ struct SmallM {
         multiply_half(1);
     }
 
-    __device__ __forceinline__ void run(const Call& c) {
+    __device__ __forceinline__ void run(const LinearSmallM& a) {
         extern __shared__ uint4 shared[];
         __shared__ unsigned long long barriers[2 * MAX_STAGES];
         const int part = blockIdx.x % SPLIT_K;
         const int first_n = blockIdx.x / SPLIT_K * TILE_N;
-        const int steps = (c.K + STEP - 1) / STEP, begin = steps * part / SPLIT_K, end = steps * (part + 1) / SPLIT_K;
+        const int steps = (a.K + STEP - 1) / STEP, begin = steps * part / SPLIT_K, end = steps * (part + 1) / SPLIT_K;
         u32 ring = (smem_address(shared) + 1023) / 1024 * 1024, full = smem_address(barriers);
         asm volatile("" : "+r"(ring), "+r"(full));  // kept in registers
-        const u32 empty = full + 8 * MAX_STAGES, received = ring + c.stages * STAGE;
-        init_barriers(full, empty, c.stages);
+        const u32 empty = full + 8 * MAX_STAGES, received = ring + a.stages * STAGE;
+        init_barriers(full, empty, a.stages);
         if (SPLIT_K > 1) cluster_arrive();  // st_cluster_v4 needs all blocks running
 
         float all_sums[SUMS][M_FRAGMENTS][4] = {}, (&sums)[M_FRAGMENTS][4] = all_sums[0];
@@ -2726,14 +2696,14 @@ struct SmallM {
         u32 parity = warp >= CONSUMERS;               // producers find the first stages empty
         int stage = 0;
         auto advance = [&] {
-            if (++stage == c.stages) {
+            if (++stage == a.stages) {
                 stage = 0;
                 parity ^= 1;
             }
         };
         if (warp >= CONSUMERS) {
             const bool weights = warp == CONSUMERS;  // else x, a result of the kernel before
-            const TensorMap& map = weights ? c.weight : c.x;
+            const TensorMap& map = weights ? a.weight : a.x;
             const int bytes = weights ? STAGE - X_BYTES : X_BYTES, step_bytes = weights ? ROW_BYTES : 256;
             asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
             if (!weights) pdl_wait();
@@ -2741,7 +2711,7 @@ struct SmallM {
             for (int step = begin; step < end && lane == 0; step++, advance()) {
                 const u32 barrier = full + stage * 8;
                 // The ring is full, maybe long before x is ready.
-                if (weights && step == begin + c.stages)
+                if (weights && step == begin + a.stages)
 #pragma unroll 1
                     for (int i = step; i < min(step + L2_AHEAD, end); i++) tma_prefetch(map, i * step_bytes, first_n);
                 mbarrier_wait(empty + stage * 8, parity);
@@ -2759,15 +2729,15 @@ struct SmallM {
                 for (int r = 0; r < 2; r++) {
                     const int row = n + r * 8;
                     scale_bias[r] = 0;
-                    if (row < c.N) scale_bias[r] = c.scale[row];
-                    if (row < c.N && c.bias) scale_bias[r] |= (u32)c.bias[row] << 16;
+                    if (row < a.N) scale_bias[r] = a.epilogue.scale[row];
+                    if (row < a.N && a.epilogue.bias) scale_bias[r] |= (u32)a.epilogue.bias[row] << 16;
 #pragma unroll
                     for (int i = 0; i < M_FRAGMENTS; i++) {
                         const int token = m + i * 8;
-                        const u16* from = c.residual + (size_t)token * c.N + row;
+                        const u16* from = a.epilogue.residual + (size_t)token * a.N + row;
                         residual[i][r] = 0;
-                        if (c.residual && row < c.N && token < c.M) residual[i][r] = from[0];
-                        if (c.residual && row < c.N && token + 1 < c.M) residual[i][r] |= (u32)from[c.N] << 16;
+                        if (a.epilogue.residual && row < a.N && token < a.M) residual[i][r] = from[0];
+                        if (a.epilogue.residual && row < a.N && token + 1 < a.M) residual[i][r] |= (u32)from[a.N] << 16;
                     }
                 }
             for (int step = begin; step < end; step++, advance()) {
@@ -2803,7 +2773,7 @@ struct SmallM {
                     }
         }
         if (!finishes) return;
-        const Epilogue e = {c.scale, c.bias, c.residual, c.alpha, c.gelu, c.y};
+        const Epilogue e = a.epilogue;
 #pragma unroll
         for (int i = 0; i < M_FRAGMENTS; i++)
 #pragma unroll
@@ -2811,14 +2781,36 @@ struct SmallM {
                 const int r = j / 2, token = m + i * 8 + j % 2, row = n + r * 8;
                 const u32 both = scale_bias[r], pair = residual[i][r];
                 const EpilogueOperands f = {(u16)both, (u16)(both >> 16), (u16)(pair >> j % 2 * 16)};
-                if (token < c.M && row < c.N) store_output(e, f, sums[i][j], token, row, c.N);
+                if (token < a.M && row < a.N) store_output(e, f, sums[i][j], token, row, a.N);
             }
     }
 };
 
 extern "C" __global__ void __cluster_dims__(SPLIT_K, 1, 1) __launch_bounds__(320, 2)
-    linear_small_m(const __grid_constant__ Call c) {
-    SmallM().run(c);
+    linear_small_m(const __grid_constant__ LinearSmallM a) {
+    SmallM().run(a);
+}
+''',
+    "kernels/cuda/hopper/pipeline.cuh": r'''// Tile and pipeline barriers of the linears on Hopper.
+#pragma once
+
+#include "kernels/cuda/epilogue.cuh"
+#include "kernels/cuda/hopper/ptx.cuh"
+
+constexpr int TILE_N = 128, CONSUMERS = 8;       // columns of y; warps with products
+constexpr int PITCH = 48, STAGING = 32 * PITCH;  // bytes of a row of y and of a warp, for the epilogue
+
+// Initialises the barriers of each stage: full (the producers of weights and x arrive), empty (the consumers arrive).
+__device__ __forceinline__ void init_barriers(u32 full, u32 empty, const int& stages,
+                                              u32 arrivals_per_phase = CONSUMERS) {
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < stages; i++) {
+            mbarrier_init(full + i * 8, 2);
+            mbarrier_init(empty + i * 8, arrivals_per_phase);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
 }
 ''',
     "kernels/cuda/hopper/ptx.cuh": r'''// PTX instructions of sm_90a that CUDA C++ lacks: mbarriers, TMA, clusters, matrices in shared memory.
@@ -3006,6 +2998,14 @@ __device__ __forceinline__ float block_sum(float v, float* shared) {
     return v;
 }
 
+// A LayerNorm before a linear.
+struct Norm {
+    const u16* norm_weight;  // [K], or null: none
+    const u16* norm_bias;    // [K]
+    u16* normed;             // [M, K]: block 0 stores the result
+    float epsilon;
+};
+
 // LayerNorm of x [K] in place, in shared memory; K % 8 == 0. A thread reads and writes every blockDim'th 16 bytes
 // alone. normed: null, or where block 0 stores the result, too. shared: [32].
 __device__ __forceinline__ void layer_norm_row(uint4* x, const uint4* weight, const uint4* bias, u16* normed,
@@ -3033,41 +3033,50 @@ __device__ __forceinline__ void layer_norm_row(uint4* x, const uint4* weight, co
     }
 }
 ''',
-    "kernels/cuda/linear_m1.cuh": r'''// y = epilogue(LayerNorm(x) * weight^T) of one row x [K], the LayerNorm if norm_weight is given. Module:
+    "kernels/cuda/linear_m1.cuh": r'''// y = epilogue(LayerNorm(x) * weight^T) of one row x [K]; the LayerNorm if norm_weight is given. Module:
 // linear_m1_BITS.
 //
-// Shapes: weight [N, K], of BITS = 8 or 4 (quantised) or 16 bits (half). Grid: any; block: 256, two to a
-// multiprocessor. Shared memory: the ring (STAGES * 8192 bytes), x padded to rounds of the ring, weight and bias of the
-// LayerNorm (4 * K). Alignment: weight, its rows and x to 16 bytes. Pipeline: a block owns 16 weight rows at a time,
-// each of its 8 warps every eighth 64 bytes of them. Each thread keeps STAGES cp.async copies in flight for each row,
-// from before pdl_wait (weights depend on no kernel) to the end, across tiles. It reads only what it copied itself, so
-// the ring needs no barrier. A deeper ring delays the traffic between kernels. The sums come from the tensor cores,
-// whose 8 columns are equal: x is broadcast.
+// Shapes: weight [N, K], quantised (BITS = 8, 4) or half (16).
+// Grid: any; block: 256, two to a multiprocessor. Alignment: weight, its rows and x to 16 bytes.
+// Shared memory: the ring (STAGES * 8192 bytes), x padded to rounds of the ring, weight and bias of the LayerNorm (4 *
+//   K).
+// Pipeline: a block owns 16 weight rows at a time, each of its 8 warps every eighth 64 bytes of them. Each thread
+//   keeps STAGES cp.async copies in flight for each row, from before pdl_wait (weights depend on no kernel) to the
+//   end, across tiles. It reads only what it copied itself, so the ring needs no barrier. A deeper ring delays the
+//   traffic between kernels.
+// Products: on the tensor cores, whose 8 columns are equal, as x is broadcast.
 #pragma once
 
 #include "kernels/cuda/dequantize.cuh"
 #include "kernels/cuda/epilogue.cuh"
 #include "kernels/cuda/layer_norm.cuh"
 #include "kernels/cuda/mma.cuh"
-#include "kernels/cuda/operation.cuh"
 
 static_assert(BITS == 8 || BITS == 4 || BITS == 16, "");
 constexpr int WARPS = 8;
-constexpr int STAGES = __CUDA_ARCH__ >= 800 ? 4 : 2;  // kernels_cuda.ring_stages
+constexpr int STAGES = __CUDA_ARCH__ >= 800 ? 4 : 2;  // cuda_plans.ring_stages
 constexpr int ROUND = STAGES * WARPS * 64;            // bytes of a weight row in flight
+
+struct LinearM1 {
+    const unsigned char* weight;
+    const u16* x;
+    Epilogue epilogue;
+    Norm norm;
+    int N, K;
+};
 
 struct Ring {
     uint4* place;            // of this thread, in shared memory: every 256th 16 bytes
     const unsigned char* p;  // in global memory: this thread's bytes of a round, row g
     size_t stride;           // from there to row g + 8
     int left, rows_left;     // bytes of the row and rows from there on
-    __device__ __forceinline__ void point_at(const Operation& op, int tile, int round) {
+    __device__ __forceinline__ void point_at(const LinearM1& a, int tile, int round) {
         const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-        const int row_bytes = op.K * op.bits / 8, byte = round * ROUND + warp * 64 + t * 16, n = tile * 16 + g;
-        p = op.weight + (size_t)n * row_bytes + byte;
+        const int row_bytes = a.K * BITS / 8, byte = round * ROUND + warp * 64 + t * 16, n = tile * 16 + g;
+        p = a.weight + (size_t)n * row_bytes + byte;
         stride = 8 * (size_t)row_bytes;
         left = row_bytes - byte;
-        rows_left = op.N - n;
+        rows_left = a.N - n;
     }
     __device__ __forceinline__ void fetch(int r) {
 #pragma unroll
@@ -3079,30 +3088,29 @@ struct Ring {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(256, 2) linear_m1(const __grid_constant__ Operation op) {
+extern "C" __global__ void __launch_bounds__(256, 2) linear_m1(const __grid_constant__ LinearM1 a) {
     constexpr int CHUNK = 128 / BITS;  // weights in 16 bytes
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-    const int rounds = (op.K * BITS / 8 + ROUND - 1) / ROUND, tiles = (op.N + 15) / 16;
+    const int rounds = (a.K * BITS / 8 + ROUND - 1) / ROUND, tiles = (a.N + 15) / 16;
     extern __shared__ uint4 ring_and_x[];
     __shared__ float partials[2][WARPS][16], sums[32];
     uint4* x = ring_and_x + STAGES * 512;
     uint4* norm = x + rounds * (ROUND / BITS);  // weight, then bias; x is padded
     Ring ring;
     ring.place = ring_and_x + threadIdx.x;
-    const Epilogue epilogue = {op.scale, op.bias, op.residual, op.alpha, op.gelu, op.output};
     pdl_launch_dependents();
-    ring.point_at(op, blockIdx.x, 0);
+    ring.point_at(a, blockIdx.x, 0);
 #pragma unroll
     for (int r = 0; r < STAGES; r++) ring.fetch(r);
-    for (int i = threadIdx.x; i < op.K / 8 && op.norm_weight; i += WARPS * 32) {
-        norm[i] = ((const uint4*)op.norm_weight)[i];
-        norm[op.K / 8 + i] = ((const uint4*)op.norm_bias)[i];
+    for (int i = threadIdx.x; i < a.K / 8 && a.norm.norm_weight; i += WARPS * 32) {
+        norm[i] = ((const uint4*)a.norm.norm_weight)[i];
+        norm[a.K / 8 + i] = ((const uint4*)a.norm.norm_bias)[i];
     }
     pdl_wait();
     for (int i = threadIdx.x; i < rounds * (ROUND / BITS); i += WARPS * 32)
-        x[i] = i * 8 < op.K ? __ldcg((const uint4*)op.input + i) : make_uint4(0, 0, 0, 0);
+        x[i] = i * 8 < a.K ? __ldcg((const uint4*)a.x + i) : make_uint4(0, 0, 0, 0);
     // No barrier: each thread reads what it stored itself.
-    if (op.norm_weight) layer_norm_row(x, norm, norm + op.K / 8, op.normed, op.epsilon, op.K, sums);
+    if (a.norm.norm_weight) layer_norm_row(x, norm, norm + a.K / 8, a.norm.normed, a.norm.epsilon, a.K, sums);
     __syncthreads();
     const uint4* my_x = x + (warp * 4 + t) * CHUNK / 8;
     int buffer = 0;  // double buffer of partial sums: one barrier a tile
@@ -3110,12 +3118,12 @@ extern "C" __global__ void __launch_bounds__(256, 2) linear_m1(const __grid_cons
         float even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0};
         // A thread finishes one output. Its operands are loaded before the products.
         const int n = tile * 16 + threadIdx.x;
-        const EpilogueOperands operands = load_operands(epilogue, threadIdx.x / 16, n, 1, op.N);
+        const EpilogueOperands operands = load_operands(a.epilogue, threadIdx.x / 16, n, 1, a.N);
         for (int round = 0; round < rounds; round++) {
             if (round + 1 < rounds)
-                ring.point_at(op, tile, round + 1);
+                ring.point_at(a, tile, round + 1);
             else
-                ring.point_at(op, tile + gridDim.x, 0);
+                ring.point_at(a, tile + gridDim.x, 0);
             const uint4* round_x = my_x + round * (ROUND / BITS);
 #pragma unroll
             for (int r = 0; r < STAGES; r++) {
@@ -3140,22 +3148,24 @@ extern "C" __global__ void __launch_bounds__(256, 2) linear_m1(const __grid_cons
             partials[buffer][warp][g + 8] = even[2] + odd[2];
         }
         __syncthreads();
-        if (threadIdx.x < 16 && n < op.N) {
+        if (threadIdx.x < 16 && n < a.N) {
             float sum = 0;
 #pragma unroll
             for (int w = 0; w < WARPS; w++) sum += partials[buffer][w][threadIdx.x];
-            store_output(epilogue, operands, sum, 0, n, op.N);
+            store_output(a.epilogue, operands, sum, 0, n, a.N);
         }
     }
 }
 ''',
-    "kernels/cuda/linear_m16.cuh": r'''// y = epilogue(LayerNorm(x) * weight^T) of 2 to 16 rows x [M, K], K <= 4096, the LayerNorm if norm.weight is given.
-// Module: linear_m16_BITS_TILE_M. From sm_80 on.
+    "kernels/cuda/linear_m16.cuh": r'''// y = epilogue(LayerNorm(x) * weight^T) of 2 to 16 rows x [M, K]; the LayerNorm if norm_weight is given. Module:
+// linear_m16_BITS_TILE_M. From sm_80 on.
 //
-// Shapes: quantised weight [N, K]; M <= TILE_M. Grid: any; block: 512, one to a multiprocessor.
-// Shared memory: the ring (64 KB), two buffers of partial sums. Alignment: weight, its rows and x to 16 bytes.
+// Shapes: quantised weight [N, K]; M <= TILE_M, K <= MAX_K.
+// Grid: any; block: 512, one to a multiprocessor. Alignment: weight, its rows and x to 16 bytes.
+// Shared memory: the ring (64 KB), two buffers of partial sums.
 // Pipeline: a block owns 16 weight rows at a time, each of its 16 warps 1/16 of K, for which it holds x in registers.
-// Each thread reads only the weights it copied itself (cp.async), so warps meet once a tile, to add their partial sums.
+//   Each thread reads only the weights it copied itself (cp.async), so warps meet once a tile, to add their partial
+//   sums.
 #pragma once
 
 #include "kernels/cuda/dequantize.cuh"
@@ -3164,7 +3174,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) linear_m1(const __grid_cons
 #include "kernels/cuda/mma.cuh"
 
 static_assert((BITS == 8 || BITS == 4) && (TILE_M == 8 || TILE_M == 16), "");
-constexpr int MAX_K = 4096;                                  // kernels_cuda.M16_MAX_K
+constexpr int MAX_K = 4096;                                  // cuda_plans.M16_MAX_K
 constexpr int WARPS = 16, THREADS = 512, TILE_N = 16;        // a thread an output
 constexpr int SLICES = MAX_K * BITS / 8 / WARPS / 64;        // of 64 bytes of a weight row, for each warp
 constexpr int STAGES = 4 / SLICES;                           // tiles in flight
@@ -3172,19 +3182,20 @@ constexpr int CHUNK = 128 / BITS, M_FRAGMENTS = TILE_M / 8;  // weights in 16 by
 constexpr int PITCH = TILE_N + 4;                            // of partial sums: free of bank conflicts
 static_assert(TILE_M * TILE_N <= THREADS && STAGES * SLICES == 4, "");
 
-struct Norm {
-    const u16* weight;  // [K] or null
-    const u16* bias;
-    u16* normed;  // [M, K]: block 0 stores the LayerNorm's result
-    float epsilon;
+struct LinearM16 {
+    const unsigned char* weight;
+    const u16* x;
+    Epilogue epilogue;
+    Norm norm;
+    int M, N, K;
 };
 
-extern "C" __global__ void __launch_bounds__(512, 1)
-    linear_m16(const unsigned char* weight, const u16* x, const u16* scale, const u16* bias, const u16* residual,
-               float alpha, int use_gelu, u16* y, const u16* norm_weight, const u16* norm_bias, u16* normed,
-               float epsilon, int M, int N, int K) {
-    const Epilogue epilogue = {scale, bias, residual, alpha, use_gelu, y};
-    const Norm norm = {norm_weight, norm_bias, normed, epsilon};
+extern "C" __global__ void __launch_bounds__(512, 1) linear_m16(const LinearM16 a) {
+    const unsigned char* const weight = a.weight;
+    const u16* const x = a.x;
+    const Epilogue epilogue = a.epilogue;
+    const Norm norm = a.norm;
+    const int M = a.M, N = a.N, K = a.K;
     extern __shared__ uint4 shared[];
     float* const all_partials = (float*)(shared + 4 * 2 * THREADS);  // [2][WARPS][TILE_M * PITCH]
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
@@ -3220,7 +3231,7 @@ extern "C" __global__ void __launch_bounds__(512, 1)
                 my_x[r][c][j] = m < M && k < K ? __ldcg((const uint4*)(x + (size_t)m * K + k)) : make_uint4(0, 0, 0, 0);
             }
 
-    if (norm.weight) {                                  // as layer_norm_row
+    if (norm.norm_weight) {                             // as layer_norm_row
         float mean[M_FRAGMENTS], inverse[M_FRAGMENTS];  // of the standard deviation
 #pragma unroll
         for (int c = 0; c < M_FRAGMENTS; c++) mean[c] = 0;
@@ -3267,7 +3278,7 @@ extern "C" __global__ void __launch_bounds__(512, 1)
             for (int j = 0; j < CHUNK / 8; j++) {
                 const int k = (my_byte + r * WARPS * 64) * 8 / BITS + j * 8;
                 if (k >= K) continue;
-                const uint4 w = *(const uint4*)(norm.weight + k), b = *(const uint4*)(norm.bias + k);
+                const uint4 w = *(const uint4*)(norm.norm_weight + k), b = *(const uint4*)(norm.norm_bias + k);
 #pragma unroll
                 for (int c = 0; c < M_FRAGMENTS; c++) {
                     my_x[r][c][j] = layer_norm8(my_x[r][c][j], mean[c], inverse[c], w, b);
@@ -3328,9 +3339,10 @@ extern "C" __global__ void __launch_bounds__(512, 1)
 ''',
     "kernels/cuda/linear_m8.cuh": r'''// y = epilogue(x * weight^T) of 2 to 8 rows x [M, K]. Module: linear_m8_BITS.
 //
-// Shapes: quantised weight [N, K]. Grid: any; block: 256, two to a multiprocessor. Shared memory: x, rows padded to
-// rounds of the ring and by 8. Alignment: weight, its rows and x to 16 bytes. Pipeline: that of linear_m1, with the
-// ring in registers and 16 * HEIGHT weight rows to a block.
+// Shapes: quantised weight [N, K].
+// Grid: any; block: 256, two to a multiprocessor. Alignment: weight, its rows and x to 16 bytes.
+// Shared memory: x, its rows padded to rounds of the ring and by 8.
+// Pipeline: that of linear_m1, with the ring in registers and 16 * HEIGHT weight rows to a block.
 #pragma once
 
 #include "kernels/cuda/dequantize.cuh"
@@ -3338,17 +3350,25 @@ extern "C" __global__ void __launch_bounds__(512, 1)
 #include "kernels/cuda/mma.cuh"
 
 static_assert(BITS == 8 || BITS == 4, "");
-constexpr int HEIGHT = BITS == 4 ? 2 : 1;                        // fragments of 16 weight rows; as in kernels_cuda
-constexpr int STAGES = (__CUDA_ARCH__ >= 800 ? 4 : 2) / HEIGHT;  // kernels_cuda.ring_stages
+constexpr int HEIGHT = BITS == 4 ? 2 : 1;                        // fragments of 16 weight rows; as in cuda_plans
+constexpr int STAGES = (__CUDA_ARCH__ >= 800 ? 4 : 2) / HEIGHT;  // cuda_plans.ring_stages
 constexpr int WARPS = 8, TILE_M = 8, TILE_N = 16 * HEIGHT;
 constexpr int CHUNK = 128 / BITS;           // weights in 16 bytes
 constexpr int STEP = 4 * CHUNK;             // weights in 64 bytes
 constexpr int ROUND = STAGES * WARPS * 64;  // bytes of a weight row in flight
 
-extern "C" __global__ void __launch_bounds__(256, 2)
-    linear_m8(const unsigned char* weight, const u16* x, const u16* scale, const u16* bias, const u16* residual,
-              float alpha, int use_gelu, u16* y, int M, int N, int K) {
-    const Epilogue epilogue = {scale, bias, residual, alpha, use_gelu, y};
+struct LinearM8 {
+    const unsigned char* weight;
+    const u16* x;
+    Epilogue epilogue;
+    int M, N, K;
+};
+
+extern "C" __global__ void __launch_bounds__(256, 2) linear_m8(const LinearM8 a) {
+    const unsigned char* const weight = a.weight;
+    const u16* const x = a.x;
+    const Epilogue epilogue = a.epilogue;
+    const int M = a.M, N = a.N, K = a.K;
     extern __shared__ uint4 shared_x[];
     __shared__ float partials[2][WARPS][TILE_N * TILE_M];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
@@ -3446,12 +3466,14 @@ extern "C" __global__ void __launch_bounds__(256, 2)
 ''',
     "kernels/cuda/linear_tiles.cuh": r'''// y = epilogue(x * weight^T) of many rows x [M, K]. Module: linear_tiles_BITS_TILE_M.
 //
-// Shapes: quantised weight [N, K]. Grid: (tiles of N, parts of K, tiles of M); block: 128, BLOCKS_PER_SM to a
-// multiprocessor. Shared memory: STAGES of weights and x; after the products, their sums. Alignment: weight, its rows
-// and x to 16 bytes. Pipeline: a block owns 64 * HEIGHT weight rows, TILE_M rows of x and a part of K. cp.async runs
-// STAGES - 1 steps ahead. Each thread dequantises the weights it copied itself, once for all rows of x. Split-K: the
-// last block of a tile to arrive adds all partials, in their order. arrivals: zeros [tiles], left as zeros. Source:
-// threadFenceReduction of the CUDA samples.
+// Shapes: quantised weight [N, K]; a block has 64 * HEIGHT weight rows, TILE_M rows of x and a part of K.
+// Grid: (tiles of N, parts of K, tiles of M); block: 128, BLOCKS_PER_SM to a multiprocessor. Alignment: weight, its
+//   rows and x to 16 bytes.
+// Shared memory: STAGES of weights and x; after the products, their sums.
+// Pipeline: cp.async runs STAGES - 1 steps ahead. Each thread dequantises the weights it copied itself, once for all
+//   rows of x.
+// Split-K: the last block of a tile to arrive adds all parts, in their order. arrivals: zeros [tiles], left as zeros.
+//   Source: threadFenceReduction of the CUDA samples.
 #pragma once
 
 #include "kernels/cuda/dequantize.cuh"
@@ -3464,10 +3486,22 @@ constexpr int CHUNK = 128 / BITS, HALF = 4 * CHUNK, STEP = 2 * HALF;            
 constexpr int STRIDE = (STEP + 8) / 8;                                            // of rows of x, in 16 bytes; padded
 constexpr int WEIGHTS = 4 * HEIGHT * THREADS, STAGE = WEIGHTS + TILE_M * STRIDE;  // in 16 bytes
 
-extern "C" __global__ void __launch_bounds__(128, BLOCKS_PER_SM)
-    linear_tiles(const unsigned char* weight, const u16* x, const u16* scale, const u16* bias, const u16* residual,
-                 float alpha, int use_gelu, u16* y, float* partials, u32* arrivals, int M, int N, int K) {
-    const Epilogue epilogue = {scale, bias, residual, alpha, use_gelu, y};
+struct LinearTiles {
+    const unsigned char* weight;
+    const u16* x;
+    Epilogue epilogue;
+    float* partials;  // [tiles, parts, TILE_M * 64 * HEIGHT], if K is split
+    u32* arrivals;
+    int M, N, K;
+};
+
+extern "C" __global__ void __launch_bounds__(128, BLOCKS_PER_SM) linear_tiles(const LinearTiles a) {
+    const unsigned char* const weight = a.weight;
+    const u16* const x = a.x;
+    const Epilogue epilogue = a.epilogue;
+    float* const partials = a.partials;
+    u32* const arrivals = a.arrivals;
+    const int M = a.M, N = a.N, K = a.K;
     extern __shared__ uint4 shared[];
     __shared__ bool is_last;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
@@ -3665,37 +3699,6 @@ __device__ __noinline__  // long code on sm_70
 #endif
 }
 ''',
-    "kernels/cuda/operation.cuh": r'''// What a kernel of a step of one token is given.
-#pragma once
-
-#include "kernels/cuda/common.cuh"
-
-// An operation on one token. `kernels_cuda.Operation` is the same struct.
-struct Operation {
-    const void* input;  // x [K]; qkv [B, H * 3 * D]; ids [B]
-    void* output;       // y [N]; [B, H * D]; hidden [B, N]
-    const unsigned char* weight;
-    const u16* scale;
-    const u16* bias;
-    const u16* residual;
-    const u16* norm_weight;  // [K] or null: x is normalised first,
-    const u16* norm_bias;
-    u16* normed;     // [K], and stored here
-    float* cosines;  // [B, D]
-    float* sines;
-    const float* frequencies;  // [D / 2R]
-    long long* positions;      // [B, R]
-    const long long* advance;
-    u16* keys;  // [B, H, T, D]
-    u16* values;
-    int* slots;          // [B]
-    const int* padding;  // [B]
-    float* partials;
-    u32* arrivals;
-    int bits, N, K, gelu, H, T, R, prefix, most;
-    float alpha, epsilon;
-};
-''',
     "kernels/cuda/prompt.cuh": r'''// Operations of a prompt: LayerNorm, rotary positions, and half weights for cuBLAS (expand.cuh). Module: prompt.
 #pragma once
 
@@ -3703,8 +3706,15 @@ struct Operation {
 #include "kernels/cuda/layer_norm.cuh"
 
 // y = LayerNorm(x) of rows x [M, K]; K % 8 == 0. Grid: M; block: 512. Shared memory: 2 * K. Alignment: 16 bytes.
-extern "C" __global__ void __launch_bounds__(512)
-    layer_norm(const u16* x, const u16* weight, const u16* bias, u16* y, float epsilon, int K) {
+struct LayerNorm {
+    const u16 *x, *weight, *bias;
+    u16* y;
+    float epsilon;
+    int K;
+};
+extern "C" __global__ void __launch_bounds__(512) layer_norm(const LayerNorm a) {
+    const u16 *const x = a.x, *const weight = a.weight, *const bias = a.bias;
+    const int K = a.K;
     extern __shared__ uint4 row[];
     __shared__ float sums[32];
     pdl_launch_dependents();
@@ -3714,15 +3724,20 @@ extern "C" __global__ void __launch_bounds__(512)
     }
     pdl_wait();
     for (int i = threadIdx.x; i < K / 8; i += blockDim.x) row[i] = ((const uint4*)x)[(size_t)blockIdx.x * (K / 8) + i];
-    layer_norm_row(row, (const uint4*)weight, (const uint4*)bias, nullptr, epsilon, K, sums);
-    for (int i = threadIdx.x; i < K / 8; i += blockDim.x) ((uint4*)y)[(size_t)blockIdx.x * (K / 8) + i] = row[i];
+    layer_norm_row(row, (const uint4*)weight, (const uint4*)bias, nullptr, a.epsilon, K, sums);
+    for (int i = threadIdx.x; i < K / 8; i += blockDim.x) ((uint4*)a.y)[(size_t)blockIdx.x * (K / 8) + i] = row[i];
 }
 
 // Splits qkv [B, S, H, 3 * D] and rotates by cosines and sines [B, S, D]: queries [B, S, H, D]; keys and values to the
 // caches [B, H, T, D], from `place` on. A thread for 8 numbers of each; block: 256. D % 16 == 0; alignment: 16 bytes.
-extern "C" __global__ void split_rotate(const u16* __restrict__ qkv, const u16* __restrict__ cosines,
-                                        const u16* __restrict__ sines, u16* queries, u16* keys, u16* values, int B,
-                                        int S, int H, int D, int R, int T, int place) {
+struct SplitRotate {
+    const u16 *qkv, *cosines, *sines;
+    u16 *queries, *keys, *values;
+    int B, S, H, D, R, T, place;
+};
+__device__ __forceinline__ void split_rotate(const u16* __restrict__ qkv, const u16* __restrict__ cosines,
+                                             const u16* __restrict__ sines, const SplitRotate a) {
+    const int B = a.B, S = a.S, H = a.H, D = a.D, R = a.R;
     const int lanes = D / 8, i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= B * S * H * lanes) return;
     const int k = i % lanes * 8, h = i / lanes % H, s = i / lanes / H % S, b = i / lanes / H / S;
@@ -3739,20 +3754,28 @@ extern "C" __global__ void split_rotate(const u16* __restrict__ qkv, const u16* 
         q[j] = to_u16(to_float(mine[k + j]) * c + to_float(mine[other]) * n);
         key[j] = to_u16(to_float(mine[D + k + j]) * c + to_float(mine[D + other]) * n);
     }
-    const size_t head = (size_t)b * H + h, to = (head * T + place + s) * D + k;
-    *(uint4*)(queries + (token * H + h) * D + k) = *(uint4*)q;
-    *(uint4*)(keys + to) = *(uint4*)key;
-    *(uint4*)(values + to) = *(const uint4*)(mine + 2 * D + k);
+    const size_t head = (size_t)b * H + h, to = (head * a.T + a.place + s) * D + k;
+    *(uint4*)(a.queries + (token * H + h) * D + k) = *(uint4*)q;
+    *(uint4*)(a.keys + to) = *(uint4*)key;
+    *(uint4*)(a.values + to) = *(const uint4*)(mine + 2 * D + k);
 }
+extern "C" __global__ void split_rotate(const SplitRotate a) { split_rotate(a.qkv, a.cosines, a.sines, a); }
 
 // Rotates queries and keys of qkv [tokens, H, 3 * D] by cosines and sines [tokens, D], whose halves of each of R parts
 // are equal. sign -1 rotates back. A thread for 8 numbers of each half; block: 256. D / R % 16 == 0; alignment: 16
 // bytes.
-extern "C" __global__ void rotate(const u16* __restrict__ qkv, const u16* __restrict__ cosines,
-                                  const u16* __restrict__ sines, u16* out, float sign, int tokens, int H, int D,
-                                  int R) {
+struct Rotate {
+    const u16 *qkv, *cosines, *sines;
+    u16* y;
+    float sign;
+    int tokens, H, D, R;
+};
+__device__ __forceinline__ void rotate(const u16* __restrict__ qkv, const u16* __restrict__ cosines,
+                                       const u16* __restrict__ sines, const Rotate a) {
+    const int H = a.H, D = a.D, R = a.R;
+    const float sign = a.sign;
     const int threads = D / 16, i = blockIdx.x * blockDim.x + threadIdx.x, vector = i / threads;
-    if (vector >= tokens * H * 3) return;
+    if (vector >= a.tokens * H * 3) return;
     const int part = D / R, per_part = part / 16, t = i % threads, k = t / per_part * part + t % per_part * 8;
     const size_t place = (size_t)vector * D + k, angle = (size_t)(vector / 3 / H) * D + k;
     uint4 first = *(const uint4*)(qkv + place), second = *(const uint4*)(qkv + place + part / 2);
@@ -3768,15 +3791,65 @@ extern "C" __global__ void rotate(const u16* __restrict__ qkv, const u16* __rest
         turn(first.z, second.z, c.z, s.z);
         turn(first.w, second.w, c.w, s.w);
     }
-    *(uint4*)(out + place) = first;
-    *(uint4*)(out + place + part / 2) = second;
+    *(uint4*)(a.y + place) = first;
+    *(uint4*)(a.y + place + part / 2) = second;
+}
+extern "C" __global__ void rotate(const Rotate a) { rotate(a.qkv, a.cosines, a.sines, a); }
+''',
+    "kernels/cuda/step.cuh": r'''// The begin and the end of a decoding step of one token for each of B sequences. Kernels of the module step_HEAD_DIM.
+#pragma once
+
+#include "kernels/cuda/common.cuh"
+
+// Begins a step. Grid: B; block: 256. Alignment: embedding and its rows to 16 bytes.
+struct BeginStep {
+    const long long* ids;        // [B]
+    const u16* embedding;        // [vocabulary, width]
+    const float* frequencies;    // [HEAD_DIM / 2R]
+    const long long* positions;  // [B, R]
+    u16* hidden;                 // [B, width]: embeddings of ids
+    float *cosines, *sines;      // [B, HEAD_DIM] of positions, rounded as the model's dtype rounds them
+    int width, R;
+};
+extern "C" __global__ void begin_step(const __grid_constant__ BeginStep a) {
+    pdl_launch_dependents();
+    pdl_wait();
+    const int b = blockIdx.x;
+    const u16* row = a.embedding + a.ids[b] * a.width;
+    for (int k = threadIdx.x * 8; k < a.width; k += blockDim.x * 8)
+        *(uint4*)(a.hidden + (size_t)b * a.width + k) = *(const uint4*)(row + k);
+    for (int i = threadIdx.x; i < HEAD_DIM; i += blockDim.x) {
+        const int part = HEAD_DIM / a.R;
+        const float position = (float)a.positions[b * a.R + i / part], frequency = a.frequencies[i % (part / 2)];
+#if BF16
+        const float angle = position * frequency;
+#else
+        const float angle = to_float(to_u16(to_float(to_u16(position)) * frequency));
+#endif
+        a.cosines[b * HEAD_DIM + i] = to_float(to_u16(cosf(angle)));
+        a.sines[b * HEAD_DIM + i] = to_float(to_u16(sinf(angle)));
+    }
+}
+
+// Ends a step: positions += advance, slots += 1. Grid: 1; block: 256.
+struct EndStep {
+    long long* positions;      // [B, R]
+    const long long* advance;  // [B, R]
+    int* slots;                // [B]
+    int B, R;
+};
+extern "C" __global__ void end_step(const __grid_constant__ EndStep a) {
+    pdl_launch_dependents();
+    pdl_wait();
+    for (int i = threadIdx.x; i < a.B * a.R; i += blockDim.x) a.positions[i] += a.advance[i];
+    for (int i = threadIdx.x; i < a.B; i += blockDim.x) a.slots[i] += 1;
 }
 ''',
     "kernels/cuda/training_norm.cuh": r'''// LayerNorm in training under autocast: its result in float32, and rounded to 16 bits for the next linear; and its
 // gradient. Module: training.
 //
-// Shapes: x [M, K], K % 8 == 0, K <= 4096 * EIGHTS. Grid: M; block: 512. A thread has every 512th eight numbers of a
-// row, at most EIGHTS of them, in registers. Shared memory: static. Alignment: 16 bytes.
+// Shapes: x [M, K], K % 8 == 0, K <= 4096 * EIGHTS. Grid: M; block: 512. Alignment: 16 bytes.
+// A thread has every 512th eight numbers of a row, at most EIGHTS of them, in registers.
 #pragma once
 
 #include "kernels/cuda/layer_norm.cuh"
@@ -3839,6 +3912,22 @@ struct Row {
     }
 };
 
+struct NormForward {
+    const void *x, *weight, *bias;  // float32 or 16 bits
+    float* y;
+    u16* rounded;
+    float epsilon;
+    int x_is_float, weight_is_float, K;
+};
+struct NormBackward {
+    const void *x, *weight;
+    const float* grad_y;
+    const u16* grad_rounded;
+    void* grad_x;  // of x's dtype
+    float epsilon;
+    int x_is_float, weight_is_float, K;
+};
+
 // y, rounded: LayerNorm of x.
 template <int EIGHTS>
 __device__ __forceinline__ void norm_forward(const void* x, const void* weight, const void* bias, float* y,
@@ -3897,16 +3986,15 @@ __device__ __forceinline__ void norm_backward(const void* x, const void* weight,
         store8(grad_x, row + i, x_is_float, g[j]);
     }
 }
-#define NORMS(EIGHTS)                                                                                            \
-    extern "C" __global__ void __launch_bounds__(512, 4 / EIGHTS)                                                \
-        norm_forward_##EIGHTS(const void* x, const void* weight, const void* bias, float* y, u16* rounded,       \
-                              float epsilon, int x_is_float, int weight_is_float, int K) {                       \
-        norm_forward<EIGHTS>(x, weight, bias, y, rounded, epsilon, x_is_float, weight_is_float, K);              \
-    }                                                                                                            \
-    extern "C" __global__ void __launch_bounds__(512, EIGHTS == 1 ? 3 : 1)                                       \
-        norm_backward_##EIGHTS(const void* x, const void* weight, const float* grad_y, const u16* grad_rounded,  \
-                               void* grad_x, float epsilon, int x_is_float, int weight_is_float, int K) {        \
-        norm_backward<EIGHTS>(x, weight, grad_y, grad_rounded, grad_x, epsilon, x_is_float, weight_is_float, K); \
+
+#define NORMS(EIGHTS)                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(512, 4 / EIGHTS) norm_forward_##EIGHTS(const NormForward a) {        \
+        norm_forward<EIGHTS>(a.x, a.weight, a.bias, a.y, a.rounded, a.epsilon, a.x_is_float, a.weight_is_float, a.K); \
+    }                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(512, EIGHTS == 1 ? 3 : 1)                                            \
+        norm_backward_##EIGHTS(const NormBackward a) {                                                                \
+        norm_backward<EIGHTS>(a.x, a.weight, a.grad_y, a.grad_rounded, a.grad_x, a.epsilon, a.x_is_float,             \
+                              a.weight_is_float, a.K);                                                                \
     }
 NORMS(1) NORMS(2) NORMS(4)
 ''',

@@ -41,9 +41,11 @@ from .chat_chatglm import ChatMixin
 from .checkpoint import check_checkpoint, read_prefix
 from .configuration_chatglm import ChatGLMConfig
 from .cuda_graphs import StepCache, StepGraph, forget_steps
-from .generation_chatglm import ChatGLMGenerationMixin
 
 # Early transformers 5 brings along only what this very file imports, so the kernels of the others stand here.
+from .cuda_plans import MODULES  # noqa: F401
+from .cuda_runtime import launch  # noqa: F401
+from .generation_chatglm import ChatGLMGenerationMixin
 from .kernel_cache import keep  # noqa: F401
 from .kernel_sources import FILES  # noqa: F401
 from .kernels_cpu import library as cpu_library

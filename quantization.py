@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .cuda_plans import MAX_SMALL_M
 from .kernels_cpu import MAX_HALF_ROWS
 from .kernels_cpu import library as cpu_library
-from .kernels_cuda import MOST_FEW_ROWS
 from .kernels_cuda import available as cuda_available
 from .kernels_cuda import input_gradient as cuda_input_gradient
 from .kernels_cuda import layer_norm as cuda_layer_norm
@@ -594,7 +594,7 @@ def apply_layer_norm(
     if (x.data_ptr() | weight.data_ptr() | bias.data_ptr()) % 16:
         return norm(x)
     # For few rows, the linear's kernel may do it.
-    deferred = before is not None and x.numel() <= MOST_FEW_ROWS * width and _is_plain(before, QuantizedLinear, x)
+    deferred = before is not None and x.numel() <= MAX_SMALL_M * width and _is_plain(before, QuantizedLinear, x)
     deferred = deferred and not has_hooks(within) and cuda_takes_norm(x, before.weights()[0], before.bits)
     return cuda_layer_norm(x, weight, bias, norm.eps, deferred)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from chatglm_int8 import kernels_cuda
+from chatglm_int8 import cuda_runtime, kernels_cuda
 from chatglm_int8.quantization import dequantize_weight
 
 SHAPES = [(12288, 4096), (4096, 4096), (16384, 4096), (4096, 16384)]  # N, K
@@ -33,9 +33,9 @@ def replayed(calls: list[Callable]) -> float:
     """Milliseconds of one of the calls, which are recorded one after the other."""
     calls[0]()
     torch.cuda.synchronize()
-    tickets = kernels_cuda.new_tickets(torch.device("cuda"))
+    arrivals = cuda_runtime.new_arrivals(torch.device("cuda"))
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), kernels_cuda.own_tickets(tickets):
+    with torch.cuda.graph(graph), cuda_runtime.own_arrivals(arrivals):
         for call in calls:
             call()
     graph.replay()

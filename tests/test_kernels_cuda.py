@@ -3,6 +3,7 @@
 import ctypes
 import importlib.util
 import os
+import re
 import sys
 import types
 import warnings
@@ -12,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from chatglm_int8 import kernels_cuda
+from chatglm_int8 import cuda_plans, cuda_runtime, kernels_cuda
 from chatglm_int8.modeling_chatglm import _Rotation, apply_rotary, rotary_embedding
 from chatglm_int8.quantization import dequantize_weight
 
-HOPPER = [name for name, (file, _) in kernels_cuda.MODULES.items() if file.startswith("hopper/")]
+MODULES = cuda_plans.MODULES
+HOPPER = [name for name, module in MODULES.items() if module.file.startswith("hopper/")]
 ARCHITECTURES = {12: [70, 75, 80, 90], 13: [75, 80, 86, 89, 90, 100, 120]}
 on_gpu = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 # Of norms. Inputs are given, sums are fp32, so what remains is the rounding of the result: half a unit in the last
@@ -35,8 +37,8 @@ def fresh_libraries(monkeypatch):
         pytest.skip("needs cpm_kernels: pip install cpm_kernels")
 
     def forget():
-        kernels_cuda.load_libraries.cache_clear()
-        for name in [name for name in sys.modules if name.startswith(kernels_cuda._PRIVATE)]:
+        cuda_runtime.load_libraries.cache_clear()
+        for name in [name for name in sys.modules if name.startswith(cuda_runtime._PRIVATE)]:
             del sys.modules[name]
 
     forget()
@@ -49,8 +51,8 @@ def load_nvrtc(major: int, monkeypatch) -> types.ModuleType:
     nvidia = importlib.util.find_spec("nvidia")
     for folder in nvidia.submodule_search_locations if nvidia else ():
         for path in Path(folder).glob(f"*/lib/libnvrtc.so.{major}"):
-            monkeypatch.setattr(kernels_cuda, "find_library", {"nvrtc": str(path)}.get)
-            return kernels_cuda.load_libraries().nvrtc
+            monkeypatch.setattr(cuda_runtime, "find_library", {"nvrtc": str(path)}.get)
+            return cuda_runtime.load_libraries().nvrtc
     wheel = "nvidia-cuda-nvrtc" + ("-cu12" if major == 12 else "")
     pytest.skip(f"needs NVRTC {major}: pip install {wheel}")
 
@@ -69,14 +71,13 @@ def test_compiles(major, architecture, monkeypatch, fresh_libraries):
     if architecture == 90:
         names += ["linear_large_m_8_256_2", "linear_large_m_4_64_1", "input_gradient_192_2"]
         names += ["linear_small_m_8_16_3", "linear_small_m_4_32_1", "linear_small_m_8_8_2"]
-    others = [name for name in kernels_cuda.MODULES if name not in HOPPER]  # those have a test below
+    others = [name for name in MODULES if name not in HOPPER]  # those have a test below
     jobs = [(name, 0) for name in (others if architecture == 90 else names)]
     jobs += [(name, 1) for name in names if architecture >= 80]
 
     def compile_one(job):
         name, bf16 = job
-        options = kernels_cuda.compiler_options(name, bf16, architecture)
-        return kernels_cuda.compile_module(nvrtc, name, options)
+        return cuda_runtime.compile_module(nvrtc, MODULES[name], MODULES[name].options(bf16, architecture))
 
     with ThreadPoolExecutor() as pool:
         for job, code in zip(jobs, pool.map(compile_one, jobs), strict=True):
@@ -98,36 +99,74 @@ def test_products_on_hopper_are_not_serialised(major, monkeypatch, fresh_librari
     monkeypatch.setattr(nvrtc, "nvrtcDestroyProgram", keep_log)
 
     def compile_one(name):
-        return kernels_cuda.compile_module(nvrtc, name, kernels_cuda.compiler_options(name, False, 90))
+        return cuda_runtime.compile_module(nvrtc, MODULES[name], MODULES[name].options(False, 90))
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(compile_one, HOPPER))
     assert logs
     assert not any("serialized" in log for log in logs)
     file, touched = "kernels/cuda/hopper/linear_large_m.cuh", "sums[0] += 1; load_fragments(stage, 1, a[1]);"
-    changed = kernels_cuda.FILES[file].replace("load_fragments(stage, 1, a[1]);", touched)
-    monkeypatch.setitem(kernels_cuda.FILES, file, changed)
+    changed = cuda_runtime.SOURCES[file].replace("load_fragments(stage, 1, a[1]);", touched)
+    monkeypatch.setitem(cuda_runtime.SOURCES, file, changed)
     compile_one("linear_large_m_8_64_1")
     assert "serialized" in logs[-1]  # so the test could fail
 
 
-def test_what_hopper_kernels_are_given_has_the_size_of_their_parameter(monkeypatch, fresh_libraries):
+ARGUMENTS = {
+    kernels_cuda.LinearM1: ("linear_m1_8", "linear_m1"),
+    kernels_cuda.LinearM8: ("linear_m8_8", "linear_m8"),
+    kernels_cuda.LinearM16: ("linear_m16_8_8", "linear_m16"),
+    kernels_cuda.LinearTiles: ("linear_tiles_8_8", "linear_tiles"),
+    kernels_cuda.LinearSmallM: ("linear_small_m_8_8_1", "linear_small_m"),
+    kernels_cuda.LinearLargeM: ("linear_large_m_8_64_1", "linear_large_m"),
+    kernels_cuda.Expand: ("prompt", "expand_8"),
+    kernels_cuda.LayerNorm: ("prompt", "layer_norm"),
+    kernels_cuda.SplitRotate: ("prompt", "split_rotate"),
+    kernels_cuda.Rotate: ("prompt", "rotate"),
+    kernels_cuda.NormForward: ("training", "norm_forward_1"),
+    kernels_cuda.NormBackward: ("training", "norm_backward_1"),
+    kernels_cuda.BeginStep: ("step_128", "begin_step"),
+    kernels_cuda.EndStep: ("step_128", "end_step"),
+    kernels_cuda.DecodeAttention: ("step_128", "attend_step"),
+}
+
+
+def cuda_fields(struct: str) -> list[str]:
+    """The fields of a struct in kernels/cuda in order, those of its members Epilogue and Norm in their places."""
+    (body,) = re.findall(rf"struct {struct} {{(.*?)}};", "".join(cuda_runtime.SOURCES.values()), re.S)
+    fields = []
+    for declaration in re.sub("//.*", "", body).split(";")[:-1]:
+        kind, *_ = declaration.split()
+        names = [re.findall(r"\w+", name)[-1] for name in declaration.split(",")]
+        fields += cuda_fields(kind) if kind in ("Epilogue", "Norm") else names
+    return fields
+
+
+def python_fields(struct: type) -> list[str]:
+    fields = []
+    for name, kind in struct._fields_:
+        is_part = isinstance(kind, type) and issubclass(kind, ctypes.Structure)
+        fields += python_fields(kind) if is_part else [name]
+    return [name for name in fields if name != "padding_to_64"]
+
+
+@pytest.mark.parametrize("struct", ARGUMENTS)
+def test_arguments_have_the_fields_and_the_size_of_the_kernels(struct, monkeypatch, fresh_libraries):
+    assert python_fields(struct) == cuda_fields(struct.__name__)
     nvrtc = load_nvrtc(13, monkeypatch)
-    kernels = {"linear_large_m_8_64_1": "linear_large_m", "linear_small_m_8_8_1": "linear_small_m"}
-    for name, kernel in kernels.items():
-        options = kernels_cuda.compiler_options(name, False, 90)
-        options[1] = "--gpu-architecture=compute_90a"
-        ptx = kernels_cuda.compile_module(nvrtc, name, options).decode()
-        assert f".param .align 64 .b8 {kernel}_param_0[{kernels_cuda._CALL.size}]" in ptx
+    name, kernel = ARGUMENTS[struct]
+    options = [option.replace("=sm_", "=compute_") for option in MODULES[name].options(False, 90)]
+    ptx = cuda_runtime.compile_module(nvrtc, MODULES[name], options).decode()
+    assert f".b8 {kernel}_param_0[{ctypes.sizeof(struct)}]" in ptx
 
 
 def test_what_the_compiler_says_is_passed_on(monkeypatch, fresh_libraries):
     nvrtc = load_nvrtc(13, monkeypatch)
-    changed = kernels_cuda.FILES["kernels/cuda/mma.cuh"] + "__device__ int i = no_such_thing;\n"
-    monkeypatch.setitem(kernels_cuda.FILES, "kernels/cuda/mma.cuh", changed)
+    changed = cuda_runtime.SOURCES["kernels/cuda/mma.cuh"] + "__device__ int i = no_such_thing;\n"
+    monkeypatch.setitem(cuda_runtime.SOURCES, "kernels/cuda/mma.cuh", changed)
     place = rf"kernels/cuda/mma.cuh\({changed.count(chr(10))}\): error.*no_such_thing"
     with pytest.raises(RuntimeError, match=place):
-        kernels_cuda.compile_module(nvrtc, "linear_m1_8", kernels_cuda.compiler_options("linear_m1_8", False, 90))
+        cuda_runtime.compile_module(nvrtc, MODULES["linear_m1_8"], MODULES["linear_m1_8"].options(False, 90))
 
 
 def test_library_search_in_wheels(tmp_path, monkeypatch):
@@ -137,13 +176,13 @@ def test_library_search_in_wheels(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     spec = types.SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    monkeypatch.setattr(kernels_cuda.importlib.util, "find_spec", lambda name: spec if name == "nvidia" else None)
+    monkeypatch.setattr(cuda_runtime.importlib.util, "find_spec", lambda name: spec if name == "nvidia" else None)
     monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
     for cuda, expected in (("12.8", names[1]), ("13.0", names[0]), (None, names[0])):
         monkeypatch.setattr(torch.version, "cuda", cuda)
-        assert kernels_cuda.find_library("cudart") == str(tmp_path / expected)
-        assert kernels_cuda.find_library("nvrtc") == str(tmp_path / names[2])
-    assert kernels_cuda.find_library("cublasLt") is None
+        assert cuda_runtime.find_library("cudart") == str(tmp_path / expected)
+        assert cuda_runtime.find_library("nvrtc") == str(tmp_path / names[2])
+    assert cuda_runtime.find_library("cublasLt") is None
 
 
 def test_the_users_modules_and_environment_are_left_alone(monkeypatch, fresh_libraries):
@@ -151,11 +190,11 @@ def test_the_users_modules_and_environment_are_left_alone(monkeypatch, fresh_lib
     theirs.__spec__ = importlib.util.find_spec("cpm_kernels")
     monkeypatch.setitem(sys.modules, "cpm_kernels", theirs)
     modules, environment = {name for name in sys.modules}, dict(os.environ)
-    libraries = kernels_cuda.load_libraries()
+    libraries = cuda_runtime.load_libraries()
     assert libraries.nvrtc.__file__.startswith(os.path.dirname(theirs.__spec__.origin))
     assert sys.modules["cpm_kernels"] is theirs
     added = {name for name in set(sys.modules) - modules if "cpm_kernels" in name or name == "pkg_resources"}
-    assert all(name.startswith(kernels_cuda._PRIVATE) for name in added)
+    assert all(name.startswith(cuda_runtime._PRIVATE) for name in added)
     assert dict(os.environ) == environment
 
 
@@ -163,8 +202,9 @@ def test_a_missing_library_is_said_with_its_remedy(monkeypatch):
     def missing():
         raise ImportError("cpm_kernels is not installed")
 
-    monkeypatch.setattr(kernels_cuda, "load_launcher", missing)
-    monkeypatch.setattr(kernels_cuda, "_properties", lambda device: (90, 132, 233472, 232448))
+    monkeypatch.setattr(cuda_runtime, "load_launcher", missing)
+    monkeypatch.setattr(kernels_cuda, "properties", lambda device: (90, 132, 233472, 232448))
+    monkeypatch.setattr(cuda_runtime, "properties", lambda device: (90, 132, 233472, 232448))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(synchronize=lambda: None))
     monkeypatch.setattr(torch.cuda, "device", lambda index: warnings.catch_warnings())
@@ -193,21 +233,20 @@ DEVICES |= {120: (170, 102400, 101376)}
 
 @pytest.mark.parametrize("architecture", DEVICES)
 def test_every_launch_fits_the_device(architecture, monkeypatch):
-    monkeypatch.setattr(kernels_cuda, "_properties", lambda device: (architecture, *DEVICES[architecture]))
+    monkeypatch.setattr(cuda_plans, "properties", lambda device: (architecture, *DEVICES[architecture]))
     *_, most = DEVICES[architecture]
     planned = set()
     for bits in (8, 4, 16):
         for n, k in ((12288, 4096), (4096, 16384), (40, 65536), (17, 64)):
             for m in range(1, 130):
-                plan = kernels_cuda._plan.__wrapped__(m, n, k, bits, 0)
+                plan = cuda_plans.linear_plan.__wrapped__(m, n, k, bits, 0)
                 if plan is None:
                     continue
-                module, name, grid, block, shared, _ = plan
-                assert module in kernels_cuda.MODULES
-                static = {"linear_m1": 4096, "linear_m8": 4096, "linear_m16": 0}.get(name, 64)  # bytes, at most
-                assert shared + static <= most, plan
-                assert min(grid) > 0
-                assert grid[0] * block >= 32
+                assert plan.module in MODULES.values()
+                static = {"linear_m1": 4096, "linear_m8": 4096, "linear_m16": 0}.get(plan.kernel, 64)  # bytes, at most
+                assert max(plan.shared, plan.norm_shared or 0) + static <= most, plan
+                assert min(plan.grid) > 0
+                assert plan.grid[0] * plan.block >= 32
                 planned.add(m)
     assert planned >= set(range(1, 9))
     assert architecture < 75 or planned >= set(range(1, 65))  # beyond, expanding the weight may be as fast
@@ -215,33 +254,34 @@ def test_every_launch_fits_the_device(architecture, monkeypatch):
 
 def test_every_launch_on_hopper_fits_the_device(monkeypatch):
     processors, _, most = DEVICES[90]
-    monkeypatch.setattr(kernels_cuda, "_properties", lambda device: (90, *DEVICES[90]))
+    monkeypatch.setattr(cuda_plans, "properties", lambda device: (90, *DEVICES[90]))
     for n, k in ((12288, 4096), (4096, 16384), (40, 65536), (24, 64), (8, 128)):
         for m in range(33, 2100, 7):
-            tokens, split = kernels_cuda._hopper_shape(m, n, k, processors)
+            tokens, split = cuda_plans.large_m_shape(m, n, k, processors)
             for module in ("linear_large_m_8", "linear_large_m_4", "input_gradient"):
-                assert f"{module}_{tokens}_{split}" in kernels_cuda.MODULES
-            assert kernels_cuda.large_m_bytes(tokens, 8192) + 128 <= most
+                assert f"{module}_{tokens}_{split}" in MODULES
+            assert cuda_plans.large_m_bytes(tokens, 8192) + 128 <= most
             assert k // 64 >= split
     for n, k in ((12288, 4096), (4096, 16384), (40, 65536), (24, 64), (200000, 128)):
         for m in range(2, 33):
             for bits in (8, 4):
-                tokens, split, stages, shared = kernels_cuda._few_shape(m, n, k, bits, 0)
-                assert f"linear_small_m_{bits}_{tokens}_{split}" in kernels_cuda.MODULES
+                tokens, split, stages, shared = cuda_plans.small_m_shape(m, n, k, bits, 0)
+                assert f"linear_small_m_{bits}_{tokens}_{split}" in MODULES
                 assert tokens >= m
                 assert split == 1 or k // 128 >= split
-                assert 1 < stages <= kernels_cuda.MAX_STAGES
-                assert kernels_cuda.small_m_bytes(tokens, split, stages, 2048 * bits) <= shared <= most - 2048
+                assert 1 < stages <= cuda_plans.MAX_STAGES
+                assert cuda_plans.small_m_bytes(tokens, split, stages, 2048 * bits) <= shared <= most - 2048
     # The prompts that benchmarks ask about, by measurement: the widest tiles; of few, K is cut.
-    assert kernels_cuda._hopper_shape(2048, 4096, 16384, processors) == (256, 1)
-    assert kernels_cuda._hopper_shape(512, 4096, 16384, processors) == (256, 2)
+    assert cuda_plans.large_m_shape(2048, 4096, 16384, processors) == (256, 1)
+    assert cuda_plans.large_m_shape(512, 4096, 16384, processors) == (256, 2)
 
 
 def test_what_is_launched_on_hopper(monkeypatch):
     launched = []
-    monkeypatch.setattr(kernels_cuda, "_properties", lambda device: (90, *DEVICES[90]))
-    monkeypatch.setattr(kernels_cuda, "_tensor_map", lambda *given: bytes(128))
-    monkeypatch.setattr(kernels_cuda, "_launch", lambda like, module, name, *others: launched.append((module, name)))
+    for module in (cuda_plans, kernels_cuda):
+        monkeypatch.setattr(module, "properties", lambda device: (90, *DEVICES[90]))
+    monkeypatch.setattr(kernels_cuda, "_tensor_map", lambda *given: kernels_cuda.TensorMap())
+    monkeypatch.setattr(kernels_cuda, "launch", lambda like, module, *others: launched.append((module.name, others[0])))
     weight, scale = torch.zeros(64, 256, dtype=torch.int8), torch.zeros(64).half()
     x = torch.zeros(2, 20, 256).half()
     assert kernels_cuda.product(x, weight, scale).shape == (2, 20, 64)
@@ -258,24 +298,24 @@ def test_compiled_modules_are_kept(tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(
-        kernels_cuda, "compile_module", lambda *given: compiled.append(given) or f"code {len(compiled)}".encode()
+        cuda_runtime, "compile_module", lambda *given: compiled.append(given) or f"code {len(compiled)}".encode()
     )
     old, new = types.SimpleNamespace(version=(12, 9)), types.SimpleNamespace(version=(13, 0))
-    assert kernels_cuda._module_code(old, "linear_m1_8", False, 90) == b"code 1"
-    assert kernels_cuda._module_code(old, "linear_m1_8", False, 90) == b"code 1"
+    assert cuda_runtime.module_code(old, MODULES["linear_m1_8"], False, 90) == b"code 1"
+    assert cuda_runtime.module_code(old, MODULES["linear_m1_8"], False, 90) == b"code 1"
     for other in (
-        (new, "linear_m1_8", False, 90),
-        (old, "prompt", False, 90),
-        (old, "linear_m1_8", True, 90),
-        (old, "linear_m1_8", False, 80),
+        (new, MODULES["linear_m1_8"], False, 90),
+        (old, MODULES["prompt"], False, 90),
+        (old, MODULES["linear_m1_8"], True, 90),
+        (old, MODULES["linear_m1_8"], False, 80),
     ):
-        assert kernels_cuda._module_code(*other) == f"code {len(compiled)}".encode()
+        assert cuda_runtime.module_code(*other) == f"code {len(compiled)}".encode()
     assert len(compiled) == 5
-    monkeypatch.setitem(kernels_cuda.FILES, "kernels/cuda/linear_m1.cuh", "changed")
-    assert kernels_cuda._module_code(old, "linear_m1_8", False, 90) == b"code 6"
+    monkeypatch.setitem(cuda_runtime.SOURCES, "kernels/cuda/linear_m1.cuh", "changed")
+    assert cuda_runtime.module_code(old, MODULES["linear_m1_8"], False, 90) == b"code 6"
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # no folder can be made there
-    assert kernels_cuda._module_code(old, "linear_m1_8", False, 90) == b"code 7"
+    assert cuda_runtime.module_code(old, MODULES["linear_m1_8"], False, 90) == b"code 7"
 
 
 # --- On a GPU ---
@@ -318,8 +358,8 @@ class TestProducts:
     @pytest.mark.parametrize("widths", [(), (8, 16)])
     def test_ways_of_older_devices(self, widths, n, k, bits, dtype, monkeypatch):
         weight, scale, bias, exact = problem(bits, dtype, n, k)
-        monkeypatch.setattr(kernels_cuda, "M16_TILES", widths)
-        monkeypatch.setattr(kernels_cuda, "_plan", kernels_cuda._plan.__wrapped__)
+        monkeypatch.setattr(cuda_plans, "M16_TILES", widths)
+        monkeypatch.setattr(kernels_cuda, "linear_plan", cuda_plans.linear_plan.__wrapped__)
         monkeypatch.setattr(kernels_cuda, "_suits_hopper", lambda *given: False)
         for m in (2, 8, 9, 16) if widths else (2, 8, 9, 32, 33, 65, 128, 130):
             x = torch.randn(m, k, device="cuda").to(dtype)
@@ -360,16 +400,16 @@ on_hopper = [
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("split", kernels_cuda.SMALL_M_SPLITS)
-@pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=on_hopper) for tokens in kernels_cuda.SMALL_M_TILES])
+@pytest.mark.parametrize("split", cuda_plans.SMALL_M_SPLITS)
+@pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=on_hopper) for tokens in cuda_plans.SMALL_M_TILES])
 def test_every_shape_of_block_of_few_rows_on_hopper(tokens, split, dtype, monkeypatch):
-    monkeypatch.setattr(kernels_cuda, "_hopper_launch", kernels_cuda._hopper_launch.__wrapped__)
+    monkeypatch.setattr(kernels_cuda, "hopper_plan", cuda_plans.hopper_plan.__wrapped__)
     for stages in (2, 3, 8):  # rings that turn often, too
         for m, n, k in ((tokens, 256, 4096), (tokens - 3, 448, 2080), (2, 136, 1056), (tokens // 2, 8, 192)):
             for bits in (8, 4):
-                shared = kernels_cuda.small_m_bytes(tokens, split, stages, 2048 * bits)
+                shared = cuda_plans.small_m_bytes(tokens, split, stages, 2048 * bits)
                 shape = (tokens, split, stages, shared)
-                monkeypatch.setattr(kernels_cuda, "_few_shape", lambda *given, shape=shape: shape)
+                monkeypatch.setattr(cuda_plans, "small_m_shape", lambda *given, shape=shape: shape)
                 weight, scale, bias, exact = problem(bits, dtype, n, k)
                 x, residual = torch.randn(m, k, device="cuda").to(dtype), torch.randn(m, n, device="cuda").to(dtype)
                 expected = x.double() @ exact.T + bias.double()
@@ -381,12 +421,12 @@ def test_every_shape_of_block_of_few_rows_on_hopper(tokens, split, dtype, monkey
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("split", kernels_cuda.LARGE_M_SPLITS)
-@pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=on_hopper) for tokens in kernels_cuda.LARGE_M_STAGES])
+@pytest.mark.parametrize("split", cuda_plans.LARGE_M_SPLITS)
+@pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=on_hopper) for tokens in cuda_plans.LARGE_M_STAGES])
 def test_every_shape_of_block_on_hopper(tokens, split, dtype, monkeypatch):
-    monkeypatch.setattr(kernels_cuda, "_hopper_launch", kernels_cuda._hopper_launch.__wrapped__)
-    monkeypatch.setattr(kernels_cuda, "_hopper_shape", lambda *given: (tokens, split))
-    monkeypatch.setattr(kernels_cuda, "MOST_FEW_ROWS", 0)
+    monkeypatch.setattr(kernels_cuda, "hopper_plan", cuda_plans.hopper_plan.__wrapped__)
+    monkeypatch.setattr(cuda_plans, "large_m_shape", lambda *given: (tokens, split))
+    monkeypatch.setattr(kernels_cuda, "MAX_SMALL_M", 0)
     # The last has blocks that take several tiles, one after the other.
     shapes = ((130, 256, 128), (300, 1024, 4096), (512, 448, 2080), (37, 192, 1056), (1, 128, 160), (4200, 1152, 448))
     for m, n, k in shapes:

@@ -11,10 +11,10 @@ __device__ __forceinline__ float gelu(float v) {  // tanh form
 struct Epilogue {
     const u16* scale;     // [N] or null
     const u16* bias;      // [N] or null
-    const u16* residual;  // [M, N] or null
+    const u16* residual;  // [M, N] or null; float32 where a kernel says so
+    void* y;              // [M, N]
     float alpha;
     int gelu;
-    void* y;  // [M, N]
 };
 // Of one output, as loaded: a conversion would wait for the load.
 struct EpilogueOperands {

@@ -5,9 +5,16 @@
 
 #include "kernels/cuda/dequantize.cuh"
 
+struct Expand {
+    const unsigned char* weight;
+    const u16* scale;
+    u16* y;
+    int N, K;
+};
+
 template <int bits>
 __device__ __forceinline__ void expand(const unsigned char* __restrict__ weight, const u16* __restrict__ scale,
-                                       u16* __restrict__ out, int N, int K) {
+                                       u16* __restrict__ y, int N, int K) {
     const int k = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
     const size_t row_bytes = (size_t)K * bits / 8;
     if (k >= K) return;
@@ -35,7 +42,7 @@ __device__ __forceinline__ void expand(const unsigned char* __restrict__ weight,
                     dequantize_int8(v[i].y, w + 2);
                 } else
                     dequantize_int4(v[i].x, w);
-                *(uint4*)(out + (size_t)(first + i) * K + k) =
+                *(uint4*)(y + (size_t)(first + i) * K + k) =
                     make_uint4(pack(low(w[0]) * s, high(w[0]) * s), pack(low(w[1]) * s, high(w[1]) * s),
                                pack(low(w[2]) * s, high(w[2]) * s), pack(low(w[3]) * s, high(w[3]) * s));
             }
@@ -49,13 +56,9 @@ __device__ __forceinline__ void expand(const unsigned char* __restrict__ weight,
                     v = (signed char)p[i];
                 else
                     v = (i & 1) ? (int)((u32)p[i / 2] << 28) >> 28 : (int)((u32)p[i / 2] << 24) >> 28;
-                out[(size_t)n * K + i] = to_u16(v * to_float(scale[n]));
+                y[(size_t)n * K + i] = to_u16(v * to_float(scale[n]));
             }
     }
 }
-extern "C" __global__ void expand_8(const unsigned char* weight, const u16* scale, u16* out, int N, int K) {
-    expand<8>(weight, scale, out, N, K);
-}
-extern "C" __global__ void expand_4(const unsigned char* weight, const u16* scale, u16* out, int N, int K) {
-    expand<4>(weight, scale, out, N, K);
-}
+extern "C" __global__ void expand_8(const Expand a) { expand<8>(a.weight, a.scale, a.y, a.N, a.K); }
+extern "C" __global__ void expand_4(const Expand a) { expand<4>(a.weight, a.scale, a.y, a.N, a.K); }

@@ -24,6 +24,14 @@ __device__ __forceinline__ float block_sum(float v, float* shared) {
     return v;
 }
 
+// A LayerNorm before a linear.
+struct Norm {
+    const u16* norm_weight;  // [K], or null: none
+    const u16* norm_bias;    // [K]
+    u16* normed;             // [M, K]: block 0 stores the result
+    float epsilon;
+};
+
 // LayerNorm of x [K] in place, in shared memory; K % 8 == 0. A thread reads and writes every blockDim'th 16 bytes
 // alone. normed: null, or where block 0 stores the result, too. shared: [32].
 __device__ __forceinline__ void layer_norm_row(uint4* x, const uint4* weight, const uint4* bias, u16* normed,

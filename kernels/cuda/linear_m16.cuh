@@ -1,10 +1,12 @@
-// y = epilogue(LayerNorm(x) * weight^T) of 2 to 16 rows x [M, K], K <= 4096, the LayerNorm if norm.weight is given.
-// Module: linear_m16_BITS_TILE_M. From sm_80 on.
+// y = epilogue(LayerNorm(x) * weight^T) of 2 to 16 rows x [M, K]; the LayerNorm if norm_weight is given. Module:
+// linear_m16_BITS_TILE_M. From sm_80 on.
 //
-// Shapes: quantised weight [N, K]; M <= TILE_M. Grid: any; block: 512, one to a multiprocessor.
-// Shared memory: the ring (64 KB), two buffers of partial sums. Alignment: weight, its rows and x to 16 bytes.
+// Shapes: quantised weight [N, K]; M <= TILE_M, K <= MAX_K.
+// Grid: any; block: 512, one to a multiprocessor. Alignment: weight, its rows and x to 16 bytes.
+// Shared memory: the ring (64 KB), two buffers of partial sums.
 // Pipeline: a block owns 16 weight rows at a time, each of its 16 warps 1/16 of K, for which it holds x in registers.
-// Each thread reads only the weights it copied itself (cp.async), so warps meet once a tile, to add their partial sums.
+//   Each thread reads only the weights it copied itself (cp.async), so warps meet once a tile, to add their partial
+//   sums.
 #pragma once
 
 #include "kernels/cuda/dequantize.cuh"
@@ -13,7 +15,7 @@
 #include "kernels/cuda/mma.cuh"
 
 static_assert((BITS == 8 || BITS == 4) && (TILE_M == 8 || TILE_M == 16), "");
-constexpr int MAX_K = 4096;                                  // kernels_cuda.M16_MAX_K
+constexpr int MAX_K = 4096;                                  // cuda_plans.M16_MAX_K
 constexpr int WARPS = 16, THREADS = 512, TILE_N = 16;        // a thread an output
 constexpr int SLICES = MAX_K * BITS / 8 / WARPS / 64;        // of 64 bytes of a weight row, for each warp
 constexpr int STAGES = 4 / SLICES;                           // tiles in flight
@@ -21,19 +23,20 @@ constexpr int CHUNK = 128 / BITS, M_FRAGMENTS = TILE_M / 8;  // weights in 16 by
 constexpr int PITCH = TILE_N + 4;                            // of partial sums: free of bank conflicts
 static_assert(TILE_M * TILE_N <= THREADS && STAGES * SLICES == 4, "");
 
-struct Norm {
-    const u16* weight;  // [K] or null
-    const u16* bias;
-    u16* normed;  // [M, K]: block 0 stores the LayerNorm's result
-    float epsilon;
+struct LinearM16 {
+    const unsigned char* weight;
+    const u16* x;
+    Epilogue epilogue;
+    Norm norm;
+    int M, N, K;
 };
 
-extern "C" __global__ void __launch_bounds__(512, 1)
-    linear_m16(const unsigned char* weight, const u16* x, const u16* scale, const u16* bias, const u16* residual,
-               float alpha, int use_gelu, u16* y, const u16* norm_weight, const u16* norm_bias, u16* normed,
-               float epsilon, int M, int N, int K) {
-    const Epilogue epilogue = {scale, bias, residual, alpha, use_gelu, y};
-    const Norm norm = {norm_weight, norm_bias, normed, epsilon};
+extern "C" __global__ void __launch_bounds__(512, 1) linear_m16(const LinearM16 a) {
+    const unsigned char* const weight = a.weight;
+    const u16* const x = a.x;
+    const Epilogue epilogue = a.epilogue;
+    const Norm norm = a.norm;
+    const int M = a.M, N = a.N, K = a.K;
     extern __shared__ uint4 shared[];
     float* const all_partials = (float*)(shared + 4 * 2 * THREADS);  // [2][WARPS][TILE_M * PITCH]
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
@@ -69,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(512, 1)
                 my_x[r][c][j] = m < M && k < K ? __ldcg((const uint4*)(x + (size_t)m * K + k)) : make_uint4(0, 0, 0, 0);
             }
 
-    if (norm.weight) {                                  // as layer_norm_row
+    if (norm.norm_weight) {                             // as layer_norm_row
         float mean[M_FRAGMENTS], inverse[M_FRAGMENTS];  // of the standard deviation
 #pragma unroll
         for (int c = 0; c < M_FRAGMENTS; c++) mean[c] = 0;
@@ -116,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(512, 1)
             for (int j = 0; j < CHUNK / 8; j++) {
                 const int k = (my_byte + r * WARPS * 64) * 8 / BITS + j * 8;
                 if (k >= K) continue;
-                const uint4 w = *(const uint4*)(norm.weight + k), b = *(const uint4*)(norm.bias + k);
+                const uint4 w = *(const uint4*)(norm.norm_weight + k), b = *(const uint4*)(norm.norm_bias + k);
 #pragma unroll
                 for (int c = 0; c < M_FRAGMENTS; c++) {
                     my_x[r][c][j] = layer_norm8(my_x[r][c][j], mean[c], inverse[c], w, b);

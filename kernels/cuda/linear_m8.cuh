@@ -1,8 +1,9 @@
 // y = epilogue(x * weight^T) of 2 to 8 rows x [M, K]. Module: linear_m8_BITS.
 //
-// Shapes: quantised weight [N, K]. Grid: any; block: 256, two to a multiprocessor. Shared memory: x, rows padded to
-// rounds of the ring and by 8. Alignment: weight, its rows and x to 16 bytes. Pipeline: that of linear_m1, with the
-// ring in registers and 16 * HEIGHT weight rows to a block.
+// Shapes: quantised weight [N, K].
+// Grid: any; block: 256, two to a multiprocessor. Alignment: weight, its rows and x to 16 bytes.
+// Shared memory: x, its rows padded to rounds of the ring and by 8.
+// Pipeline: that of linear_m1, with the ring in registers and 16 * HEIGHT weight rows to a block.
 #pragma once
 
 #include "kernels/cuda/dequantize.cuh"
@@ -10,17 +11,25 @@
 #include "kernels/cuda/mma.cuh"
 
 static_assert(BITS == 8 || BITS == 4, "");
-constexpr int HEIGHT = BITS == 4 ? 2 : 1;                        // fragments of 16 weight rows; as in kernels_cuda
-constexpr int STAGES = (__CUDA_ARCH__ >= 800 ? 4 : 2) / HEIGHT;  // kernels_cuda.ring_stages
+constexpr int HEIGHT = BITS == 4 ? 2 : 1;                        // fragments of 16 weight rows; as in cuda_plans
+constexpr int STAGES = (__CUDA_ARCH__ >= 800 ? 4 : 2) / HEIGHT;  // cuda_plans.ring_stages
 constexpr int WARPS = 8, TILE_M = 8, TILE_N = 16 * HEIGHT;
 constexpr int CHUNK = 128 / BITS;           // weights in 16 bytes
 constexpr int STEP = 4 * CHUNK;             // weights in 64 bytes
 constexpr int ROUND = STAGES * WARPS * 64;  // bytes of a weight row in flight
 
-extern "C" __global__ void __launch_bounds__(256, 2)
-    linear_m8(const unsigned char* weight, const u16* x, const u16* scale, const u16* bias, const u16* residual,
-              float alpha, int use_gelu, u16* y, int M, int N, int K) {
-    const Epilogue epilogue = {scale, bias, residual, alpha, use_gelu, y};
+struct LinearM8 {
+    const unsigned char* weight;
+    const u16* x;
+    Epilogue epilogue;
+    int M, N, K;
+};
+
+extern "C" __global__ void __launch_bounds__(256, 2) linear_m8(const LinearM8 a) {
+    const unsigned char* const weight = a.weight;
+    const u16* const x = a.x;
+    const Epilogue epilogue = a.epilogue;
+    const int M = a.M, N = a.N, K = a.K;
     extern __shared__ uint4 shared_x[];
     __shared__ float partials[2][WARPS][TILE_N * TILE_M];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;

@@ -1,11 +1,13 @@
 // y = epilogue(x * weight^T) of many rows x [M, K]. Module: linear_tiles_BITS_TILE_M.
 //
-// Shapes: quantised weight [N, K]. Grid: (tiles of N, parts of K, tiles of M); block: 128, BLOCKS_PER_SM to a
-// multiprocessor. Shared memory: STAGES of weights and x; after the products, their sums. Alignment: weight, its rows
-// and x to 16 bytes. Pipeline: a block owns 64 * HEIGHT weight rows, TILE_M rows of x and a part of K. cp.async runs
-// STAGES - 1 steps ahead. Each thread dequantises the weights it copied itself, once for all rows of x. Split-K: the
-// last block of a tile to arrive adds all partials, in their order. arrivals: zeros [tiles], left as zeros. Source:
-// threadFenceReduction of the CUDA samples.
+// Shapes: quantised weight [N, K]; a block has 64 * HEIGHT weight rows, TILE_M rows of x and a part of K.
+// Grid: (tiles of N, parts of K, tiles of M); block: 128, BLOCKS_PER_SM to a multiprocessor. Alignment: weight, its
+//   rows and x to 16 bytes.
+// Shared memory: STAGES of weights and x; after the products, their sums.
+// Pipeline: cp.async runs STAGES - 1 steps ahead. Each thread dequantises the weights it copied itself, once for all
+//   rows of x.
+// Split-K: the last block of a tile to arrive adds all parts, in their order. arrivals: zeros [tiles], left as zeros.
+//   Source: threadFenceReduction of the CUDA samples.
 #pragma once
 
 #include "kernels/cuda/dequantize.cuh"
@@ -18,10 +20,22 @@ constexpr int CHUNK = 128 / BITS, HALF = 4 * CHUNK, STEP = 2 * HALF;            
 constexpr int STRIDE = (STEP + 8) / 8;                                            // of rows of x, in 16 bytes; padded
 constexpr int WEIGHTS = 4 * HEIGHT * THREADS, STAGE = WEIGHTS + TILE_M * STRIDE;  // in 16 bytes
 
-extern "C" __global__ void __launch_bounds__(128, BLOCKS_PER_SM)
-    linear_tiles(const unsigned char* weight, const u16* x, const u16* scale, const u16* bias, const u16* residual,
-                 float alpha, int use_gelu, u16* y, float* partials, u32* arrivals, int M, int N, int K) {
-    const Epilogue epilogue = {scale, bias, residual, alpha, use_gelu, y};
+struct LinearTiles {
+    const unsigned char* weight;
+    const u16* x;
+    Epilogue epilogue;
+    float* partials;  // [tiles, parts, TILE_M * 64 * HEIGHT], if K is split
+    u32* arrivals;
+    int M, N, K;
+};
+
+extern "C" __global__ void __launch_bounds__(128, BLOCKS_PER_SM) linear_tiles(const LinearTiles a) {
+    const unsigned char* const weight = a.weight;
+    const u16* const x = a.x;
+    const Epilogue epilogue = a.epilogue;
+    float* const partials = a.partials;
+    u32* const arrivals = a.arrivals;
+    const int M = a.M, N = a.N, K = a.K;
     extern __shared__ uint4 shared[];
     __shared__ bool is_last;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;

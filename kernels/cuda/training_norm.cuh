@@ -1,8 +1,8 @@
 // LayerNorm in training under autocast: its result in float32, and rounded to 16 bits for the next linear; and its
 // gradient. Module: training.
 //
-// Shapes: x [M, K], K % 8 == 0, K <= 4096 * EIGHTS. Grid: M; block: 512. A thread has every 512th eight numbers of a
-// row, at most EIGHTS of them, in registers. Shared memory: static. Alignment: 16 bytes.
+// Shapes: x [M, K], K % 8 == 0, K <= 4096 * EIGHTS. Grid: M; block: 512. Alignment: 16 bytes.
+// A thread has every 512th eight numbers of a row, at most EIGHTS of them, in registers.
 #pragma once
 
 #include "kernels/cuda/layer_norm.cuh"
@@ -65,6 +65,22 @@ struct Row {
     }
 };
 
+struct NormForward {
+    const void *x, *weight, *bias;  // float32 or 16 bits
+    float* y;
+    u16* rounded;
+    float epsilon;
+    int x_is_float, weight_is_float, K;
+};
+struct NormBackward {
+    const void *x, *weight;
+    const float* grad_y;
+    const u16* grad_rounded;
+    void* grad_x;  // of x's dtype
+    float epsilon;
+    int x_is_float, weight_is_float, K;
+};
+
 // y, rounded: LayerNorm of x.
 template <int EIGHTS>
 __device__ __forceinline__ void norm_forward(const void* x, const void* weight, const void* bias, float* y,
@@ -123,15 +139,14 @@ __device__ __forceinline__ void norm_backward(const void* x, const void* weight,
         store8(grad_x, row + i, x_is_float, g[j]);
     }
 }
-#define NORMS(EIGHTS)                                                                                            \
-    extern "C" __global__ void __launch_bounds__(512, 4 / EIGHTS)                                                \
-        norm_forward_##EIGHTS(const void* x, const void* weight, const void* bias, float* y, u16* rounded,       \
-                              float epsilon, int x_is_float, int weight_is_float, int K) {                       \
-        norm_forward<EIGHTS>(x, weight, bias, y, rounded, epsilon, x_is_float, weight_is_float, K);              \
-    }                                                                                                            \
-    extern "C" __global__ void __launch_bounds__(512, EIGHTS == 1 ? 3 : 1)                                       \
-        norm_backward_##EIGHTS(const void* x, const void* weight, const float* grad_y, const u16* grad_rounded,  \
-                               void* grad_x, float epsilon, int x_is_float, int weight_is_float, int K) {        \
-        norm_backward<EIGHTS>(x, weight, grad_y, grad_rounded, grad_x, epsilon, x_is_float, weight_is_float, K); \
+
+#define NORMS(EIGHTS)                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(512, 4 / EIGHTS) norm_forward_##EIGHTS(const NormForward a) {        \
+        norm_forward<EIGHTS>(a.x, a.weight, a.bias, a.y, a.rounded, a.epsilon, a.x_is_float, a.weight_is_float, a.K); \
+    }                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(512, EIGHTS == 1 ? 3 : 1)                                            \
+        norm_backward_##EIGHTS(const NormBackward a) {                                                                \
+        norm_backward<EIGHTS>(a.x, a.weight, a.grad_y, a.grad_rounded, a.grad_x, a.epsilon, a.x_is_float,             \
+                              a.weight_is_float, a.K);                                                                \
     }
 NORMS(1) NORMS(2) NORMS(4)

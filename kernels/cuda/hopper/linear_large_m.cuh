@@ -1,23 +1,29 @@
-// y = epilogue(x * weight^T) of many rows x [M, K] on Hopper, or the input gradient x = y * weight (TRANSPOSED).
-// Module: linear_large_m_BITS_TILE_M_SPLIT_K, or input_gradient_TILE_M_SPLIT_K.
+// y = epilogue(x * weight^T) of many rows x [M, K] on Hopper; TRANSPOSED: the input gradient y = (x * scale) * weight.
+// Modules: linear_large_m_BITS_TILE_M_SPLIT_K, input_gradient_TILE_M_SPLIT_K.
 //
 // Shapes: quantised weight [N, K]; N % 8 == 0; K has a step of 64 for each of SPLIT_K blocks. Output tile: TILE_M x
-// 128. Grid: SPLIT_K == 1: at most one block for each tile, persistent; else SPLIT_K blocks (a cluster) a tile. Block:
-// 384. Shared memory: STAGES of x and weights, scales, STAGING for each warp; aligned to 1024 bytes here. Tensor maps:
-// bytes, swizzled; boxes: x TILE_M rows of 128 bytes; weight 128 rows of 64 bytes (INT4: 32), TRANSPOSED 64 of 128.
-// Pipeline: two producer warps (TMA of weights; of x, and scales if TRANSPOSED) run up to STAGES steps ahead, into the
-// next tile, too. Two consumer warpgroups take 64 columns of y each: a thread dequantises fragments from shared memory
-// to registers while wgmma runs on those before. TRANSPOSED: fragments are columns of the stored weight (ldmatrix.trans
-// of pairs of bytes), and each number is multiplied by the scale of its row. Source: PTX ISA; the split of producer and
-// consumer warps follows CUTLASS's warp-specialised GEMM for Hopper.
+//   128.
+// Grid: SPLIT_K == 1: at most a block for each tile, persistent; else SPLIT_K blocks (a cluster) a tile. Block: 384.
+// Shared memory: STAGES of x and weights, scales, STAGING for each warp. Aligned to 1024 bytes here.
+// Tensor maps: bytes, swizzled. Boxes: x TILE_M rows of 128; weight 128 rows of 64 (INT4: 32), TRANSPOSED 64 of 128.
+// Pipeline, as in CUTLASS's warp-specialised GEMM: two producer warps (TMA of weights; of x and scales) run up to
+//   STAGES steps ahead, into the next tile, too. Two consumer warpgroups have 64 columns of y each: a thread
+//   dequantises fragments from shared to registers while wgmma runs on those before. TRANSPOSED: fragments are columns
+//   of the stored weight (ldmatrix.trans of pairs of bytes), times the scale of each row.
 #pragma once
 
 #include "kernels/cuda/dequantize.cuh"
-#include "kernels/cuda/hopper/call.cuh"
+#include "kernels/cuda/hopper/pipeline.cuh"
 #include "kernels/cuda/hopper/wgmma.cuh"
 
-static_assert(BITS == 8 || (BITS == 4 && !TRANSPOSED), "");
-static_assert(TILE_M == 64 || TILE_M == 128 || TILE_M == 192 || TILE_M == 256, "");
+static_assert((BITS == 8 || (BITS == 4 && !TRANSPOSED)) && TILE_M % 64 == 0 && TILE_M <= 256, "");
+
+struct LinearLargeM {
+    TensorMap weight, x;
+    Epilogue epilogue;
+    int M, N, K;
+    int residual_is_float;  // and y. What is added to the residual is rounded before
+};
 
 struct LargeM {
     static constexpr int ROW_BYTES = 8 * BITS;  // 64 weights
@@ -31,7 +37,7 @@ struct LargeM {
     u32 ring;  // STAGES; then their scales; then STAGING
 
     // Fragments of 32 columns of K, four registers for each 16.
-    __device__ __forceinline__ void load_fragments(int stage, int half, u32* a) const {
+    __device__ __forceinline__ void load_fragments(int stage, int half, u32* fragments) const {
         const u32 weights = ring + stage * STAGE + X_BYTES;
         u32 out[4];
         if (TRANSPOSED) {  // rows g, g + 8 of the fragment are columns 2g, 2g + 1 of y
@@ -42,8 +48,8 @@ struct LargeM {
             for (int i = 0; i < 4; i++) {
                 dequantize_int8(__byte_perm(w[i], 0, 0x3120), out);
                 const u32 pair = ld_shared_u32(scale + i * 16);
-                a[i * 2] = mul2(out[0], pair);
-                a[i * 2 + 1] = mul2(out[1], pair);
+                fragments[i * 2] = mul2(out[0], pair);
+                fragments[i * 2 + 1] = mul2(out[1], pair);
             }
             return;
         }
@@ -55,8 +61,8 @@ struct LargeM {
                 for (int j = 0; j < 2; j++) {
                     const u32 p = row + ((half * 2 + j) ^ (g / 2)) * 16 + t * 2;
                     dequantize_int8(ld_shared_u16(p) | ld_shared_u16(p + 8) << 16, out);
-                    a[j * 4 + r] = out[0];
-                    a[j * 4 + r + 2] = out[1];
+                    fragments[j * 4 + r] = out[0];
+                    fragments[j * 4 + r + 2] = out[1];
                 }
             } else {
                 const u32 p = row + (half ^ (g / 4)) * 16 + t;
@@ -64,7 +70,7 @@ struct LargeM {
                     ld_shared_u8(p) | ld_shared_u8(p + 4) << 8 | ld_shared_u8(p + 8) << 16 | ld_shared_u8(p + 12) << 24,
                     out);
 #pragma unroll
-                for (int i = 0; i < 4; i++) a[i / 2 * 4 + r + i % 2 * 2] = out[i];
+                for (int i = 0; i < 4; i++) fragments[i / 2 * 4 + r + i % 2 * 2] = out[i];
             }
         }
     }
@@ -100,9 +106,9 @@ struct LargeM {
 
     // Epilogue of y[first_m:, first_n:]. A warp transposes 16 rows at a time in shared memory (staging: STAGING bytes
     // of the warp), adds the residual and stores 16 columns of each row.
-    __device__ __forceinline__ void write(const Epilogue& e, bool wide, float* total, int first_m, int first_n, int M,
-                                          int N, char* staging) const {
-        const Epilogue first = {e.scale, e.bias, nullptr, 0, 0, nullptr};
+    __device__ __forceinline__ void write(const Epilogue& e, bool residual_is_float, float* total, int first_m,
+                                          int first_n, int M, int N, char* staging) const {
+        const Epilogue first = {e.scale, e.bias, nullptr, nullptr, 0, 0};
         const int my_n = first_n + warp * 16 + g;
         const EpilogueOperands ends[2] = {load_operands(first, 0, my_n, M, N), load_operands(first, 0, my_n + 8, M, N)};
         const u32 mine = smem_address(staging) + (lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * 16;
@@ -128,7 +134,7 @@ struct LargeM {
             }
             if (m >= M || n >= N) continue;
             const size_t place = (size_t)m * N + n;
-            if (wide) {
+            if (residual_is_float) {
                 const float4* r = (const float4*)((const float*)e.residual + place);
                 float4* y = (float4*)((float*)e.y + place);
                 auto add = [&](u32 a, u32 b, float4 r) {
@@ -150,12 +156,12 @@ struct LargeM {
         __syncwarp();
     }
 
-    __device__ __forceinline__ void run(const Call& c) {
+    __device__ __forceinline__ void run(const LinearLargeM& a) {
         extern __shared__ uint4 shared[];
         __shared__ unsigned long long barriers[2 * STAGES];
-        const int columns = (c.M + TILE_M - 1) / TILE_M, tiles = (c.N + TILE_N - 1) / TILE_N * columns;
+        const int columns = (a.M + TILE_M - 1) / TILE_M, tiles = (a.N + TILE_N - 1) / TILE_N * columns;
         const int part = blockIdx.x % SPLIT_K, first = blockIdx.x / SPLIT_K, stride = gridDim.x / SPLIT_K;
-        const int steps = (c.K + 63) / 64, begin = steps * part / SPLIT_K, end = steps * (part + 1) / SPLIT_K;
+        const int steps = (a.K + 63) / 64, begin = steps * part / SPLIT_K, end = steps * (part + 1) / SPLIT_K;
         const u32 full = smem_address(barriers), empty = full + 8 * STAGES;  // barriers of each stage
         ring = (smem_address(shared) + 1023) / 1024 * 1024;
         init_barriers(full, empty, STAGES, CONSUMERS * ARRIVALS);
@@ -179,14 +185,14 @@ struct LargeM {
                     mbarrier_wait(empty + stage * 8, parity);
                     if (weights) {
                         mbarrier_arrive_expect_tx(barrier, STAGE - X_BYTES);
-                        tma_load(to + X_BYTES, c.weight, TRANSPOSED ? n : step * ROW_BYTES, TRANSPOSED ? step * 64 : n,
+                        tma_load(to + X_BYTES, a.weight, TRANSPOSED ? n : step * ROW_BYTES, TRANSPOSED ? step * 64 : n,
                                  barrier);
                     } else {
                         mbarrier_arrive_expect_tx(barrier, X_BYTES + SCALE_BYTES);
-                        tma_load(to, c.x, step * 128, m, barrier);
+                        tma_load(to, a.x, step * 128, m, barrier);
                         if (TRANSPOSED)
-                            bulk_load(ring + STAGES * STAGE + stage * SCALE_BYTES, c.scale + step * 64, SCALE_BYTES,
-                                      barrier);
+                            bulk_load(ring + STAGES * STAGE + stage * SCALE_BYTES, a.epilogue.scale + step * 64,
+                                      SCALE_BYTES, barrier);
                     }
                 }
             }
@@ -196,12 +202,12 @@ struct LargeM {
         pdl_wait();
         char* at = (char*)shared + (ring - smem_address(shared));
         char* staging = at + STAGES * (STAGE + SCALE_BYTES) + warp * STAGING;
-        const Epilogue e = {c.scale, c.bias, c.residual, c.alpha, c.gelu, c.y}, bare = {0, 0, 0, 0, 0, c.y};
+        const Epilogue e = a.epilogue, bare = {0, 0, 0, e.y, 0, 0};
         auto release = [&](int s) {
             __syncwarp();  // all lanes have read
             if (lane >= 32 - ARRIVALS) mbarrier_arrive(empty + s * 8);
         };
-        u32 a[2][8];
+        u32 fragments[2][8];
         for (int tile = first; tile < tiles; tile += stride) {
             float sums[TILE_M / 2];
 #pragma unroll
@@ -209,26 +215,26 @@ struct LargeM {
             // While wgmma runs on 32 columns of K, the next are dequantised.
             int before = 0;
             mbarrier_wait(full + stage * 8, parity);
-            load_fragments(stage, 0, a[0]);
+            load_fragments(stage, 0, fragments[0]);
             for (int step = begin;; step++) {
                 const unsigned long long b = smem_descriptor(ring + stage * STAGE);
                 wgmma_fence();
-                wgmma(sums, a[0], b);
-                wgmma(sums, a[0] + 4, b + 2);
+                wgmma(sums, fragments[0], b);
+                wgmma(sums, fragments[0] + 4, b + 2);
                 wgmma_commit();
                 wgmma_wait<1>();
                 if (step > begin) release(before);
                 before = stage;
-                load_fragments(stage, 1, a[1]);
+                load_fragments(stage, 1, fragments[1]);
                 wgmma_fence();
-                wgmma(sums, a[1], b + 4);
-                wgmma(sums, a[1] + 4, b + 6);
+                wgmma(sums, fragments[1], b + 4);
+                wgmma(sums, fragments[1] + 4, b + 6);
                 wgmma_commit();
                 advance();
                 if (step + 1 == end) break;
                 wgmma_wait<1>();
                 mbarrier_wait(full + stage * 8, parity);
-                load_fragments(stage, 0, a[0]);
+                load_fragments(stage, 0, fragments[0]);
             }
             wgmma_wait<0>();
 #pragma unroll
@@ -242,13 +248,13 @@ struct LargeM {
                 reduce_cluster(sums, reduced, (float4*)at);
                 total = reduced;
             }
-            write(TRANSPOSED ? bare : e, c.wide, total, first_m, first_n, c.M, c.N, staging);
+            write(TRANSPOSED ? bare : e, a.residual_is_float, total, first_m, first_n, a.M, a.N, staging);
             if (SPLIT_K > 1) return;  // the ring is overwritten
         }
     }
 };
 
 extern "C" __global__ void __cluster_dims__(SPLIT_K, 1, 1) __launch_bounds__(384, 1)
-    linear_large_m(const __grid_constant__ Call c) {
-    LargeM().run(c);
+    linear_large_m(const __grid_constant__ LinearLargeM a) {
+    LargeM().run(a);
 }

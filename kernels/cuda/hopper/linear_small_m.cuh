@@ -1,19 +1,28 @@
 // y = epilogue(x * weight^T) of 2 to 32 rows x [M, K] on Hopper. Module: linear_small_m_BITS_TILE_M_SPLIT_K.
 //
 // Shapes: quantised weight [N, K]; M <= TILE_M; K has a step of 128 for each of SPLIT_K blocks. Output tile: TILE_M x
-// 128. Grid: SPLIT_K blocks (a cluster) a tile; block: 320, two to a multiprocessor. Shared memory: `stages` of x and
-// weights; SPLIT_K > 1: sums of the other blocks. Aligned to 1024 bytes here. Tensor maps: bytes, swizzled; boxes: x
-// TILE_M rows of 128 bytes, two a step; weight 128 rows of 128 bytes (INT4: 64). Pipeline: a producer warp (TMA) for
-// weights, another for x, up to `stages` steps ahead; eight consumer warps of 16 columns of y each (mma). The order of
-// K is free in a product: a thread takes 16 contiguous columns of weight and x. Split-K: each block of the cluster
-// reduces and finishes the columns of some of its warps.
+//   128.
+// Grid: SPLIT_K blocks (a cluster) a tile; block: 320, two to a multiprocessor.
+// Shared memory: `stages` of x and weights; SPLIT_K > 1: sums of the other blocks. Aligned to 1024 bytes here.
+// Tensor maps: bytes, swizzled. Boxes: x TILE_M rows of 128 bytes, two a step; weight 128 rows of 128 bytes (INT4:
+//   64).
+// Pipeline: a producer warp (TMA) for weights, another for x, up to `stages` steps ahead; eight consumer warps of 16
+//   columns of y each (mma). The order of K is free in a product: a thread takes 16 contiguous columns of weight and
+//   x.
+// Split-K: each block of the cluster reduces and finishes the columns of some of its warps.
 #pragma once
 
 #include "kernels/cuda/dequantize.cuh"
-#include "kernels/cuda/hopper/call.cuh"
+#include "kernels/cuda/hopper/pipeline.cuh"
 #include "kernels/cuda/mma.cuh"
 
 static_assert((BITS == 8 || BITS == 4) && (TILE_M == 8 || TILE_M == 16 || TILE_M == 32), "");
+
+struct LinearSmallM {
+    TensorMap weight, x;
+    Epilogue epilogue;
+    int M, N, K, stages;
+};
 
 struct SmallM {
     static constexpr int STEP = 128, ROW_BYTES = 16 * BITS, BOX_BYTES = TILE_M * 128;  // 64 columns of x
@@ -65,18 +74,18 @@ struct SmallM {
                 for (int j = 0; j < 2; j++) x[half][i][j] = ld_shared_v4(stage + x_at[half][j] + i * 8 * 128);
         };
         auto multiply_half = [&](int half) {
-            u32 a[2][8];  // pairs
+            u32 w_pairs[2][8];  // pairs
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 const uint4 v = w[half][r];
                 if (BITS == 8) {
-                    dequantize_int8(v.x, a[r]);
-                    dequantize_int8(v.y, a[r] + 2);
-                    dequantize_int8(v.z, a[r] + 4);
-                    dequantize_int8(v.w, a[r] + 6);
+                    dequantize_int8(v.x, w_pairs[r]);
+                    dequantize_int8(v.y, w_pairs[r] + 2);
+                    dequantize_int8(v.z, w_pairs[r] + 4);
+                    dequantize_int8(v.w, w_pairs[r] + 6);
                 } else {
-                    dequantize_int4(v.x, a[r]);
-                    dequantize_int4(v.y, a[r] + 4);
+                    dequantize_int4(v.x, w_pairs[r]);
+                    dequantize_int4(v.y, w_pairs[r] + 4);
                 }
             }
 #pragma unroll
@@ -84,8 +93,8 @@ struct SmallM {
 #pragma unroll
                 for (int i = 0; i < M_FRAGMENTS; i++) {  // inner loop: products of the same sums wait for each other
                     const uint4 v = x[half][i][j / 4];
-                    mma_m16n8k16(sums[half % SUMS][i], a[0][j], a[1][j], a[0][j + 1], a[1][j + 1], j % 4 ? v.z : v.x,
-                                 j % 4 ? v.w : v.y);
+                    mma_m16n8k16(sums[half % SUMS][i], w_pairs[0][j], w_pairs[1][j], w_pairs[0][j + 1],
+                                 w_pairs[1][j + 1], j % 4 ? v.z : v.x, j % 4 ? v.w : v.y);
                 }
         };
         load(0);
@@ -95,16 +104,16 @@ struct SmallM {
         multiply_half(1);
     }
 
-    __device__ __forceinline__ void run(const Call& c) {
+    __device__ __forceinline__ void run(const LinearSmallM& a) {
         extern __shared__ uint4 shared[];
         __shared__ unsigned long long barriers[2 * MAX_STAGES];
         const int part = blockIdx.x % SPLIT_K;
         const int first_n = blockIdx.x / SPLIT_K * TILE_N;
-        const int steps = (c.K + STEP - 1) / STEP, begin = steps * part / SPLIT_K, end = steps * (part + 1) / SPLIT_K;
+        const int steps = (a.K + STEP - 1) / STEP, begin = steps * part / SPLIT_K, end = steps * (part + 1) / SPLIT_K;
         u32 ring = (smem_address(shared) + 1023) / 1024 * 1024, full = smem_address(barriers);
         asm volatile("" : "+r"(ring), "+r"(full));  // kept in registers
-        const u32 empty = full + 8 * MAX_STAGES, received = ring + c.stages * STAGE;
-        init_barriers(full, empty, c.stages);
+        const u32 empty = full + 8 * MAX_STAGES, received = ring + a.stages * STAGE;
+        init_barriers(full, empty, a.stages);
         if (SPLIT_K > 1) cluster_arrive();  // st_cluster_v4 needs all blocks running
 
         float all_sums[SUMS][M_FRAGMENTS][4] = {}, (&sums)[M_FRAGMENTS][4] = all_sums[0];
@@ -114,14 +123,14 @@ struct SmallM {
         u32 parity = warp >= CONSUMERS;               // producers find the first stages empty
         int stage = 0;
         auto advance = [&] {
-            if (++stage == c.stages) {
+            if (++stage == a.stages) {
                 stage = 0;
                 parity ^= 1;
             }
         };
         if (warp >= CONSUMERS) {
             const bool weights = warp == CONSUMERS;  // else x, a result of the kernel before
-            const TensorMap& map = weights ? c.weight : c.x;
+            const TensorMap& map = weights ? a.weight : a.x;
             const int bytes = weights ? STAGE - X_BYTES : X_BYTES, step_bytes = weights ? ROW_BYTES : 256;
             asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
             if (!weights) pdl_wait();
@@ -129,7 +138,7 @@ struct SmallM {
             for (int step = begin; step < end && lane == 0; step++, advance()) {
                 const u32 barrier = full + stage * 8;
                 // The ring is full, maybe long before x is ready.
-                if (weights && step == begin + c.stages)
+                if (weights && step == begin + a.stages)
 #pragma unroll 1
                     for (int i = step; i < min(step + L2_AHEAD, end); i++) tma_prefetch(map, i * step_bytes, first_n);
                 mbarrier_wait(empty + stage * 8, parity);
@@ -147,15 +156,15 @@ struct SmallM {
                 for (int r = 0; r < 2; r++) {
                     const int row = n + r * 8;
                     scale_bias[r] = 0;
-                    if (row < c.N) scale_bias[r] = c.scale[row];
-                    if (row < c.N && c.bias) scale_bias[r] |= (u32)c.bias[row] << 16;
+                    if (row < a.N) scale_bias[r] = a.epilogue.scale[row];
+                    if (row < a.N && a.epilogue.bias) scale_bias[r] |= (u32)a.epilogue.bias[row] << 16;
 #pragma unroll
                     for (int i = 0; i < M_FRAGMENTS; i++) {
                         const int token = m + i * 8;
-                        const u16* from = c.residual + (size_t)token * c.N + row;
+                        const u16* from = a.epilogue.residual + (size_t)token * a.N + row;
                         residual[i][r] = 0;
-                        if (c.residual && row < c.N && token < c.M) residual[i][r] = from[0];
-                        if (c.residual && row < c.N && token + 1 < c.M) residual[i][r] |= (u32)from[c.N] << 16;
+                        if (a.epilogue.residual && row < a.N && token < a.M) residual[i][r] = from[0];
+                        if (a.epilogue.residual && row < a.N && token + 1 < a.M) residual[i][r] |= (u32)from[a.N] << 16;
                     }
                 }
             for (int step = begin; step < end; step++, advance()) {
@@ -191,7 +200,7 @@ struct SmallM {
                     }
         }
         if (!finishes) return;
-        const Epilogue e = {c.scale, c.bias, c.residual, c.alpha, c.gelu, c.y};
+        const Epilogue e = a.epilogue;
 #pragma unroll
         for (int i = 0; i < M_FRAGMENTS; i++)
 #pragma unroll
@@ -199,12 +208,12 @@ struct SmallM {
                 const int r = j / 2, token = m + i * 8 + j % 2, row = n + r * 8;
                 const u32 both = scale_bias[r], pair = residual[i][r];
                 const EpilogueOperands f = {(u16)both, (u16)(both >> 16), (u16)(pair >> j % 2 * 16)};
-                if (token < c.M && row < c.N) store_output(e, f, sums[i][j], token, row, c.N);
+                if (token < a.M && row < a.N) store_output(e, f, sums[i][j], token, row, a.N);
             }
     }
 };
 
 extern "C" __global__ void __cluster_dims__(SPLIT_K, 1, 1) __launch_bounds__(320, 2)
-    linear_small_m(const __grid_constant__ Call c) {
-    SmallM().run(c);
+    linear_small_m(const __grid_constant__ LinearSmallM a) {
+    SmallM().run(a);
 }

@@ -1,19 +1,8 @@
-// Arguments, tile and pipeline barriers of the linears on Hopper.
+// Tile and pipeline barriers of the linears on Hopper.
 #pragma once
 
 #include "kernels/cuda/epilogue.cuh"
 #include "kernels/cuda/hopper/ptx.cuh"
-
-// Arguments. `kernels_cuda._CALL` is the same struct.
-struct Call {
-    TensorMap weight, x;
-    const u16 *scale, *bias, *residual;
-    u16* y;
-    float alpha;
-    int gelu, M, N, K;
-    int stages;  // small-M
-    int wide;    // large-M: residual and y are float32. What is added to the residual is rounded before.
-};
 
 constexpr int TILE_N = 128, CONSUMERS = 8;       // columns of y; warps with products
 constexpr int PITCH = 48, STAGING = 32 * PITCH;  // bytes of a row of y and of a warp, for the epilogue
