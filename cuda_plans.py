@@ -226,7 +226,6 @@ def small_m_shape(m: int, n: int, k: int, bits: int, device: int) -> tuple[int, 
     return tile, split, stages, max(needed, shared_of_all // 2) if is_alone else needed
 
 
-@functools.lru_cache(maxsize=4096)
 def hopper_plan(kernel: str, m: int, n: int, k: int, bits: int, device: int) -> HopperPlan:
     """The launch of linear_small_m, linear_large_m or input_gradient (which is linear_large_m, TRANSPOSED)."""
     tiles = -(-n // TILE_N)

@@ -208,21 +208,33 @@ def _suits_hopper(m: int, x: torch.Tensor, weight: torch.Tensor, n: int, other: 
     return (x.data_ptr() | weight.data_ptr() | (0 if other is None else other.data_ptr())) % 16 == 0
 
 
+@functools.lru_cache(maxsize=4096)
+def _hopper_launch(kernel: str, m: int, n: int, k: int, weight: int, rows: int, row_bytes: int, device: int) -> tuple:
+    """The plan for a weight [rows, row_bytes] at the address `weight`, and its arguments but for x and the epilogue."""
+    bits = 8 if kernel == "input_gradient" else row_bytes * 8 // k
+    plan = hopper_plan(kernel, m, n, k, bits, device)
+    given = {"weight": _tensor_map(weight, rows, row_bytes, *plan.weight_box), "M": m, "N": n, "K": k}
+    if kernel == "linear_small_m":
+        return plan, LinearSmallM(**given, stages=plan.stages)
+    return plan, LinearLargeM(**given)
+
+
 def _linear_on_hopper(
     kernel: str, m: int, x, weight, y, scale, bias=None, residual=None, alpha=0.0, gelu=False
 ) -> torch.Tensor:
     """Launch linear_small_m, linear_large_m or input_gradient: y [..., N] of M rows of x [..., K]; returns y."""
     k, n, (rows, row_bytes) = x.shape[-1], y.shape[-1], weight.shape
-    bits = 8 if kernel == "input_gradient" else row_bytes * 8 // k
-    plan = hopper_plan(kernel, m, n, k, bits, x.get_device())
-    given = _addresses(scale=scale, bias=bias, residual=residual, y=y)
-    given["weight"] = _tensor_map(weight.data_ptr(), rows, row_bytes, *plan.weight_box)
-    given["x"] = _tensor_map(x.data_ptr(), m, k * 2, plan.tile_m, 128)
-    given |= {"alpha": alpha, "gelu": gelu, "M": m, "N": n, "K": k}
-    if kernel == "linear_small_m":
-        arguments = LinearSmallM(**given, stages=plan.stages)
-    else:
-        arguments = LinearLargeM(**given, residual_is_float=y.dtype == torch.float32)
+    plan, arguments = _hopper_launch(kernel, m, n, k, weight.data_ptr(), rows, row_bytes, x.get_device())
+    arguments = type(arguments).from_buffer_copy(arguments)
+    arguments.x = _tensor_map(x.data_ptr(), m, k * 2, plan.tile_m, 128)
+    arguments.scale, arguments.y = scale.data_ptr(), y.data_ptr()
+    if bias is not None:
+        arguments.bias = bias.data_ptr()
+    if residual is not None:
+        arguments.residual = residual.data_ptr()
+    arguments.alpha, arguments.gelu = alpha, gelu
+    if y.dtype == torch.float32:
+        arguments.residual_is_float = True
     launch(x, plan.module, plan.kernel, plan.grid, plan.block, plan.shared, arguments)
     return y
 

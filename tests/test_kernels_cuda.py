@@ -276,12 +276,108 @@ def test_every_launch_on_hopper_fits_the_device(monkeypatch):
     assert cuda_plans.large_m_shape(512, 4096, 16384, processors) == (256, 2)
 
 
-def test_what_is_launched_on_hopper(monkeypatch):
-    launched = []
+@pytest.fixture
+def launched(monkeypatch):
+    """Launches on an H100, which record (module, kernel, arguments) and compute nothing; tensors may be on the CPU."""
+    launches = []
+
+    def launch(like, module, kernel, grid, block, shared, arguments):
+        launches.append((module.name, kernel, arguments))
+
     for module in (cuda_plans, kernels_cuda):
         monkeypatch.setattr(module, "properties", lambda device: (90, *DEVICES[90]))
+    monkeypatch.setattr(kernels_cuda, "launch", launch)
     monkeypatch.setattr(kernels_cuda, "_tensor_map", lambda *given: kernels_cuda.TensorMap())
-    monkeypatch.setattr(kernels_cuda, "launch", lambda like, module, *others: launched.append((module.name, others[0])))
+    arrivals = torch.zeros(cuda_runtime.ARRIVALS, dtype=torch.int32)
+    monkeypatch.setattr(kernels_cuda, "get_arrivals", lambda device: arrivals)
+    return launches
+
+
+def assert_given(launch, struct, **expected):
+    """A launch with a struct of this kind and these values; tensors stand for their addresses."""
+    _, kernel, arguments = launch
+    assert type(arguments) is struct
+    assert kernel.startswith(ARGUMENTS[struct][1].rstrip("_0123456789"))
+    for name, value in expected.items():
+        value = value.data_ptr() if isinstance(value, torch.Tensor) else value
+        assert getattr(arguments, name) == value, name
+
+
+def test_kernels_are_given_what_the_call_was_given(launched):
+    k, n, heads, dim = 64, 32, 2, 16
+    x, weight, scale, bias = torch.zeros(3, k).half(), torch.zeros(n, k, dtype=torch.int8), *torch.zeros(2, n).half()
+    norm = {"norm_weight": torch.zeros(k).half(), "norm_bias": torch.zeros(k).half()}
+    residual = torch.zeros(3, n).half()
+    y = kernels_cuda.product(x, weight, scale, bias, residual=residual, alpha=7.5)
+    given = {
+        "scale": scale,
+        "bias": bias,
+        "residual": residual,
+        "y": y,
+        "alpha": 7.5,
+        "gelu": 0,
+        "M": 3,
+        "N": n,
+        "K": k,
+    }
+    assert_given(launched.pop(), kernels_cuda.LinearSmallM, **given)
+    y = kernels_cuda.product(x[:1], weight, scale, bias, gelu=True)
+    given = {
+        "x": x,
+        "weight": weight,
+        "scale": scale,
+        "bias": bias,
+        "residual": None,
+        "y": y,
+        "gelu": 1,
+        "N": n,
+        "K": k,
+    }
+    assert_given(launched.pop(), kernels_cuda.LinearM1, **given, norm_weight=None, normed=None)
+    normed, y = kernels_cuda.norm_linear(x[:1], *norm.values(), 0.5, weight, scale, bias)
+    given |= {"y": y, "gelu": 0}
+    assert_given(launched.pop(), kernels_cuda.LinearM1, **given, **norm, normed=normed, epsilon=0.5)
+    # Hopper's own kernels take no norm.
+    normed, y = kernels_cuda.norm_linear(x, *norm.values(), 0.5, weight, scale, bias)
+    assert_given(launched.pop(), kernels_cuda.LinearSmallM, y=y, M=3)
+    given = {"x": x, "weight": norm["norm_weight"], "bias": norm["norm_bias"], "y": normed, "epsilon": 0.5, "K": k}
+    assert_given(launched.pop(), kernels_cuda.LayerNorm, **given)
+    out = kernels_cuda.expand(weight, scale, 8)
+    assert_given(launched.pop(), kernels_cuda.Expand, weight=weight, scale=scale, y=out, N=n, K=k)
+
+    weights = norm["norm_weight"], norm["norm_bias"]
+    y, rounded = kernels_cuda.training_norm(x, *weights, 0.5, torch.float16)
+    given = {"x": x, "weight": weights[0], "epsilon": 0.5, "x_is_float": 0, "weight_is_float": 0, "K": k}
+    assert_given(launched.pop(), kernels_cuda.NormForward, **given, bias=weights[1], y=y, rounded=rounded)
+    grad_x = kernels_cuda.training_norm_gradient(x, weights[0], 0.5, y, rounded)
+    assert_given(launched.pop(), kernels_cuda.NormBackward, **given, grad_y=y, grad_rounded=rounded, grad_x=grad_x)
+
+    ids, positions = torch.zeros(3, dtype=torch.long), torch.zeros(3, 2, dtype=torch.long)
+    embedding, frequencies = torch.zeros(5, k).half(), torch.zeros(dim // 4)
+    slots, padding = torch.zeros(2, 3, dtype=torch.int32)
+    hidden, cosines, sines = kernels_cuda.begin_step(ids, embedding, positions, frequencies, dim)
+    given = {"ids": ids, "embedding": embedding, "positions": positions, "frequencies": frequencies, "hidden": hidden}
+    assert_given(launched.pop(), kernels_cuda.BeginStep, **given, cosines=cosines, sines=sines, width=k, R=2)
+    kernels_cuda.end_step(hidden, positions, ids, slots, dim)
+    assert_given(launched.pop(), kernels_cuda.EndStep, positions=positions, advance=ids, slots=slots, B=3, R=2)
+    keys, values = torch.zeros(2, 3, heads, 7, dim).half()
+    qkv = torch.zeros(3, heads * 3 * dim).half()
+    y = kernels_cuda.attend(qkv, cosines, sines, keys, values, slots, padding, 1, 2, 4)
+    given = {"qkv": qkv, "cosines": cosines, "sines": sines, "keys": keys, "values": values, "slots": slots, "y": y}
+    given |= {"padding": padding, "H": heads, "T": 7, "R": 2, "prefix": 1, "max_parts": 4}
+    assert_given(launched.pop(), kernels_cuda.DecodeAttention, **given)
+
+    qkv, (cosines, sines) = torch.zeros(3, 5, heads, 3 * dim).half(), torch.zeros(2, 3, 5, 1, 2, dim // 2).half()
+    queries = kernels_cuda.split_rotate(qkv, cosines, sines, keys, values, 1)
+    given = {"qkv": qkv, "cosines": cosines, "sines": sines, "H": heads, "D": dim, "R": 2}
+    others = {"queries": queries, "keys": keys, "values": values, "B": 3, "S": 5, "T": 7, "place": 1}
+    assert_given(launched.pop(), kernels_cuda.SplitRotate, **given, **others)
+    y = kernels_cuda.rotate(qkv, cosines, sines, back=True)
+    assert_given(launched.pop(), kernels_cuda.Rotate, **given, y=y, sign=-1.0, tokens=15)
+    assert not launched
+
+
+def test_what_is_launched_on_hopper(launched):
     weight, scale = torch.zeros(64, 256, dtype=torch.int8), torch.zeros(64).half()
     x = torch.zeros(2, 20, 256).half()
     assert kernels_cuda.product(x, weight, scale).shape == (2, 20, 64)
@@ -291,7 +387,9 @@ def test_what_is_launched_on_hopper(monkeypatch):
     normed = kernels_cuda.layer_norm(x[:, :2], scale.repeat(4), scale.repeat(4), 1e-5, deferred=True)
     kernels_cuda.product(normed, weight, scale)
     names = ["linear_large_m_8_64_1", "linear_small_m_8_16_2", "linear_m16_8_8"]
-    assert launched == list(zip(names, ["linear_large_m", "linear_small_m", "linear_m16"], strict=True))
+    assert [launch[:2] for launch in launched] == list(
+        zip(names, ["linear_large_m", "linear_small_m", "linear_m16"], strict=True)
+    )
 
 
 def test_compiled_modules_are_kept(tmp_path, monkeypatch):
@@ -403,7 +501,7 @@ on_hopper = [
 @pytest.mark.parametrize("split", cuda_plans.SMALL_M_SPLITS)
 @pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=on_hopper) for tokens in cuda_plans.SMALL_M_TILES])
 def test_every_shape_of_block_of_few_rows_on_hopper(tokens, split, dtype, monkeypatch):
-    monkeypatch.setattr(kernels_cuda, "hopper_plan", cuda_plans.hopper_plan.__wrapped__)
+    monkeypatch.setattr(kernels_cuda, "_hopper_launch", kernels_cuda._hopper_launch.__wrapped__)
     for stages in (2, 3, 8):  # rings that turn often, too
         for m, n, k in ((tokens, 256, 4096), (tokens - 3, 448, 2080), (2, 136, 1056), (tokens // 2, 8, 192)):
             for bits in (8, 4):
@@ -424,7 +522,7 @@ def test_every_shape_of_block_of_few_rows_on_hopper(tokens, split, dtype, monkey
 @pytest.mark.parametrize("split", cuda_plans.LARGE_M_SPLITS)
 @pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=on_hopper) for tokens in cuda_plans.LARGE_M_STAGES])
 def test_every_shape_of_block_on_hopper(tokens, split, dtype, monkeypatch):
-    monkeypatch.setattr(kernels_cuda, "hopper_plan", cuda_plans.hopper_plan.__wrapped__)
+    monkeypatch.setattr(kernels_cuda, "_hopper_launch", kernels_cuda._hopper_launch.__wrapped__)
     monkeypatch.setattr(cuda_plans, "large_m_shape", lambda *given: (tokens, split))
     monkeypatch.setattr(kernels_cuda, "MAX_SMALL_M", 0)
     # The last has blocks that take several tiles, one after the other.
@@ -507,6 +605,9 @@ class TestOperations:
             got = kernels_cuda.product(normed, weight, scale, bias)
             assert distance(normed, exact_norm) < TOLERANCE[dtype], m
             assert distance(got, normed.double() @ exact.T + bias.double()) < TOLERANCE[dtype], m
+            again = kernels_cuda.norm_linear(x, norm_weight, norm_bias, 1e-5, weight, scale, bias)
+            assert torch.equal(again[0], normed), m
+            assert torch.equal(again[1], got), m
         other = kernels_cuda.product(x, weight, scale, bias)  # nothing is left over
         assert distance(other, x.double() @ exact.T + bias.double()) < TOLERANCE[dtype]
 
