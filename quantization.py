@@ -651,6 +651,14 @@ class _StaysHalf(nn.Module):
             self.weight.data = self.weight.data.float()
         return super().train(mode)
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """As every module's; but beside float32, a weight that half would round, as a trained one, is kept float32."""
+        weight, given = self.weight, state_dict.get(f"{prefix}weight")
+        is_wider = given is not None and given.dtype == torch.float32 != weight.dtype
+        if self._should_be_float and is_wider and not torch.equal(given.to(weight.dtype).float(), given):
+            weight.data = weight.data.float()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _apply(self, fn, recurse=True):
         if not self.stays_half:
             return super()._apply(fn, recurse)

@@ -207,3 +207,20 @@ def test_biases_train(golden_model, bias, checkpointing, learn):
     ids = torch.tensor([[7, 8, 501, 504, 9, 10, 505]])
     learn(model, ids, ids.where(ids.cumsum(1) > ids[:, :4].sum(), -100), 1e-2, 2)
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("layer", ["lm_head", "word_embeddings"])
+def test_a_trained_copy_of_a_half_layer_reloads(golden_model, layer, learn, tmp_path):
+    """Half beside float32 activations, and float32 once it is trained."""
+
+    def base():
+        return golden_model("base", torch.float16).quantize(8).float()
+
+    config = peft.LoraConfig(target_modules=["dense"], modules_to_save=[layer], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(base(), config).train()
+    ids = torch.tensor([[7, 8, 501, 504, 9, 10, 505]])
+    learn(model, ids, ids.where(ids.cumsum(1) > ids[:, :4].sum(), -100), 1e-3, 2)
+    model.eval().save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(base(), tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
