@@ -174,7 +174,7 @@ def write_shards(
 
     stream = iter(tensors)
     weight_map = {}
-    with tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, disable=None if progress else True) as bar:
         for number, shard in enumerate(shards, start=1):
             file_name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
             _write_shard(folder / file_name, shard, itertools.islice(stream, len(shard)), bar)

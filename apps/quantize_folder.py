@@ -22,7 +22,7 @@ def quantize_folder(
 
     Args:
         shard_size: the most bytes of tensors in one file, unless one tensor alone has more.
-        progress: show a progress bar on stderr.
+        progress: show a progress bar on stderr, if that is a terminal.
         overwrite: replace a checkpoint in `destination`, once the new one is complete.
 
     Raises:

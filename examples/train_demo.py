@@ -137,6 +137,26 @@ def count_right(model, tokenizer, conversations: list[list[dict]], batch_size: i
     return right, wrong
 
 
+def report(model, tokenizer, dialogues: list[dict]) -> None:
+    """Print how many questions of the training, in other words, and behind other dialogues are answered right."""
+    reworded = [
+        [{"role": "user", "content": line["ask"]}, {"role": "assistant", "content": line["answer"]}]
+        for path in REWORDINGS
+        for line in read_jsonl(path)
+    ]
+    random.seed(0)
+    behind_others = [with_history(dialogue["turns"], dialogues) for dialogue in dialogues]
+    behind_others = [as_messages(turns, [turn["ask"][0] for turn in turns]) for turns in behind_others]
+    for name, questions in (
+        ("trained", all_wordings(dialogues)),
+        ("reworded", reworded),
+        ("behind other dialogues", behind_others),
+    ):
+        right, wrong = count_right(model, tokenizer, questions)
+        print(f"{name}: {right} of {len(questions)} answers word for word")
+        print("\n".join(f"    asked | said | expected: {line}" for line in wrong[:20]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder to write the model into")
@@ -203,22 +223,7 @@ def main() -> None:
         for name in WRITTEN:
             shutil.copyfile(Path(scratch) / name, arguments.output / name)
 
-    reworded = [
-        [{"role": "user", "content": line["ask"]}, {"role": "assistant", "content": line["answer"]}]
-        for path in REWORDINGS
-        for line in read_jsonl(path)
-    ]
-    random.seed(0)
-    behind_others = [with_history(dialogue["turns"], dialogues) for dialogue in dialogues]
-    behind_others = [as_messages(turns, [turn["ask"][0] for turn in turns]) for turns in behind_others]
-    for name, questions in (
-        ("trained", all_wordings(dialogues)),
-        ("reworded", reworded),
-        ("behind other dialogues", behind_others),
-    ):
-        right, wrong = count_right(model.to(arguments.device), tokenizer, questions)
-        print(f"{name}: {right} of {len(questions)} answers word for word")
-        print("\n".join(f"    asked | said | expected: {line}" for line in wrong[:20]))
+    report(model.to(arguments.device), tokenizer, dialogues)
 
 
 if __name__ == "__main__":

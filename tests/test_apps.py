@@ -460,6 +460,11 @@ def test_quantize_errors(tmp_path, monkeypatch, capsys):
     assert list(result.iterdir()) == []
 
 
+def test_no_progress_bar_in_a_log_file(tmp_path, capsys):
+    quantize_folder(write_source(tmp_path / "source"), tmp_path / "result")
+    assert capsys.readouterr().err == ""
+
+
 def test_an_untied_head_is_kept(tmp_path):
     source = write_source(tmp_path / "source")
     state = load_file(source / "model.safetensors")

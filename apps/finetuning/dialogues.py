@@ -54,7 +54,18 @@ class Conversations:
     """
 
     def __init__(self, settings: Settings):
-        self.settings = settings
+        self.question, self.answer, self.messages = (
+            settings.prompt_column,
+            settings.response_column,
+            settings.messages_column,
+        )
+        named = {name: getattr(settings, f"{name}_column") for name in ("input", "system", "history")}
+        self.named = [name for name in named.values() if name]
+        # A column that has not been named is read where there is one, unless it is the question or the answer.
+        self.input, self.system, self.history = (
+            name or (default if default not in (self.question, self.answer) else None)
+            for default, name in named.items()
+        )
         self.unused: collections.Counter[str] = collections.Counter()
 
     def of(self, place: str, row: dict) -> list[list[dict]]:
@@ -62,31 +73,30 @@ class Conversations:
         half = re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False))
         if half:
             raise ValueError(f"{place} holds half a character, {half[0]!r}: an emoji was cut in two.")
-        settings = self.settings
-        column = settings.messages_column or next(
-            (name for name in DEFAULT_MESSAGES if name in row and settings.prompt_column not in row), None
-        )
-        system = _text(place, row, settings.system_column, "system")
-        head = [{"role": "system", "content": system}] if system and system.strip() else []
-        used = {settings.system_column or "system"}
-        if column:
-            used.add(column)
-            conversations = self._answers(place, row, column)
-        else:
-            conversations, columns = [_round(place, row, settings)], settings
-            used |= {columns.prompt_column, columns.response_column}
-            used |= {columns.input_column or "input", columns.history_column or "history"}
-        self.unused.update(name for name, value in row.items() if name not in used and value not in (None, "", [], {}))
+        column = self.messages
+        if not column and self.question not in row:
+            column = next((name for name in DEFAULT_MESSAGES if name in row), None)
+        needed = [column] if column else [self.question, self.answer]
+        for name in [*needed, *self.named]:
+            if name not in row:
+                raise ValueError(
+                    f"{place} has no column {name!r}; its columns are {', '.join(map(repr, row))}. Name them with "
+                    "--prompt-column and --response-column, or --messages-column."
+                )
+        system = _text(place, row, self.system)
+        head = [{"role": "system", "content": system}] if system else []
+        conversations = self._answers(place, row, column) if column else [self._round(place, row)]
+        read = {*needed, self.system, *(() if column else (self.input, self.history))}
+        self.unused.update(name for name, value in row.items() if name not in read and value not in (None, "", [], {}))
         return [head + conversation for conversation in conversations]
 
     def _answers(self, place: str, row: dict, column: str) -> list[list[dict]]:
         """A list of messages up to its first, second, … answer."""
-        _require(place, row, [column])
         messages = []
         for entry in row[column] if isinstance(row[column], list) else [row[column]]:
             names = ("from", "value") if isinstance(entry, dict) and "from" in entry else ("role", "content")
             role, text = (entry.get(name) if isinstance(entry, dict) else None for name in names)
-            if role not in ROLES or not isinstance(text, str) or not text.strip():
+            if not isinstance(role, str) or role not in ROLES or not isinstance(text, str) or not text.strip():
                 raise ValueError(
                     f"{place}: expected {column!r} to hold messages with a role ({', '.join(ROLES)}) and a text, got "
                     f"{json.dumps(entry, ensure_ascii=False):.80}"
@@ -101,44 +111,29 @@ class Conversations:
             self.unused[f"{column}: messages after the last answer"] += 1
         return [messages[: end + 1] for end in ends]
 
-
-def _round(place: str, row: dict, settings: Settings) -> list[dict]:
-    """The messages of a row with a question, an answer and perhaps earlier rounds."""
-    needed = [settings.prompt_column, settings.response_column]
-    history_column = settings.history_column or "history"
-    _require(place, row, [*needed, settings.history_column] if settings.history_column else needed)
-    for name in needed:
-        if not (_text(place, row, name) or "").strip():
-            raise ValueError(f"{place}: the column {name!r} is empty.")
-    question = row[settings.prompt_column]
-    more = _text(place, row, settings.input_column, "input")
-    if more and more.strip():
-        question += f"\n{more}"
-    messages = []
-    rounds = row.get(history_column) or []
-    for pair in rounds if isinstance(rounds, list) else [rounds]:
-        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-            raise ValueError(f"{place}: expected {history_column!r} to hold pairs [question, answer], got {pair!r:.60}")
-        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    messages.append({"role": "user", "content": question})
-    messages.append({"role": "assistant", "content": row[settings.response_column]})
-    return messages
+    def _round(self, place: str, row: dict) -> list[dict]:
+        """The messages of a row with a question, an answer and perhaps earlier rounds."""
+        question, answer = (_text(place, row, name) for name in (self.question, self.answer))
+        for name, text in ((self.question, question), (self.answer, answer)):
+            if not text:
+                raise ValueError(f"{place}: the column {name!r} is empty.")
+        more = _text(place, row, self.input)
+        messages = []
+        rounds = row.get(self.history) or []
+        for pair in rounds if isinstance(rounds, list) else [rounds]:
+            if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+                raise ValueError(
+                    f"{place}: expected {self.history!r} to hold pairs [question, answer], got {pair!r:.60}"
+                )
+            messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+        messages.append({"role": "user", "content": f"{question}\n{more}" if more else question})
+        messages.append({"role": "assistant", "content": answer})
+        return messages
 
 
-def _require(place: str, row: dict, names: list[str]) -> None:
-    for name in names:
-        if name not in row:
-            raise ValueError(
-                f"{place} has no column {name!r}; its columns are {', '.join(map(repr, row))}. Name them with "
-                "--prompt-column and --response-column, or --messages-column."
-            )
-
-
-def _text(place: str, row: dict, name: str | None, default: str | None = None) -> str | None:
-    """The text in a column, which has to be there if it was named; None where there is nothing."""
-    if name:
-        _require(place, row, [name])
-    text = row.get(name or default)
+def _text(place: str, row: dict, name: str | None) -> str | None:
+    """The text in a column; None where there is none but white space."""
+    text = row.get(name)
     if text is not None and not isinstance(text, str):
-        raise ValueError(f"{place}: the column {name or default!r} is no text: {text!r:.60}")
-    return text
+        raise ValueError(f"{place}: the column {name!r} is no text: {text!r:.60}")
+    return text if text and text.strip() else None

@@ -30,7 +30,7 @@ def read_examples(path: str, tokenizer: ChatGLMTokenizer, settings: Settings, qu
     """
     examples, shortened, left_out = [], [], []
     conversations = Conversations(settings)
-    for place, row in tqdm(read_rows(path), desc=f"reading {os.path.basename(path)}", disable=quiet):
+    for place, row in tqdm(read_rows(path), desc=f"reading {os.path.basename(path)}", disable=quiet or None):
         for messages in conversations.of(place, row):
             ids, complete = _encode(place, messages, tokenizer, settings)
             if len(ids) > settings.max_length:

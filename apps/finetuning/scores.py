@@ -19,7 +19,7 @@ def predict(trainer: Trainer, tokenizer: ChatGLMTokenizer, examples: list[dict],
     ]
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     rows = []
-    for start in tqdm(range(0, len(mine), size), desc="answering", disable=arguments.process_index > 0):
+    for start in tqdm(range(0, len(mine), size), desc="answering", disable=arguments.process_index > 0 or None):
         batch = mine[start : start + size]
         ends = [example["input_ids"].index(tokenizer.bos_token_id) + 1 for example in batch]
         prompts = [example["input_ids"][:end] for example, end in zip(batch, ends, strict=True)]
