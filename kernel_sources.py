@@ -3,10 +3,24 @@
 
 # File name, from the root of the repository, to text.
 FILES = {
-    "kernels/cpu/activations.h": r'''#pragma once
+    "kernels/cpu/activations.h": r'''/* Activations: rows as floats, and rows as limbs, which quantised products take.
 
-/* ---- Rows of activations ---- */
+   Products of integers and their sums are exact. A row of x, one block of columns at a time, is split into a sum of
+   limbs, x = scale[0]·limb[0] + scale[1]·limb[1] + …: small integers, each with a smaller scale than the one before. As
+   many limbs are taken as leave about what rounding to x's dtype would leave. All limbs number p of a row are plane p.
+ */
+#pragma once
 
+/* The sum of a vector of accumulators; each is exact, the sum of all is rounded to float32. */
+static inline float reduce_add_sums(sums s) { return reduce_add(from_sums(s)); }
+
+/* FLOATS numbers of any dtype from index i on. */
+static inline floats load_any(const void* p, int dtype, int64_t i) {
+    if (dtype == FLOAT) return load((const float*)p + i);
+    return dtype == HALF ? load_half((const uint16_t*)p + i) : load_bfloat((const uint16_t*)p + i);
+}
+
+/* `count` numbers of x as floats. */
 static void read_floats(const void* x, int dtype, int64_t count, float* out) {
     const uint16_t* bits = x;
     int64_t i = 0;
@@ -21,6 +35,7 @@ static void read_floats(const void* x, int dtype, int64_t count, float* out) {
     for (; i < count; i++) out[i] = element(x, dtype, i);
 }
 
+/* `count` floats to y from index `at` on. */
 static void write_floats(const float* from, int64_t count, int dtype, void* y, int64_t at) {
     uint16_t* bits = (uint16_t*)y + at;
     int64_t i = 0;
@@ -35,25 +50,120 @@ static void write_floats(const float* from, int64_t count, int dtype, void* y, i
         for (; i < count; i++) bits[i] = to_bfloat(from[i]);
 }
 
-/* Whether this is a processor whose additions don't take turns with products, and whose threads read memory fastest in
-   one stream each: AMD's with AVX512. ON_AMD=0 or 1 has it otherwise, for tests. */
-static int on_amd(void) {
-#ifdef ON_AMD
-    return ON_AMD;
-#elif defined(__AVX512VNNI__)
-    return __builtin_cpu_is("amd");
-#else
-    return 0;
-#endif
+enum {
+    PADDED_M = 16, /* M is padded to a multiple of this */
+    LIMB_MAX = sizeof(limb_t) == 1 ? 127 : 32767,
+};
+_Static_assert(BLOCK % CACHE_LINE == 0 && CACHE_LINE % LANES == 0, "blocks are whole cache lines of whole vectors");
+_Static_assert((int64_t)BLOCK / FLOATS * (UNSIGNED_WEIGHTS ? 255 : 128) * LIMB_MAX <= INT32_MAX,
+               "an accumulator holds its share of a block");
+
+/* One product of a layer, or of M_AT_ONCE rows of it. */
+
+struct job {
+    const void *x, *scale, *bias;
+    const int8_t* weight;
+    void* y;
+    int x_dtype, scale_dtype, bias_dtype, bits;
+    int planes;                 /* limbs of a number */
+    int width;                  /* rows of x in a tile of PADDED_M sums: PADDED_M, or half of it, each with two sums */
+    int pairs;                  /* whether the engine is pairs.h */
+    int64_t tile_n;             /* weight rows of a tile */
+    int64_t M, N, K, block;     /* block: columns of a block, BLOCK at most */
+    int64_t padded_M, padded_K; /* padded_M: sums of a weight row */
+    limb_t* row_limbs;          /* of one row: [planes][padded_K] */
+    void* limbs;                /* of several rows: as the engine says */
+    float* limb_scale;          /* [blocks][planes][padded_M] */
+    int32_t* start;             /* initial sums: of byte tiles [blocks][byte_tiles][padded_M], of pairs
+                                   [blocks][planes][padded_M], of one row [parts][nibbles][planes][FLOATS] */
+};
+
+/* Columns of a block, padding included. */
+static inline int64_t block_columns(const struct job* j, int64_t block) {
+    return min_i64(j->block, j->padded_K - block * j->block);
+}
+
+/* Limbs of a number: one of int16 holds 15 bits, one of int8 about 7.5. Float32 needs one more than the halves. */
+static int limb_count(int x_dtype, size_t limb_size) { return (limb_size == 1 ? 2 : 1) + (x_dtype == FLOAT); }
+
+/* `count` columns of row m of x from `first` on, all of one block, as floats. For int4 the even columns come first,
+   then the odd ones, as the high and the low nibbles of bytes. */
+static void read_columns(const struct job* j, int64_t m, int64_t first, int64_t count, float* out) {
+    const char* row = (const char*)j->x + m * j->K * size_of(j->x_dtype);
+    if (j->bits == 8) {
+        read_floats(row + first * size_of(j->x_dtype), j->x_dtype, count, out);
+        return;
+    }
+    float pairs[2 * BLOCK];
+    for (int64_t half = j->K / 2, done = 0, part; done < count; done += part) {
+        int odd = first + done >= half;
+        int64_t from = first + done - (odd ? half : 0);
+        part = min_i64(count - done, half - from);
+        read_floats(row + 2 * from * size_of(j->x_dtype), j->x_dtype, 2 * part, pairs);
+        for (int64_t k = 0; k < part; k++) out[done + k] = pairs[2 * k + odd];
+    }
+}
+
+/* One block of row m of x as limbs [plane][stride], at most limb_max[plane] each, padded with zeros to a multiple of
+   CACHE_LINE, and their scales. A number that is not finite makes the whole block NaN. */
+static void split_block(const struct job* j, int64_t m, int64_t block, const int* limb_max, int16_t* limbs,
+                        int64_t stride) {
+    int64_t padded = block_columns(j, block), count = min_i64(j->block, j->K - block * j->block);
+    float rest[BLOCK];
+    uint32_t largest = 0; /* as the bits of a float, which order like its size */
+    read_columns(j, m, block * j->block, count, rest);
+    for (int64_t k = 0; k < count; k++) {
+        uint32_t size = bits_of_float(rest[k]) & 0x7fffffff;
+        largest = size > largest ? size : largest;
+    }
+    int finite = largest < 0x7f800000;
+    float lift = float_of_bits(largest) < 0x1p-40f ? 0x1p60f : 1; /* keeps the scales of tiny numbers normal */
+    float scale = largest ? float_of_bits(largest) * lift / (float)limb_max[0] : 1;
+    if (scale < 0x1p-60f) scale = 0x1p-60f; /* subnormal numbers are taken for the smallest normal ones */
+    for (int64_t k = 0; k < count; k++) rest[k] *= lift;
+    for (int plane = 0; plane < j->planes; plane++, limbs += stride) {
+        float inverse = 1 / scale;
+        memset(limbs, 0, (size_t)padded * sizeof *limbs);
+        if (finite)
+            for (int64_t k = 0; k < count; k++) {
+                float limb = (rest[k] * inverse + 0x1.8p23f) - 0x1.8p23f; /* rounds to an integer */
+                limbs[k] = (int16_t)limb;
+                rest[k] -= limb * scale;
+            }
+        j->limb_scale[(block * j->planes + plane) * j->padded_M + m] = finite ? scale / lift : NAN;
+        /* About half a unit is left, somewhat more where the division was rounded: the next limb reaches that. */
+        if (plane + 1 < j->planes) scale /= (float)(2 * (limb_max[plane + 1] - limb_max[plane + 1] / 64));
+    }
+}
+
+/* `count` limbs, as numbers of `size` bytes. */
+static void narrow_limbs(const int16_t* limbs, int64_t count, size_t size, void* to) {
+    if (size == 2)
+        memcpy(to, limbs, (size_t)count * 2);
+    else
+        for (int64_t k = 0; k < count; k++) ((int8_t*)to)[k] = (int8_t)limbs[k];
+}
+
+/* Scales and biases (0 without a bias) of `height` output features from n on. */
+static void read_scale_and_bias(const struct job* j, int64_t n, int64_t height, float* scale, float* bias) {
+    read_floats((const char*)j->scale + n * size_of(j->scale_dtype), j->scale_dtype, height, scale);
+    if (j->bias)
+        read_floats((const char*)j->bias + n * size_of(j->bias_dtype), j->bias_dtype, height, bias);
+    else
+        memset(bias, 0, (size_t)height * sizeof *bias);
 }
 ''',
-    "kernels/cpu/attention.h": r'''#pragma once
+    "kernels/cpu/attention.h": r'''/* Attention: context [B, S, H, D] = softmax(scaling · q · kᵀ + mask) · v, in float32.
 
-/* ---- Attention ---- */
+   One query: keys and values are read where they lie. Several: the keys of a head are transposed to
+   [T / KEYS][D][KEYS], and tiles of QUERIES queries by KEYS keys stay in registers.
+   Threads: each has a contiguous range of the B · H heads, with scores and transposed keys of its own, aligned to 64
+   bytes. D is a multiple of 16, MAX_HEAD at most. */
+#pragma once
 
 /* exp(x): 2^(x / ln 2) from its integer part and a polynomial, within 2 units in the last place. Below -87.3 that of
    -87.3, above 88.7 infinity, NaN of NaN. Written for a compiler to vectorise. */
-static inline float quick_exp(float x) {
+static inline float fast_exp(float x) {
     float bounded = x > 88.7f ? 88.7f : x > -87.3f ? x : -87.3f;
     float whole = (bounded * 1.44269504f + 0x1.8p23f) - 0x1.8p23f;
     float part = (bounded - whole * 0.693359375f) + whole * 2.12194440e-4f;
@@ -69,17 +179,19 @@ static inline float quick_exp(float x) {
 }
 
 enum {
-    QUERIES = FLOATS == 16 ? 8 : 4, /* rows of a tile of scores, as many as registers hold */
+    QUERIES = FLOATS == 16 ? 8 : 4, /* queries of a tile of scores: as many as registers hold */
+
     KEYS = 2 * FLOATS,
 };
 
 /* weight [T] = exp(weight · scaling + mask - the largest of these); returns their sum. There is room for a multiple of
    KEYS weights. */
-static float soften(float* weight, int64_t T, float scaling, const char* mask, int dtype) {
+static float softmax_row(float* weight, int64_t T, float scaling, const char* mask, int dtype) {
     float most[KEYS], sum[KEYS] = {0};
     int64_t t = 0;
     for (; t + FLOATS <= T; t += FLOATS)
-        store(weight + t, multiply_add(load(weight + t), all(scaling), mask ? load_any(mask, dtype, t) : zeros()));
+        store(weight + t,
+              multiply_add(load(weight + t), broadcast(scaling), mask ? load_any(mask, dtype, t) : zeros()));
     for (; t < T; t++) weight[t] = weight[t] * scaling + (mask ? element(mask, dtype, t) : 0);
     for (; t % KEYS; t++) weight[t] = -INFINITY;
     for (int i = 0; i < KEYS; i++) most[i] = weight[i];
@@ -87,13 +199,13 @@ static float soften(float* weight, int64_t T, float scaling, const char* mask, i
         for (int i = 0; i < KEYS; i++) most[i] = weight[t + i] > most[i] ? weight[t + i] : most[i];
     for (int i = 1; i < KEYS; i++) most[0] = most[i] > most[0] ? most[i] : most[0];
     for (t = 0; t < T; t += KEYS)
-        for (int i = 0; i < KEYS; i++) sum[i] += weight[t + i] = quick_exp(weight[t + i] - most[0]);
+        for (int i = 0; i < KEYS; i++) sum[i] += weight[t + i] = fast_exp(weight[t + i] - most[0]);
     for (int i = 1; i < KEYS; i++) sum[0] += sum[i];
     return sum[0];
 }
 
 /* sum [D] = softmax(shrunk · query · keysᵀ + mask) · values for a query [D] and T keys and values that lie k_t and v_t
-   numbers apart; weight [T] is working memory. The caller names the dtype, so that a compiler sees which. */
+   numbers apart; weight [T] is working memory. Callers pass dtype as a constant, so that each gets code of its own. */
 static inline __attribute__((always_inline)) void attend_head(const float* query, const char* keys, int64_t k_t,
                                                               const char* values, int64_t v_t, const char* mask,
                                                               const int dtype, float scaling, int64_t T, int64_t D,
@@ -108,14 +220,14 @@ static inline __attribute__((always_inline)) void attend_head(const float* query
             if (d + FLOATS < D)
                 score[1] = multiply_add(load_any(key, dtype, d + FLOATS), load(query + d + FLOATS), score[1]);
         }
-        weight[t] = total(add(score[0], score[1]));
+        weight[t] = reduce_add(add(score[0], score[1]));
     }
-    float whole = soften(weight, T, scaling, mask, dtype);
+    float whole = softmax_row(weight, T, scaling, mask, dtype);
     for (int64_t d = 0; d < D; d += WIDTH * FLOATS) {
         floats part[WIDTH] = {zeros(), zeros(), zeros(), zeros()};
-        int64_t vectors = least(WIDTH, (D - d) / FLOATS);
+        int64_t vectors = min_i64(WIDTH, (D - d) / FLOATS);
         for (int64_t t = 0; t < T; t++) {
-            floats p = all(weight[t]);
+            floats p = broadcast(weight[t]);
             const char* value = values + t * v_t * size;
             if (vectors == WIDTH)
                 for (int j = 0; j < WIDTH; j++)
@@ -130,8 +242,8 @@ static inline __attribute__((always_inline)) void attend_head(const float* query
 }
 
 /* Keys [T, D] that lie k_t numbers apart as floats [T / KEYS][D][KEYS], zeros where there are none. */
-static void turn_keys(const char* keys, int64_t k_t, int dtype, int64_t T, int64_t D, float* to) {
-    float key[256];
+static void transpose_keys(const char* keys, int64_t k_t, int dtype, int64_t T, int64_t D, float* to) {
+    float key[MAX_HEAD];
     memset(to + T / KEYS * KEYS * D, 0, (size_t)(T % KEYS ? KEYS * D : 0) * sizeof *to);
     for (int64_t t = 0; t < T; t++) {
         read_floats(keys + t * k_t * size_of(dtype), dtype, D, key);
@@ -147,7 +259,7 @@ static void score_queries(const float* query, const float* keys, int64_t T, int6
         for (int64_t d = 0; d < D; d++, keys += KEYS) {
             floats first = load(keys), second = load(keys + FLOATS);
             for (int i = 0; i < QUERIES; i++) {
-                floats q = all(query[i * D + d]);
+                floats q = broadcast(query[i * D + d]);
                 s[i][0] = multiply_add(first, q, s[i][0]);
                 s[i][1] = multiply_add(second, q, s[i][1]);
             }
@@ -168,7 +280,7 @@ static inline __attribute__((always_inline)) void sum_values(const float* weight
     for (int64_t t = 0; t < T; t++, values += v_t * size_of(dtype)) {
         floats first = load_any(values, dtype, d), second = vectors == 2 ? load_any(values, dtype, d + FLOATS) : first;
         for (int i = 0; i < QUERIES; i++) {
-            floats w = all(weight[i * stride + t]);
+            floats w = broadcast(weight[i * stride + t]);
             s[i][0] = multiply_add(first, w, s[i][0]);
             if (vectors == 2) s[i][1] = multiply_add(second, w, s[i][1]);
         }
@@ -192,23 +304,20 @@ static void sum_all_values(const float* weight, int64_t stride, const char* valu
     }
 }
 
-/* context [B, S, H, D] = softmax(scaling · q · kᵀ + mask) · v, summed in fp32. q [B, H, S, D], k and v [B, H, T, D] and
-   mask [B, S, T] (or NULL) of one dtype; all but D and the mask's T may be strided (in numbers), and mask_b and mask_s
-   may be 0. D is a multiple of FLOATS, 256 at most. Returns OK or NO_MEMORY. */
 int chatglm_attention(const void* q, int64_t q_b, int64_t q_h, int64_t q_s, const void* k, int64_t k_b, int64_t k_h,
                       int64_t k_t, const void* v, int64_t v_b, int64_t v_h, int64_t v_t, const void* mask,
                       int64_t mask_b, int64_t mask_s, void* context, int dtype, float scaling, int64_t B, int64_t H,
                       int64_t S, int64_t T, int64_t D, int threads) {
     int64_t size = size_of(dtype), padded_T = round_up(T, KEYS), rows = S == 1 ? 1 : QUERIES;
-    threads = of_threads(threads, 2 * B * H * S * T * D);
-    /* For each thread: scores; for several queries, turned keys. */
+    threads = threads_for(threads, 2 * B * H * S * T * D);
+    /* For each thread: scores; for several queries, transposed keys. */
     int64_t own_size = rows * padded_T + (S == 1 ? 0 : padded_T * D);
     float* memory = aligned_alloc(64, (size_t)round_up(threads * own_size * 4, 64));
     if (!memory) return NO_MEMORY;
 #pragma omp parallel num_threads(threads)
     {
-        float *weight = memory + thread_number() * own_size, *turned = weight + rows * padded_T;
-        float query[QUERIES * 256], sum[QUERIES * 256];
+        float *weight = memory + thread_number() * own_size, *transposed = weight + rows * padded_T;
+        float query[QUERIES * MAX_HEAD], sum[QUERIES * MAX_HEAD];
         for (int64_t i = part_begin(B * H); i < part_end(B * H); i++) {
             int64_t b = i / H, h = i % H;
             const char* queries = (const char*)q + (b * q_b + h * q_h) * size;
@@ -226,17 +335,17 @@ int chatglm_attention(const void* q, int64_t q_b, int64_t q_h, int64_t q_s, cons
                 write_floats(sum, D, dtype, context, i * D);
                 continue;
             }
-            turn_keys(keys, k_t, dtype, T, D, turned);
+            transpose_keys(keys, k_t, dtype, T, D, transposed);
             for (int64_t s = 0; s < S; s += QUERIES) {
-                int64_t count = least(QUERIES, S - s);
+                int64_t count = min_i64(QUERIES, S - s);
                 float whole[QUERIES];
                 memset(query, 0, sizeof query);
                 for (int64_t r = 0; r < count; r++)
                     read_floats(queries + (s + r) * q_s * size, dtype, D, query + r * D);
-                score_queries(query, turned, T, D, weight, padded_T);
+                score_queries(query, transposed, T, D, weight, padded_T);
                 for (int64_t r = 0; r < count; r++)
-                    whole[r] = soften(weight + r * padded_T, T, scaling, masks ? masks + (s + r) * mask_s * size : NULL,
-                                      dtype);
+                    whole[r] = softmax_row(weight + r * padded_T, T, scaling,
+                                           masks ? masks + (s + r) * mask_s * size : NULL, dtype);
                 sum_all_values(weight, padded_T, values, v_t, dtype, T, D, sum);
                 for (int64_t r = 0; r < count; r++) {
                     for (int64_t d = 0; d < D; d++) sum[r * D + d] /= whole[r];
@@ -249,7 +358,11 @@ int chatglm_attention(const void* q, int64_t q_b, int64_t q_h, int64_t q_s, cons
     return OK;
 }
 ''',
-    "kernels/cpu/common.h": r'''#pragma once
+    "kernels/cpu/common.h": r'''/* What every kernel uses: dtypes, float16 and bfloat16 one at a time, and how threads share work.
+
+   Threads: an OpenMP team. thread_number() and thread_count() hold inside a parallel region; part_begin(count) and
+   part_end(count) bound this thread's contiguous share. Without OpenMP there is one thread. */
+#pragma once
 
 #include <math.h>
 #include <stdint.h>
@@ -258,26 +371,21 @@ int chatglm_attention(const void* q, int64_t q_b, int64_t q_h, int64_t q_s, cons
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#ifdef __linux__
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 enum { FLOAT, HALF, BFLOAT }; /* dtypes, as the caller numbers them */
 enum { OK, NO_MEMORY };
 enum {
-    LINE = 64,    /* bytes of weights that are taken at a time: a cache line */
-    NEAR = 1024,  /* bytes ahead that weights are prefetched, of rows side by side */
-    FAR = 4096,   /* the same in one stream */
-    STRIP = 4096, /* bytes of a row that are taken at a time in one stream */
-    STRIPS = 12,  /* rows whose strips are taken one after the other */
-    ROWS = 4,     /* weight rows that are read side by side */
+    CACHE_LINE = 64, /* bytes of weights that are taken at a time */
+    NEAR = 1024,     /* bytes ahead that weights are prefetched, of ROWS rows side by side */
+    FAR = 4096,      /* the same in one stream */
+    STRIP = 4096,    /* bytes of a row that are taken at a time in one stream */
+    STRIPS = 12,     /* rows whose strips are taken one after the other */
+    ROWS = 4,        /* weight rows that are read side by side */
+    MAX_HEAD = 256,  /* numbers of a head, at most */
 };
 
 static inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-/* ---- Half numbers, one at a time ---- */
+static inline int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static inline float float_of_bits(uint32_t bits) {
     float f;
@@ -314,8 +422,8 @@ static inline uint16_t to_bfloat(float f) {
 }
 
 /* The two int4 numbers of a byte. */
-static inline int8_t high_half(int8_t byte) { return (int8_t)(byte >> 4); }
-static inline int8_t low_half(int8_t byte) { return (int8_t)((int8_t)((uint8_t)byte << 4) >> 4); }
+static inline int8_t high_nibble(int8_t byte) { return (int8_t)(byte >> 4); }
+static inline int8_t low_nibble(int8_t byte) { return (int8_t)((int8_t)((uint8_t)byte << 4) >> 4); }
 
 static inline int64_t size_of(int dtype) { return dtype == FLOAT ? 4 : 2; }
 
@@ -325,58 +433,78 @@ static inline float element(const void* p, int dtype, int64_t i) {
     return dtype == HALF ? from_half(bits) : from_bfloat(bits);
 }
 
-/* Keeps a vector in a register: gcc would rather load it again for each use. */
-#if defined(__AVX2__)
-#define KEEP(v) __asm__("" : "+v"(v))
-#elif defined(__aarch64__)
-#define KEEP(v) __asm__("" : "+w"(v))
+/* True on AMD with AVX512: additions and products issue on ports of their own, and a thread reads memory fastest in one
+   stream. Tests force it by -DON_AMD=0 or 1. */
+static int on_amd(void) {
+#ifdef ON_AMD
+    return ON_AMD;
+#elif defined(__AVX512VNNI__)
+    return __builtin_cpu_is("amd");
 #else
-#define KEEP(v) (void)(v)
+    return 0;
 #endif
-''',
-    "kernels/cpu/gelu.h": r'''#pragma once
+}
 
-/* x = gelu(x) in its tanh form, in place. */
+#ifdef _OPENMP
+static int64_t thread_number(void) { return omp_get_thread_num(); }
+static int64_t thread_count(void) { return omp_get_num_threads(); }
+#else
+static int64_t thread_number(void) { return 0; }
+static int64_t thread_count(void) { return 1; }
+#endif
+
+/* Threads that pay off, `threads` at most: waking one takes as long as some 100,000 products. */
+static int threads_for(int threads, int64_t products) { return (int)min_i64(threads, 1 + products / (1 << 18)); }
+
+/* This thread's share of `count` items: from part_begin on, before part_end. */
+static int64_t part_begin(int64_t count) { return count * thread_number() / thread_count(); }
+static int64_t part_end(int64_t count) { return count * (thread_number() + 1) / thread_count(); }
+''',
+    "kernels/cpu/gelu.h": r'''/* GELU in its tanh form, in place. Threads: each has a contiguous range of parts. Alignment: none. */
+#pragma once
+
 void chatglm_gelu(void* x, int dtype, int64_t count, int threads) {
     enum { PART = 1024 };
-    threads = of_threads(threads, 16 * count);
+    threads = threads_for(threads, 16 * count);
 #pragma omp parallel num_threads(threads)
     {
         int64_t parts = (count + PART - 1) / PART;
         for (int64_t i = part_begin(parts); i < part_end(parts); i++) {
             float line[PART];
-            int64_t length = least(PART, count - i * PART);
+            int64_t length = min_i64(PART, count - i * PART);
             read_floats((char*)x + i * PART * size_of(dtype), dtype, length, line);
             for (int64_t j = 0; j < length; j++) {
                 float u = 1.5957691216f * (line[j] + 0.044715f * line[j] * line[j] * line[j]);
-                line[j] = line[j] / (1 + quick_exp(-u));
+                line[j] = line[j] / (1 + fast_exp(-u));
             }
             write_floats(line, length, dtype, x, i * PART);
         }
     }
 }
 ''',
-    "kernels/cpu/half_linear.h": r'''#pragma once
+    "kernels/cpu/half_linear.h": r'''/* Linear layers with float16 or bfloat16 weights, for few rows: y [M, N] = x [M, K] · weight [N, K]ᵀ in float32.
 
-/* ---- Half weights ---- */
+   Weights are read once, ROWS rows side by side, for two rows of x at a time. Threads: each has a contiguous range of
+   output features. Alignment: none. */
+#pragma once
 
 /* sum[i][r] = weight row r · x[i], for `rows` weight rows and `count` rows of x, all K long. */
 static inline __attribute__((always_inline)) void half_dots(const uint16_t* w, int dtype, const int rows,
                                                             const float* x, const int count, int64_t K,
                                                             float (*sum)[ROWS]) {
-    enum { HALVES = LINE / 2 };
-    const int parts = rows == 1 ? 2 : 1; /* lest each sum waits for the one before */
+    enum { LINE_HALVES = CACHE_LINE / 2 };
+    const int parts = rows == 1 ? 2 : 1; /* two accumulators hide the latency of one row */
     floats s[2][ROWS][2];
     int64_t k = 0;
     for (int i = 0; i < count; i++)
         for (int r = 0; r < rows; r++) s[i][r][0] = s[i][r][1] = zeros();
-    for (; k + HALVES <= K; k += HALVES) {
+    for (; k + LINE_HALVES <= K; k += LINE_HALVES) {
         int64_t ahead = k + NEAR / 2 < K ? NEAR / 2 : NEAR / 2 + (rows - 1) * K; /* the next rows' beginnings */
         if (rows == 1)
             __builtin_prefetch(w + k + FAR / 2, 0, 0);
         else
             for (int r = 0; r < rows; r++) __builtin_prefetch(w + r * K + k + ahead);
-        for (int at = 0; at < HALVES; at += FLOATS)
+        for (int at = 0; at < LINE_HALVES; at += FLOATS)
             for (int r = 0; r < rows; r++) {
                 const uint16_t* from = w + r * K + k + at;
                 floats weight = dtype == HALF ? load_half(from) : load_bfloat(from);
@@ -388,15 +516,14 @@ static inline __attribute__((always_inline)) void half_dots(const uint16_t* w, i
     }
     for (int i = 0; i < count; i++)
         for (int r = 0; r < rows; r++) {
-            sum[i][r] = total(parts == 1 ? s[i][r][0] : add(s[i][r][0], s[i][r][1]));
+            sum[i][r] = reduce_add(parts == 1 ? s[i][r][0] : add(s[i][r][0], s[i][r][1]));
             for (int64_t rest = k; rest < K; rest++) sum[i][r] += element(w + r * K, dtype, rest) * x[i * K + rest];
         }
 }
 
-/* y = x · weightᵀ with half or bfloat weights, for few rows: x [M, K], y [M, N] of x_dtype. Returns OK or NO_MEMORY. */
 int chatglm_half_linear(const void* x, int x_dtype, const uint16_t* weight, int weight_dtype, void* y, int64_t M,
                         int64_t N, int64_t K, int threads) {
-    threads = of_threads(threads, M * N * K);
+    threads = threads_for(threads, M * N * K);
     float* rows = aligned_alloc(64, (size_t)round_up(M * K * 4, 64));
     if (!rows) return NO_MEMORY;
     read_floats(x, x_dtype, M * K, rows);
@@ -428,107 +555,21 @@ int chatglm_half_linear(const void* x, int x_dtype, const uint16_t* weight, int 
     return OK;
 }
 ''',
-    "kernels/cpu/instructions.h": r'''#pragma once
+    "kernels/cpu/isa/avx2.h": r'''/* AVX2 with FMA and F16C, with or without AVX-VNNI. What each operation does is said in portable.h, and what VNNI
+   changes in avx512.h. Loads and stores need no alignment. */
+#pragma once
 
-/* ---- Instruction sets: the same few operations for each ----
-   floats: FLOATS fp32 numbers. digits: LANES digits of type digit_t, DIGIT_MAX at most. sums: int32 partial sums.
-   A matrix unit stands beside AVX512 and has names of its own: its digits are of type panel_t. */
-
-#if (defined(__AMX_INT8__) && defined(__linux__)) || defined(EMULATE_AMX)
-#define AMX
-#define INSTRUCTIONS "AMX"
-enum { TILE_N = 32, TILE_M = 16, TILE_K = 64, BLOCK = 1024, PANEL_DIGIT_MAX = 127 };
-typedef int8_t panel_t;
-#endif
-
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #include <immintrin.h>
-enum { FLOATS = 16 };
-typedef __m512 floats;
-static inline floats zeros(void) { return _mm512_setzero_ps(); }
-static inline floats all(float f) { return _mm512_set1_ps(f); }
-static inline floats load(const float* p) { return _mm512_loadu_ps(p); }
-static inline void store(float* p, floats v) { _mm512_storeu_ps(p, v); }
-static inline floats add(floats a, floats b) { return _mm512_add_ps(a, b); }
-static inline floats multiply_add(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b, c); }
-static inline float total(floats v) { return _mm512_reduce_add_ps(v); }
-static inline floats load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const void*)p)); }
-static inline void store_half(uint16_t* p, floats v) { _mm256_storeu_si256((void*)p, _mm512_cvtps_ph(v, 0)); }
-static inline floats load_bfloat(const uint16_t* p) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void*)p)), 16));
-}
-typedef __m512i digits;
-typedef int32_t sums __attribute__((vector_size(64))); /* not __m512i, which gcc 12 copies to and fro */
-static inline sums no_sums(void) { return (sums)_mm512_setzero_si512(); }
-static inline sums load_sums(const int32_t* p) { return (sums)_mm512_loadu_si512(p); }
-static inline void store_sums(int32_t* p, sums s) { _mm512_storeu_si512(p, (__m512i)s); }
-#ifdef __AVX512VNNI__ /* four products of unsigned and signed bytes at a time: weights become unsigned */
-#define UNSIGNED_WEIGHTS
-enum { LANES = 64 };
-typedef int8_t digit_t;
-static inline digits load_digits(const digit_t* p) { return _mm512_loadu_si512(p); }
-static inline digits flip_signs(digits bytes) { return _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)); }
-static inline digits load_int8(const int8_t* p) { return flip_signs(_mm512_loadu_si512(p)); }
-static inline digits high_halves(digits bytes) {
-    return _mm512_and_si512(_mm512_srli_epi16(bytes, 4), _mm512_set1_epi8(15));
-}
-static inline digits low_halves(digits bytes) {
-    return _mm512_xor_si512(_mm512_and_si512(bytes, _mm512_set1_epi8(15)), _mm512_set1_epi8(8));
-}
-static inline digits repeat4(const void* p) {
-    int32_t four;
-    memcpy(&four, p, 4);
-    return _mm512_set1_epi32(four);
-}
-static inline digits repeat8(const void* p) {
-    int64_t eight;
-    memcpy(&eight, p, 8);
-    return _mm512_set1_epi64(eight);
-}
-static inline sums add_products(sums s, digits weights, digits x) {
-    return (sums)_mm512_dpbusd_epi32((__m512i)s, weights, x);
-}
-static inline sums take_multiple(sums s, digits x, uint8_t times) { /* s - times · x */
-    return s - add_products(no_sums(), _mm512_set1_epi8((char)times), x);
-}
-static inline sums join_sums(sums high, sums low) { /* 256 · high + low; may wrap around on the way */
-    return (sums)_mm512_add_epi32(_mm512_slli_epi32((__m512i)high, 8), (__m512i)low);
-}
-static inline sums add_neighbours(sums s) { /* in both places of a pair */
-    return s + (sums)_mm512_shuffle_epi32((__m512i)s, _MM_PERM_CDAB);
-}
-enum { BYTE_N = 8 };
-#define FOR_BYTE_N(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7)
-#ifndef AMX
-#define INSTRUCTIONS "AVX512 with VNNI"
-#endif
-#else
-enum { LANES = 32 };
-typedef int16_t digit_t;
-static inline digits load_digits(const digit_t* p) { return _mm512_loadu_si512(p); }
-static inline digits load_int8(const int8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const void*)p)); }
-static inline digits high_halves(digits bytes) { return _mm512_srai_epi16(bytes, 4); }
-static inline digits low_halves(digits bytes) { return _mm512_srai_epi16(_mm512_slli_epi16(bytes, 12), 12); }
-static inline sums add_products(sums s, digits a, digits b) { return s + (sums)_mm512_madd_epi16(a, b); }
-#ifndef AMX
-#define INSTRUCTIONS "AVX512"
-enum { TILE_N = 4, TILE_M = 4, BLOCK = 1024 };
-#endif
-#endif
-static inline floats from_sums(sums s) { return _mm512_cvtepi32_ps((__m512i)s); }
-static inline floats load_int32(const int32_t* p) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(p)); }
-
-#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-#include <immintrin.h>
-enum { FLOATS = 8 };
+enum { FLOATS = 8, PLAIN_N = 4, PLAIN_M = 2 };
+#define KEEP_IN_REGISTER(v) __asm__("" : "+v"(v)) /* as in avx512.h */
 typedef __m256 floats;
 static inline floats zeros(void) { return _mm256_setzero_ps(); }
-static inline floats all(float f) { return _mm256_set1_ps(f); }
+static inline floats broadcast(float f) { return _mm256_set1_ps(f); }
 static inline floats load(const float* p) { return _mm256_loadu_ps(p); }
 static inline void store(float* p, floats v) { _mm256_storeu_ps(p, v); }
 static inline floats add(floats a, floats b) { return _mm256_add_ps(a, b); }
 static inline floats multiply_add(floats a, floats b, floats c) { return _mm256_fmadd_ps(a, b, c); }
-static inline float total(floats v) {
+static inline float reduce_add(floats v) {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
@@ -538,127 +579,269 @@ static inline void store_half(uint16_t* p, floats v) { _mm_storeu_si128((void*)p
 static inline floats load_bfloat(const uint16_t* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void*)p)), 16));
 }
-typedef __m256i digits;
+typedef __m256i limbs;
 typedef int32_t sums __attribute__((vector_size(32)));
 static inline sums no_sums(void) { return (sums)_mm256_setzero_si256(); }
-#ifdef __AVXVNNI__ /* as of AVX512 */
-#define UNSIGNED_WEIGHTS
-enum { LANES = 32 };
-typedef int8_t digit_t;
 static inline sums load_sums(const int32_t* p) { return (sums)_mm256_loadu_si256((const void*)p); }
 static inline void store_sums(int32_t* p, sums s) { _mm256_storeu_si256((void*)p, (__m256i)s); }
-static inline digits load_digits(const digit_t* p) { return _mm256_loadu_si256((const void*)p); }
-static inline digits flip_signs(digits bytes) { return _mm256_xor_si256(bytes, _mm256_set1_epi8(-128)); }
-static inline digits load_int8(const int8_t* p) { return flip_signs(load_digits(p)); }
-static inline digits high_halves(digits bytes) {
+#ifdef __AVXVNNI__
+#define INSTRUCTIONS "AVX2 with VNNI"
+#define UNSIGNED_WEIGHTS 1
+enum { LANES = 32, BLOCK = 1024 };
+typedef int8_t limb_t;
+static inline limbs load_limbs(const limb_t* p) { return _mm256_loadu_si256((const void*)p); }
+static inline limbs flip_signs(limbs bytes) { return _mm256_xor_si256(bytes, _mm256_set1_epi8(-128)); }
+static inline limbs load_int8(const int8_t* p) { return flip_signs(load_limbs(p)); }
+static inline limbs high_nibbles(limbs bytes) {
     return _mm256_and_si256(_mm256_srli_epi16(bytes, 4), _mm256_set1_epi8(15));
 }
-static inline digits low_halves(digits bytes) {
+static inline limbs low_nibbles(limbs bytes) {
     return _mm256_xor_si256(_mm256_and_si256(bytes, _mm256_set1_epi8(15)), _mm256_set1_epi8(8));
 }
-static inline digits repeat4(const void* p) {
+static inline limbs broadcast4(const void* p) {
     int32_t four;
     memcpy(&four, p, 4);
     return _mm256_set1_epi32(four);
 }
-static inline digits repeat8(const void* p) {
+static inline limbs broadcast8(const void* p) {
     int64_t eight;
     memcpy(&eight, p, 8);
     return _mm256_set1_epi64x(eight);
 }
-static inline sums add_products(sums s, digits weights, digits x) {
+static inline sums add_products(sums s, limbs weights, limbs x) {
     return (sums)_mm256_dpbusd_avx_epi32((__m256i)s, weights, x);
 }
-static inline sums take_multiple(sums s, digits x, uint8_t times) {
+static inline sums subtract_multiple(sums s, limbs x, uint8_t times) {
     return s - add_products(no_sums(), _mm256_set1_epi8((char)times), x);
 }
 static inline sums join_sums(sums high, sums low) {
     return (sums)_mm256_add_epi32(_mm256_slli_epi32((__m256i)high, 8), (__m256i)low);
 }
-static inline sums add_neighbours(sums s) { return s + (sums)_mm256_shuffle_epi32((__m256i)s, 0xb1); }
+static inline sums add_lane_pairs(sums s) { return s + (sums)_mm256_shuffle_epi32((__m256i)s, 0xb1); }
 enum { BYTE_N = 4 };
 #define FOR_BYTE_N(DO) DO(0) DO(1) DO(2) DO(3)
-#ifndef AMX
-#define INSTRUCTIONS "AVX2 with VNNI"
-#endif
 #else
-enum { LANES = 16 };
-typedef int16_t digit_t;
-static inline digits load_digits(const digit_t* p) { return _mm256_loadu_si256((const void*)p); }
-static inline digits load_int8(const int8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const void*)p)); }
-static inline digits high_halves(digits bytes) { return _mm256_srai_epi16(bytes, 4); }
-static inline digits low_halves(digits bytes) { return _mm256_srai_epi16(_mm256_slli_epi16(bytes, 12), 12); }
-static inline sums add_products(sums s, digits a, digits b) { return s + (sums)_mm256_madd_epi16(a, b); }
-#ifndef AMX
 #define INSTRUCTIONS "AVX2"
-enum { TILE_N = 4, TILE_M = 2, BLOCK = 2048 };
-#endif
+#define UNSIGNED_WEIGHTS 0
+enum { LANES = 16, BLOCK = 2048 };
+typedef int16_t limb_t;
+static inline limbs load_limbs(const limb_t* p) { return _mm256_loadu_si256((const void*)p); }
+static inline limbs load_int8(const int8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const void*)p)); }
+static inline limbs high_nibbles(limbs bytes) { return _mm256_srai_epi16(bytes, 4); }
+static inline limbs low_nibbles(limbs bytes) { return _mm256_srai_epi16(_mm256_slli_epi16(bytes, 12), 12); }
+static inline sums add_products(sums s, limbs a, limbs b) { return s + (sums)_mm256_madd_epi16(a, b); }
+static inline sums subtract_multiple(sums s, limbs x, uint8_t times) {
+    return s - add_products(no_sums(), _mm256_set1_epi16(times), x);
+}
 #endif
 static inline floats from_sums(sums s) { return _mm256_cvtepi32_ps((__m256i)s); }
 static inline floats load_int32(const int32_t* p) { return _mm256_cvtepi32_ps(_mm256_loadu_si256((const void*)p)); }
 
-#elif defined(__ARM_NEON) && defined(__aarch64__)
+enum { CAN_TRANSPOSE = 0 }; /* linear.h goes number by number */
+#define transpose(rows, scale, bias, to, stride) (void)(rows)
+''',
+    "kernels/cpu/isa/avx512.h": r'''/* AVX512 (F, BW, DQ, VL), with or without VNNI. What each operation does is said in portable.h.
+
+   With VNNI a product takes four unsigned and four signed bytes: weights get 128 (int8) or 8 (int4) added, and sums
+   start with minus what that adds. Without it limbs are int16. Loads and stores need no alignment. */
+#pragma once
+
+#include <immintrin.h>
+#define ISA_AVX512
+enum { FLOATS = 16, BLOCK = 1024, PLAIN_N = 4, PLAIN_M = 4 };
+#define KEEP_IN_REGISTER(v) __asm__("" : "+v"(v)) /* in a register: gcc would load it again for each use */
+typedef __m512 floats;
+static inline floats zeros(void) { return _mm512_setzero_ps(); }
+static inline floats broadcast(float f) { return _mm512_set1_ps(f); }
+static inline floats load(const float* p) { return _mm512_loadu_ps(p); }
+static inline void store(float* p, floats v) { _mm512_storeu_ps(p, v); }
+static inline floats add(floats a, floats b) { return _mm512_add_ps(a, b); }
+static inline floats multiply_add(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b, c); }
+static inline float reduce_add(floats v) { return _mm512_reduce_add_ps(v); }
+static inline floats load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const void*)p)); }
+static inline void store_half(uint16_t* p, floats v) { _mm256_storeu_si256((void*)p, _mm512_cvtps_ph(v, 0)); }
+static inline floats load_bfloat(const uint16_t* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void*)p)), 16));
+}
+typedef __m512i limbs;
+typedef int32_t sums __attribute__((vector_size(64))); /* not __m512i, which gcc 12 copies to and fro */
+static inline sums no_sums(void) { return (sums)_mm512_setzero_si512(); }
+static inline sums load_sums(const int32_t* p) { return (sums)_mm512_loadu_si512(p); }
+static inline void store_sums(int32_t* p, sums s) { _mm512_storeu_si512(p, (__m512i)s); }
+#ifdef __AVX512VNNI__ /* a product of four unsigned by four signed bytes */
+#define INSTRUCTIONS "AVX512 with VNNI"
+#define UNSIGNED_WEIGHTS 1
+enum { LANES = 64 };
+typedef int8_t limb_t;
+static inline limbs load_limbs(const limb_t* p) { return _mm512_loadu_si512(p); }
+static inline limbs flip_signs(limbs bytes) { return _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)); }
+static inline limbs load_int8(const int8_t* p) { return flip_signs(_mm512_loadu_si512(p)); }
+static inline limbs high_nibbles(limbs bytes) {
+    return _mm512_and_si512(_mm512_srli_epi16(bytes, 4), _mm512_set1_epi8(15));
+}
+static inline limbs low_nibbles(limbs bytes) {
+    return _mm512_xor_si512(_mm512_and_si512(bytes, _mm512_set1_epi8(15)), _mm512_set1_epi8(8));
+}
+static inline limbs broadcast4(const void* p) {
+    int32_t four;
+    memcpy(&four, p, 4);
+    return _mm512_set1_epi32(four);
+}
+static inline limbs broadcast8(const void* p) {
+    int64_t eight;
+    memcpy(&eight, p, 8);
+    return _mm512_set1_epi64(eight);
+}
+static inline sums add_products(sums s, limbs weights, limbs x) {
+    return (sums)_mm512_dpbusd_epi32((__m512i)s, weights, x);
+}
+static inline sums subtract_multiple(sums s, limbs x, uint8_t times) { /* s - times · x */
+    return s - add_products(no_sums(), _mm512_set1_epi8((char)times), x);
+}
+static inline sums join_sums(sums high, sums low) { /* 256 · high + low; may wrap around on the way */
+    return (sums)_mm512_add_epi32(_mm512_slli_epi32((__m512i)high, 8), (__m512i)low);
+}
+static inline sums add_lane_pairs(sums s) { /* in both places of a pair */
+    return s + (sums)_mm512_shuffle_epi32((__m512i)s, _MM_PERM_CDAB);
+}
+enum { BYTE_N = 8 };
+#define FOR_BYTE_N(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7)
+#else
+#define INSTRUCTIONS "AVX512"
+#define UNSIGNED_WEIGHTS 0
+enum { LANES = 32 };
+typedef int16_t limb_t;
+static inline limbs load_limbs(const limb_t* p) { return _mm512_loadu_si512(p); }
+static inline limbs load_int8(const int8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const void*)p)); }
+static inline limbs high_nibbles(limbs bytes) { return _mm512_srai_epi16(bytes, 4); }
+static inline limbs low_nibbles(limbs bytes) { return _mm512_srai_epi16(_mm512_slli_epi16(bytes, 12), 12); }
+static inline sums add_products(sums s, limbs a, limbs b) { return s + (sums)_mm512_madd_epi16(a, b); }
+static inline sums subtract_multiple(sums s, limbs x, uint8_t times) {
+    return s - add_products(no_sums(), _mm512_set1_epi16(times), x);
+}
+#endif
+static inline floats from_sums(sums s) { return _mm512_cvtepi32_ps((__m512i)s); }
+static inline floats load_int32(const int32_t* p) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(p)); }
+
+enum { CAN_TRANSPOSE = 1 };
+_Static_assert(FLOATS == 16, "transpose has 16 rows of 16");
+/* to[i][n] = rows[n][i] · scale[n] + bias[n], 16 by 16; rows of `to` lie `stride` floats apart. */
+static void transpose(const float* const* rows, floats scale, floats bias, float* to, int64_t stride) {
+    __m512 one[16], two[16];
+    for (int i = 0; i < 16; i += 2) { /* interleave two rows, then four */
+        __m512 a = load(rows[i]), b = load(rows[i + 1]);
+        one[i] = _mm512_unpacklo_ps(a, b), one[i + 1] = _mm512_unpackhi_ps(a, b);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int k = 0; k < 2; k++) {
+            __m512d a = _mm512_castps_pd(one[i + k]), b = _mm512_castps_pd(one[i + k + 2]);
+            two[i + 2 * k] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+            two[i + 2 * k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+        }
+    for (int i = 0; i < 4; i++) { /* lane l of two[4·r + i] has column 4·l + i of rows 4·r to 4·r + 3 */
+        __m512 a = two[i], b = two[4 + i], c = two[8 + i], d = two[12 + i];
+        __m512 even0 = _mm512_shuffle_f32x4(a, b, 0x88), odd0 = _mm512_shuffle_f32x4(a, b, 0xdd);
+        __m512 even1 = _mm512_shuffle_f32x4(c, d, 0x88), odd1 = _mm512_shuffle_f32x4(c, d, 0xdd);
+        store(to + i * stride, multiply_add(_mm512_shuffle_f32x4(even0, even1, 0x88), scale, bias));
+        store(to + (4 + i) * stride, multiply_add(_mm512_shuffle_f32x4(odd0, odd1, 0x88), scale, bias));
+        store(to + (8 + i) * stride, multiply_add(_mm512_shuffle_f32x4(even0, even1, 0xdd), scale, bias));
+        store(to + (12 + i) * stride, multiply_add(_mm512_shuffle_f32x4(odd0, odd1, 0xdd), scale, bias));
+    }
+}
+''',
+    "kernels/cpu/isa/neon.h": r'''/* NEON of AArch64, with or without its dot product, which takes int8 limbs. What each operation does is said in
+   portable.h. Loads and stores need no alignment. */
+#pragma once
+
 #include <arm_neon.h>
-enum { FLOATS = 4, TILE_N = 4, TILE_M = 4, BLOCK = 1024 };
+#define UNSIGNED_WEIGHTS 0
+#define KEEP_IN_REGISTER(v) __asm__("" : "+w"(v)) /* in a register: gcc would load it again for each use */
+enum { FLOATS = 4, BLOCK = 1024, PLAIN_N = 4, PLAIN_M = 4 };
 typedef float32x4_t floats;
 typedef int32x4_t sums;
 static inline floats zeros(void) { return vdupq_n_f32(0); }
-static inline floats all(float f) { return vdupq_n_f32(f); }
+static inline floats broadcast(float f) { return vdupq_n_f32(f); }
 static inline floats load(const float* p) { return vld1q_f32(p); }
 static inline void store(float* p, floats v) { vst1q_f32(p, v); }
 static inline floats add(floats a, floats b) { return vaddq_f32(a, b); }
 static inline floats multiply_add(floats a, floats b, floats c) { return vfmaq_f32(c, a, b); }
-static inline float total(floats v) { return vaddvq_f32(v); }
+static inline float reduce_add(floats v) { return vaddvq_f32(v); }
 static inline floats load_half(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 static inline void store_half(uint16_t* p, floats v) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
 static inline floats load_bfloat(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
 static inline sums no_sums(void) { return vdupq_n_s32(0); }
+static inline sums load_sums(const int32_t* p) { return vld1q_s32(p); }
+static inline void store_sums(int32_t* p, sums s) { vst1q_s32(p, s); }
 #ifdef __ARM_FEATURE_DOTPROD
 #define INSTRUCTIONS "NEON with dot product"
 enum { LANES = 16 };
-typedef int8_t digit_t;
-typedef int8x16_t digits;
-static inline digits load_digits(const digit_t* p) { return vld1q_s8(p); }
-static inline digits load_int8(const int8_t* p) { return vld1q_s8(p); }
-static inline digits high_halves(digits bytes) { return vshrq_n_s8(bytes, 4); }
-static inline digits low_halves(digits bytes) { return vshrq_n_s8(vshlq_n_s8(bytes, 4), 4); }
-static inline sums add_products(sums s, digits a, digits b) { return vdotq_s32(s, a, b); }
+typedef int8_t limb_t;
+typedef int8x16_t limbs;
+static inline limbs load_limbs(const limb_t* p) { return vld1q_s8(p); }
+static inline limbs load_int8(const int8_t* p) { return vld1q_s8(p); }
+static inline limbs high_nibbles(limbs bytes) { return vshrq_n_s8(bytes, 4); }
+static inline limbs low_nibbles(limbs bytes) { return vshrq_n_s8(vshlq_n_s8(bytes, 4), 4); }
+static inline sums add_products(sums s, limbs a, limbs b) { return vdotq_s32(s, a, b); }
+static inline sums subtract_multiple(sums s, limbs x, uint8_t times) {
+    return add_products(s, vdupq_n_s8((int8_t)-times), x);
+}
 #else
 #define INSTRUCTIONS "NEON"
 enum { LANES = 8 };
-typedef int16_t digit_t;
-typedef int16x8_t digits;
-static inline digits load_digits(const digit_t* p) { return vld1q_s16(p); }
-static inline digits load_int8(const int8_t* p) { return vmovl_s8(vld1_s8(p)); }
-static inline digits high_halves(digits bytes) { return vshrq_n_s16(bytes, 4); }
-static inline digits low_halves(digits bytes) { return vshrq_n_s16(vshlq_n_s16(bytes, 12), 12); }
-static inline sums add_products(sums s, digits a, digits b) {
+typedef int16_t limb_t;
+typedef int16x8_t limbs;
+static inline limbs load_limbs(const limb_t* p) { return vld1q_s16(p); }
+static inline limbs load_int8(const int8_t* p) { return vmovl_s8(vld1_s8(p)); }
+static inline limbs high_nibbles(limbs bytes) { return vshrq_n_s16(bytes, 4); }
+static inline limbs low_nibbles(limbs bytes) { return vshrq_n_s16(vshlq_n_s16(bytes, 12), 12); }
+static inline sums add_products(sums s, limbs a, limbs b) {
     return vmlal_high_s16(vmlal_s16(s, vget_low_s16(a), vget_low_s16(b)), a, b);
+}
+static inline sums subtract_multiple(sums s, limbs x, uint8_t times) {
+    return add_products(s, vdupq_n_s16((int16_t)-times), x);
 }
 #endif
 static inline floats from_sums(sums s) { return vcvtq_f32_s32(s); }
 static inline floats load_int32(const int32_t* p) { return vcvtq_f32_s32(vld1q_s32(p)); }
 
-#else
+enum { CAN_TRANSPOSE = 0 }; /* linear.h goes number by number */
+#define transpose(rows, scale, bias, to, stride) (void)(rows)
+''',
+    "kernels/cpu/isa/portable.h": r'''/* Plain C, and the reference for what the operations of an instruction set do.
+
+   floats  FLOATS float32 numbers           limbs  LANES integers of type limb_t, LIMB_MAX at most
+   sums    int32 accumulators, FLOATS of them (each takes LANES / FLOATS products at a time)
+   BLOCK   columns, at most, whose products' sum is exact in int32 and whose limbs fit the nearest cache
+   PLAIN_N, PLAIN_M   weight rows and rows of x that plain tiles keep in registers
+   KEEP_IN_REGISTER   keeps gcc from loading a vector again for each use
+   transpose          16 by 16 floats, if CAN_TRANSPOSE
+   subtract_multiple  s - times · x, for times up to 128
+   UNSIGNED_WEIGHTS   1 where load_int8 and the nibbles give weights with 128 or 8 added, unsigned
+   Only then there are: broadcast4, broadcast8 (4 or 8 bytes everywhere), flip_signs (adds 128), join_sums (256 · high +
+   low), add_lane_pairs (sums of lanes 2i and 2i + 1, in both), BYTE_N and FOR_BYTE_N (weight rows of a byte tile). */
+#pragma once
+
 #define INSTRUCTIONS "portable C"
-enum { FLOATS = 8, LANES = 8, TILE_N = 2, TILE_M = 2, BLOCK = 2048 };
+#define UNSIGNED_WEIGHTS 0
+#define KEEP_IN_REGISTER(v) (void)(v) /* nothing to keep */
+enum { FLOATS = 8, LANES = 8, BLOCK = 2048, PLAIN_N = 2, PLAIN_M = 2 };
 typedef struct {
     float of[FLOATS];
 } floats;
 typedef struct {
     int16_t of[LANES];
-} digits;
+} limbs;
 typedef struct {
     int32_t of[LANES];
 } sums;
-typedef int16_t digit_t;
+typedef int16_t limb_t;
 #define EACH(count) for (int i = 0; i < (count); i++)
 static inline floats zeros(void) {
     floats v;
     EACH(FLOATS) v.of[i] = 0;
     return v;
 }
-static inline floats all(float f) {
+static inline floats broadcast(float f) {
     floats v;
     EACH(FLOATS) v.of[i] = f;
     return v;
@@ -677,7 +860,7 @@ static inline floats multiply_add(floats a, floats b, floats c) {
     EACH(FLOATS) c.of[i] += a.of[i] * b.of[i];
     return c;
 }
-static inline float total(floats v) {
+static inline float reduce_add(floats v) {
     float sum = 0;
     EACH(FLOATS) sum += v.of[i];
     return sum;
@@ -693,22 +876,22 @@ static inline floats load_bfloat(const uint16_t* p) {
     EACH(FLOATS) v.of[i] = from_bfloat(p[i]);
     return v;
 }
-static inline digits load_digits(const digit_t* p) {
-    digits v;
+static inline limbs load_limbs(const limb_t* p) {
+    limbs v;
     EACH(LANES) v.of[i] = p[i];
     return v;
 }
-static inline digits load_int8(const int8_t* p) {
-    digits v;
+static inline limbs load_int8(const int8_t* p) {
+    limbs v;
     EACH(LANES) v.of[i] = p[i];
     return v;
 }
-static inline digits high_halves(digits v) {
-    EACH(LANES) v.of[i] = high_half((int8_t)v.of[i]);
+static inline limbs high_nibbles(limbs v) {
+    EACH(LANES) v.of[i] = high_nibble((int8_t)v.of[i]);
     return v;
 }
-static inline digits low_halves(digits v) {
-    EACH(LANES) v.of[i] = low_half((int8_t)v.of[i]);
+static inline limbs low_nibbles(limbs v) {
+    EACH(LANES) v.of[i] = low_nibble((int8_t)v.of[i]);
     return v;
 }
 static inline sums no_sums(void) {
@@ -716,8 +899,18 @@ static inline sums no_sums(void) {
     EACH(LANES) s.of[i] = 0;
     return s;
 }
-static inline sums add_products(sums s, digits a, digits b) {
+static inline sums add_products(sums s, limbs a, limbs b) {
     EACH(LANES) s.of[i] += a.of[i] * b.of[i];
+    return s;
+}
+static inline sums load_sums(const int32_t* p) {
+    sums s;
+    EACH(LANES) s.of[i] = p[i];
+    return s;
+}
+static inline void store_sums(int32_t* p, sums s) { EACH(LANES) p[i] = s.of[i]; }
+static inline sums subtract_multiple(sums s, limbs x, uint8_t times) {
+    EACH(LANES) s.of[i] -= times * x.of[i];
     return s;
 }
 static inline floats from_sums(sums s) {
@@ -730,59 +923,595 @@ static inline floats load_int32(const int32_t* p) {
     EACH(FLOATS) v.of[i] = (float)p[i];
     return v;
 }
-#endif
-static inline float total_sums(sums s) { return total(from_sums(s)); }
-#if defined(UNSIGNED_WEIGHTS) && !defined(AMX)
-#define BYTE_TILES
-enum { TILE_N = BYTE_N, TILE_M = 16, BLOCK = 1024 };
-#ifdef __AVX512F__
-#define PAIRS
-#endif
-#endif
-#ifndef AMX
-enum { TILE_K = LINE, PANEL_DIGIT_MAX = sizeof(digit_t) == 1 ? 127 : 32767 };
-typedef digit_t panel_t;
-#endif
 
-static inline floats load_any(const void* p, int dtype, int64_t i) {
-    if (dtype == FLOAT) return load((const float*)p + i);
-    return dtype == HALF ? load_half((const uint16_t*)p + i) : load_bfloat((const uint16_t*)p + i);
-}
+enum { CAN_TRANSPOSE = 0 }; /* linear.h goes number by number */
+#define transpose(rows, scale, bias, to, stride) (void)(rows)
 ''',
-    "kernels/cpu/kernels.c": r'''/* The CPU kernels, one translation unit, which kernels_cpu.py compiles for the machine that runs it.
+    "kernels/cpu/kernels.c": r'''/* The CPU kernels, one translation unit, which kernels_cpu.py compiles for the machine that runs it. This file is the
+   contract with it, and chooses an instruction set and the engine of several rows.
 
    Letters: M rows of an activation, K columns, N output features; B sequences, H heads, S queries, T keys, D numbers a
-   head. */
+   head. Dtypes: FLOAT 0, HALF 1, BFLOAT 2. Functions that return int return OK 0 or NO_MEMORY 1. All tensors are
+   contiguous unless strides are given, and need only the alignment of their dtype. `threads`: at most so many. */
 #include "common.h"
-#include "instructions.h"
+
+/* Whether the instructions this was compiled for may be used: 0 if the system refuses the matrix unit. */
+int chatglm_start(void);
+
+/* The instruction set, in words. */
+const char* chatglm_instructions(void);
+
+/* y [M, N] = x [M, K] · (scale · weight)ᵀ + bias. x and y have x_dtype. weight is int8 [N, K], or with 4 bits [N, K /
+   2], the even column in the high nibble. scale [N] and bias [N] (or NULL) have dtypes of their own. */
+int chatglm_linear(const void* x, int x_dtype, const int8_t* weight, int bits, const void* scale, int scale_dtype,
+                   const void* bias, int bias_dtype, void* y, int64_t M, int64_t N, int64_t K, int threads);
+
+/* y [M, N] = x [M, K] · weight [N, K]ᵀ for few rows. x and y have x_dtype; weight is HALF or BFLOAT. */
+int chatglm_half_linear(const void* x, int x_dtype, const uint16_t* weight, int weight_dtype, void* y, int64_t M,
+                        int64_t N, int64_t K, int threads);
+
+/* context [B, S, H, D] = softmax(scaling · q · kᵀ + mask) · v. q [B, H, S, D], k and v [B, H, T, D] and mask [B, S, T]
+   (or NULL) have one dtype; all but D and the mask's T have strides (in numbers); mask_b and mask_s may be 0. D is a
+   multiple of 16, 256 at most. */
+int chatglm_attention(const void* q, int64_t q_b, int64_t q_h, int64_t q_s, const void* k, int64_t k_b, int64_t k_h,
+                      int64_t k_t, const void* v, int64_t v_b, int64_t v_h, int64_t v_t, const void* mask,
+                      int64_t mask_b, int64_t mask_s, void* context, int dtype, float scaling, int64_t B, int64_t H,
+                      int64_t S, int64_t T, int64_t D, int threads);
+
+/* Rotate queries and keys in place: x [rows, H, 3·D] has a query, a key and a value a head; cosine and sine [rows, D].
+   D, 256 at most, has `parts` parts; in each the first half is rotated with the second. */
+void chatglm_rotary(void* x, const void* cosine, const void* sine, int dtype, int64_t rows, int64_t H, int64_t D,
+                    int64_t parts, int threads);
+
+/* x = gelu(x) in its tanh form, in place. */
+void chatglm_gelu(void* x, int dtype, int64_t count, int threads);
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#include "isa/avx512.h"
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include "isa/avx2.h"
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+#include "isa/neon.h"
+#else
+#include "isa/portable.h"
+#endif
 #include "activations.h"
-#include "threads.h"
+
+/* ENGINE(j, function) is that function of the engine that multiplies the rows of job j. */
+#if (defined(__AMX_INT8__) && defined(__linux__)) || defined(EMULATE_AMX)
+#include "tiles/amx.h"
+#define ENGINE(j, function) amx_##function
+enum { HAS_PAIRS = 0 };
+#elif UNSIGNED_WEIGHTS && defined(ISA_AVX512)
+#include "tiles/bytes.h"
+#include "tiles/pairs.h"
+#define ENGINE(j, function) ((j)->pairs ? pairs_##function : bytes_##function)
+enum { HAS_PAIRS = 1 };
+#elif UNSIGNED_WEIGHTS
+#include "tiles/bytes.h"
+#define ENGINE(j, function) bytes_##function
+enum { HAS_PAIRS = 0 };
+#else
+#include "tiles/plain.h"
+#define ENGINE(j, function) plain_##function
+enum { HAS_PAIRS = 0 };
+#endif
+
+int chatglm_start(void) { return tiles_allowed(); }
+const char* chatglm_instructions(void) { return INSTRUCTIONS; }
+
+#include "linear_one_row.h"
 #include "linear.h"
 #include "half_linear.h"
 #include "attention.h"
 #include "rotary.h"
 #include "gelu.h"
 ''',
-    "kernels/cpu/linear.h": r'''#pragma once
+    "kernels/cpu/linear.h": r'''/* Linear layers with int8 or int4 weights: y [M, N] = x [M, K] · (scale [N] · weight [N, K])ᵀ + bias [N].
 
-/* ---- Linear layers with int8 or int4 weights: x [M, K], weight [N, K], y [M, N] ----
+   One row goes to linear_one_row.h. Several rows, at most M_AT_ONCE at a time, are split into limbs by all threads;
+   after a barrier each thread multiplies them by its own range of output features, through an engine of tiles/.
+   Memory, aligned to 64 bytes: for each thread sums and a panel; for all limbs, their scales, initial sums. */
+#pragma once
 
-   Products are integers: each row of x, in blocks of columns, is written as a sum of `digits`,
-   x = scale[0]·digit[0] + scale[1]·digit[1] + …, each a small integer with a scale a fraction of the one before, so
-   that products with weights and their sums are exact. There are as many digits as leave about as little as rounding
-   to half (half activations) or to float (float activations) would.
+enum { M_AT_ONCE = 512 /* rows of x that are limbs at the same time */ };
+_Static_assert(M_AT_ONCE % (2 * PADDED_M) == 0, "parts of an activation are whole tiles");
 
-   One row: weights are streamed from memory once. Several rows: a panel of weight rows meets all rows of x, in tiles
-   of sums,
-     - of a matrix unit, whose digits are int8;
-     - of bytes, where instructions multiply unsigned weights by signed bytes, two of which make a digit of 16 bits;
-     - of pairs, with half as many products, where that is faster;
-     - else of 16-bit numbers, or of int8 with NEON's dot product.
-*/
+/* y[:, begin:end] for several rows. `sums` holds [chunk / tile_n][padded_M / PADDED_M][TILE_N][PADDED_M] floats. */
+static void multiply_rows(const struct job* j, int64_t begin, int64_t end, int64_t chunk,
+                          float (*sums)[TILE_N][PADDED_M], void* panel) {
+    const int64_t m_tiles = j->padded_M / PADDED_M, tile_n = j->tile_n;
+    float scale[CHUNK], bias[CHUNK], lines[PADDED_M][CHUNK];
+    for (int64_t n0 = begin; n0 < end; n0 += chunk) {
+        int64_t height = min_i64(chunk, end - n0);
+        memset(sums, 0, (size_t)((height + tile_n - 1) / tile_n * m_tiles) * sizeof *sums);
+        ENGINE(j, multiply_chunk)(j, n0, height, end, chunk, sums, panel);
+        read_scale_and_bias(j, n0, height, scale, bias);
+        for (int64_t m0 = 0; m0 < j->M; m0 += PADDED_M) { /* sums are [n, m], y is [m, n] */
+            int64_t n = 0;
+            for (; CAN_TRANSPOSE && j->width == PADDED_M && n + FLOATS <= height; n += FLOATS) {
+                const float* rows[FLOATS];
+                for (int i = 0; i < FLOATS; i++)
+                    rows[i] = sums[(n + i) / tile_n * m_tiles + m0 / PADDED_M][(n + i) % tile_n];
+                transpose(rows, load(scale + n), load(bias + n), lines[0] + n, CHUNK);
+            }
+            for (; n < height; n++) {
+                const float* row = sums[n / tile_n * m_tiles + m0 / PADDED_M][n % tile_n];
+                for (int i = 0; i < j->width; i++) lines[i][n] = row[i * PADDED_M / j->width] * scale[n] + bias[n];
+            }
+            for (int64_t m = m0; m < min_i64(m0 + PADDED_M, j->M); m++)
+                write_floats(lines[m - m0], height, j->x_dtype, j->y, m * j->N + n0);
+        }
+    }
+}
 
-/* ---- Activations become digits ---- */
+int chatglm_linear(const void* x, int x_dtype, const int8_t* weight, int bits, const void* scale, int scale_dtype,
+                   const void* bias, int bias_dtype, void* y, int64_t M, int64_t N, int64_t K, int threads) {
+    int one = M == 1;
+    threads = threads_for(threads, M * N * K);
+    for (int64_t m = 0; m < M; m += M_AT_ONCE) { /* rows that are limbs at the same time */
+        struct job j = {
+            .x = (const char*)x + m * K * size_of(x_dtype),
+            .x_dtype = x_dtype,
+            .weight = weight,
+            .bits = bits,
+            .scale = scale,
+            .scale_dtype = scale_dtype,
+            .bias = bias,
+            .bias_dtype = bias_dtype,
+            .y = (char*)y + m * N * size_of(x_dtype),
+            .M = min_i64(M - m, M_AT_ONCE),
+            .N = N,
+            .K = K,
+            .width = PADDED_M,
+            .tile_n = TILE_N,
+            .padded_K = round_up(K, CACHE_LINE),
+            .block = BLOCK,
+        };
+        struct plan plan = {0};
+        j.pairs = HAS_PAIRS && j.M > PADDED_M && on_amd();
+        if (one)
+            j.padded_M = 1;
+        else
+            plan = ENGINE(&j, plan)(&j);
+        int blocks = (int)((j.padded_K + j.block - 1) / j.block);
+        size_t limb_size = one ? sizeof(limb_t) : LIMB_SIZE;
+        j.planes = limb_count(x_dtype, limb_size);
+        /* For each thread: sums and a panel. For all: limbs, their scales, initial sums. */
+        size_t sums_size = one ? 0 : (size_t)(plan.chunk / j.tile_n * TILE_N * j.padded_M) * 4;
+        size_t own_size = sums_size + plan.panel_size, all_own = (size_t)threads * own_size;
+        size_t scale_size = (size_t)round_up(blocks * j.planes * j.padded_M * 4, 64);
+        size_t start_size = one ? (size_t)(2 * blocks * j.planes * FLOATS) * 4 : 2 * scale_size;
+        size_t limbs_size = (size_t)(j.planes * j.padded_M * j.padded_K) * limb_size;
+        size_t beyond = CACHE_LINE * sizeof(limb_t); /* read after one row's limbs, and multiplied by zeros */
+        size_t all = all_own + scale_size + start_size + limbs_size + beyond;
+        char* memory = aligned_alloc(64, round_up((int64_t)all, 64));
+        if (!memory) return NO_MEMORY;
+        j.limb_scale = (float*)(memory + all_own);
+        j.start = (int32_t*)(memory + all_own + scale_size);
+        char* limbs = memory + all_own + scale_size + start_size;
+        if (one)
+            j.row_limbs = (limb_t*)limbs;
+        else
+            j.limbs = limbs;
+        memset(j.limb_scale, 0, scale_size); /* of the rows that pad M */
+        if (one) {
+            memset(limbs + limbs_size, 0, beyond);
+            split_row(&j, blocks);
+        }
+#pragma omp parallel num_threads(threads)
+        {
+            int64_t tiles = (N + j.tile_n - 1) / j.tile_n;
+            int64_t begin = part_begin(tiles) * j.tile_n, end = min_i64(part_end(tiles) * j.tile_n, N);
+            if (one)
+                multiply_row(&j, begin, end);
+            else {
+                char* own = memory + (size_t)thread_number() * own_size;
+                int64_t parts = blocks * (j.padded_M / PADDED_M); /* also of those that pad M */
+                for (int64_t i = part_begin(parts); i < part_end(parts); i++)
+                    ENGINE(&j, split_rows)(&j, i / blocks * PADDED_M, i % blocks);
+#pragma omp barrier
+                start_tiles();
+                multiply_rows(&j, begin, end, plan.chunk, (float (*)[TILE_N][PADDED_M])own, own + sums_size);
+                stop_tiles();
+            }
+        }
+        free(memory);
+    }
+    return OK;
+}
+''',
+    "kernels/cpu/linear_one_row.h": r'''/* One row of x times int8 or int4 weights: each weight is read from memory once.
 
-#ifdef EMULATE_AMX /* for tests on machines without a matrix unit: the intrinsics, of tiles of 16 rows of 64 bytes */
+   Weight rows are read ROWS side by side, or, on AMD, in one stream: STRIPS rows in turn, a strip at a time, so that
+   the limbs of a strip stay in the nearest cache. Limbs lie as [plane][padded_K], for int4 the even columns first.
+   Threads: each has a contiguous range of output features. Alignment: none. */
+#pragma once
+
+_Static_assert(STRIP % BLOCK == 0, "a strip is whole blocks");
+
+/* Bytes of a weight row from `first` on whose columns are in one block; for int4 in one block of each nibble. */
+static int64_t part_bytes(const struct job* j, int64_t first) {
+    int64_t bytes = j->K * j->bits / 8, part = min_i64(j->block - first % j->block, bytes - first);
+    return j->bits == 8 ? part : min_i64(part, j->block - (first + bytes) % j->block);
+}
+
+/* Initial sums: minus what the 128 or 8 added to unsigned weights adds. */
+static void set_start(const struct job* j) {
+    if (!UNSIGNED_WEIGHTS) return;
+    int32_t* start = j->start;
+    int64_t bytes = j->K * j->bits / 8;
+    for (int64_t first = 0, part; first < bytes; first += part) {
+        part = part_bytes(j, first);
+        for (int64_t x = first; x < j->K; x += bytes) /* nibbles of bytes */
+            for (int plane = 0; plane < j->planes; plane++, start += FLOATS) {
+                sums s = no_sums();
+                for (int64_t k = 0; k < part; k += CACHE_LINE) /* as far as add_part reads */
+                    for (int64_t i = k; i < k + CACHE_LINE; i += LANES)
+                        s = subtract_multiple(s, load_limbs(j->row_limbs + plane * j->padded_K + x + i),
+                                              j->bits == 8 ? 128 : 8);
+                store_sums(start, s);
+            }
+    }
+}
+
+static inline sums start_sums(const int32_t* start) { return UNSIGNED_WEIGHTS ? load_sums(start) : no_sums(); }
+
+/* s[r] += bytes of `count` weight rows, which lie `stride` bytes apart, times CACHE_LINE limbs from x on; of int4, high
+   nibbles times these and low nibbles times those from x + low on. */
+static inline __attribute__((always_inline)) void add_line(const int8_t* w, int64_t stride, const int count,
+                                                           const int nibbles, const limb_t* x, int64_t low,
+                                                           int64_t x_stride, const int planes, sums (*s)[2][3]) {
+    for (int i = 0; i < CACHE_LINE; i += LANES) {
+        limbs of_x[2][3];
+        for (int nibble = 0; nibble < nibbles; nibble++)
+            for (int plane = 0; plane < planes; plane++)
+                of_x[nibble][plane] = load_limbs(x + nibble * low + plane * x_stride + i);
+        for (int r = 0; r < count; r++) {
+            limbs bytes = load_int8(w + r * stride + i);
+            for (int nibble = 0; nibble < nibbles; nibble++) {
+                limbs of_w = nibbles == 1 ? bytes : nibble == 0 ? high_nibbles(bytes) : low_nibbles(bytes);
+                for (int plane = 0; plane < planes; plane++)
+                    s[r][nibble][plane] = add_products(s[r][nibble][plane], of_w, of_x[nibble][plane]);
+            }
+        }
+    }
+}
+
+/* sum[r] += weights · limbs of `part` bytes from `first` on, as part_bytes says, of `count` weight rows. Their bytes
+   begin at w. `ahead`: what to prefetch beside one row; with `strips` it stays in all caches. */
+static inline __attribute__((always_inline)) void add_part(const struct job* j, const int8_t* w, const int count,
+                                                           const int nibbles, const int planes, int64_t first,
+                                                           int64_t part, const int32_t* start, const int8_t* ahead,
+                                                           const int strips, floats* sum) {
+    const int64_t bytes = nibbles == 1 ? j->K : j->K / 2;
+    const limb_t* x = j->row_limbs + first;
+    int64_t k = 0;
+    sums s[ROWS][2][3];
+    for (int r = 0; r < count; r++)
+        for (int nibble = 0; nibble < nibbles; nibble++)
+            for (int plane = 0; plane < planes; plane++)
+                s[r][nibble][plane] = start_sums(start + (nibble * planes + plane) * FLOATS);
+    for (; k + CACHE_LINE <= part; k += CACHE_LINE) {
+        int64_t near = first + k + NEAR < bytes ? NEAR : NEAR + (count - 1) * bytes; /* the next rows' beginnings */
+        if (strips)
+            __builtin_prefetch(ahead + k);
+        else if (count == 1)
+            __builtin_prefetch(ahead + k, 0, 0);
+        else
+            for (int r = 0; r < count; r++) __builtin_prefetch(w + k + r * bytes + near);
+        add_line(w + k, bytes, count, nibbles, x + k, bytes, j->padded_K, planes, s);
+    }
+    if (k < part) {
+        int8_t rest[ROWS][CACHE_LINE];
+        memset(rest, 0, sizeof rest);
+        for (int r = 0; r < count; r++) memcpy(rest[r], w + r * bytes + k, (size_t)(part - k));
+        add_line(rest[0], CACHE_LINE, count, nibbles, x + k, bytes, j->padded_K, planes, s);
+    }
+    for (int nibble = 0; nibble < nibbles; nibble++) {
+        const float* scale = j->limb_scale + (first + nibble * bytes) / j->block * planes;
+        for (int plane = 0; plane < planes; plane++)
+            for (int r = 0; r < count; r++)
+                sum[r] = multiply_add(from_sums(s[r][nibble][plane]), broadcast(scale[plane]), sum[r]);
+    }
+}
+
+/* line[r] = weight row n + r · x, for `count` weight rows side by side. */
+static inline __attribute__((always_inline)) void dot_rows(const struct job* j, int64_t n, const int count,
+                                                           const int nibbles, const int planes, float* line) {
+    const int64_t bytes = nibbles == 1 ? j->K : j->K / 2;
+    const int8_t* w = j->weight + n * bytes;
+    const int32_t* start = j->start;
+    floats sum[ROWS];
+    for (int r = 0; r < count; r++) sum[r] = zeros();
+    for (int64_t k = 0, part; k < bytes; k += part, start += nibbles * planes * FLOATS) {
+        part = part_bytes(j, k);
+        add_part(j, w + k, count, nibbles, planes, k, part, start, w + k + FAR, 0, sum);
+    }
+    for (int r = 0; r < count; r++) line[r] = reduce_add(sum[r]);
+}
+
+/* The same for STRIPS rows one after the other, in strips: the limbs of a long row would leave the nearest cache. What
+   is fetched meanwhile are the next rows, as they lie in memory. */
+static inline __attribute__((always_inline)) void dot_strips(const struct job* j, int64_t n, const int nibbles,
+                                                             const int planes, float* line) {
+    const int64_t bytes = nibbles == 1 ? j->K : j->K / 2;
+    const int8_t *w = j->weight + n * bytes, *ahead = w + STRIPS * bytes;
+    const int32_t *start = j->start, *next = start;
+    floats sum[STRIPS];
+    for (int r = 0; r < STRIPS; r++) sum[r] = zeros();
+    for (int64_t strip = 0; strip < bytes; strip += STRIP, start = next)
+        for (int r = 0; r < STRIPS; r++) {
+            next = start;
+            for (int64_t k = strip, part; k < min_i64(strip + STRIP, bytes); k += part, ahead += part) {
+                part = part_bytes(j, k); /* ends with a strip, which is some blocks long */
+                add_part(j, w + r * bytes + k, 1, nibbles, planes, k, part, next, ahead, 1, sum + r);
+                next += nibbles * planes * FLOATS;
+            }
+        }
+    for (int r = 0; r < STRIPS; r++) line[r] = reduce_add(sum[r]);
+}
+
+enum way { BY_ROW, BY_ROWS, BY_STRIPS };
+
+/* The same for as many rows as `way` takes. */
+static inline __attribute__((always_inline)) void dot_by(const struct job* j, int64_t n, enum way way,
+                                                         const int nibbles, const int planes, float* line) {
+    if (way == BY_ROW)
+        dot_rows(j, n, 1, nibbles, planes, line);
+    else if (way == BY_ROWS)
+        dot_rows(j, n, ROWS, nibbles, planes, line);
+    else
+        dot_strips(j, n, nibbles, planes, line);
+}
+
+/* y[begin:end] for one row. */
+static void multiply_row(const struct job* j, int64_t begin, int64_t end) {
+    enum { OF_HALF = sizeof(limb_t) == 1 ? 2 : 1, OF_FLOAT = OF_HALF + 1 };
+    const int rows_of[] = {[BY_ROW] = 1, [BY_ROWS] = ROWS, [BY_STRIPS] = STRIPS};
+    const enum way many = !on_amd() ? BY_ROWS : j->K * j->bits / 8 > STRIP ? BY_STRIPS : BY_ROW;
+    float scale[CHUNK], bias[CHUNK], line[CHUNK];
+    for (int64_t n0 = begin; n0 < end; n0 += CHUNK) {
+        int64_t height = min_i64(CHUNK, end - n0);
+        enum way way = many;
+        for (int64_t n = 0; n < height; n += rows_of[way]) {
+            if (height - n < rows_of[way]) way = BY_ROW;
+            if (j->bits == 8 && j->planes == OF_HALF)
+                dot_by(j, n0 + n, way, 1, OF_HALF, line + n);
+            else if (j->bits == 8)
+                dot_by(j, n0 + n, way, 1, OF_FLOAT, line + n);
+            else if (j->planes == OF_HALF)
+                dot_by(j, n0 + n, way, 2, OF_HALF, line + n);
+            else
+                dot_by(j, n0 + n, way, 2, OF_FLOAT, line + n);
+        }
+        read_scale_and_bias(j, n0, height, scale, bias);
+        for (int64_t n = 0; n < height; n++) line[n] = line[n] * scale[n] + bias[n];
+        write_floats(line, height, j->x_dtype, j->y, n0);
+    }
+}
+
+/* The row as limbs, and initial sums. */
+static void split_row(const struct job* j, int blocks) {
+    for (int block = 0; block < blocks; block++) {
+        int16_t split[3][BLOCK];
+        split_block(j, 0, block, (int[]){LIMB_MAX, LIMB_MAX, LIMB_MAX}, split[0], BLOCK);
+        limb_t* to = j->row_limbs + block * BLOCK;
+        for (int plane = 0; plane < j->planes; plane++, to += j->padded_K)
+            narrow_limbs(split[plane], block_columns(j, block), sizeof(limb_t), to);
+    }
+    set_start(j);
+}
+''',
+    "kernels/cpu/rotary.h": r'''/* Rotary positions, in place: x [rows, H, 3·D] has a query, a key and a value a head. D is at most MAX_HEAD.
+   Threads: each has a contiguous range of rows. Alignment: none. */
+#pragma once
+
+void chatglm_rotary(void* x, const void* cosine, const void* sine, int dtype, int64_t rows, int64_t H, int64_t D,
+                    int64_t parts, int threads) {
+    threads = threads_for(threads, 8 * rows * H * D);
+#pragma omp parallel num_threads(threads)
+    {
+        float c[MAX_HEAD], s[MAX_HEAD], from[MAX_HEAD], to[MAX_HEAD];
+        int64_t half = D / parts / 2;
+        for (int64_t row = part_begin(rows); row < part_end(rows); row++) {
+            read_floats((const char*)cosine + row * D * size_of(dtype), dtype, D, c);
+            read_floats((const char*)sine + row * D * size_of(dtype), dtype, D, s);
+            for (int64_t i = 0; i < 2 * H; i++) { /* the query and the key of each head */
+                int64_t at = (row * H + i / 2) * 3 * D + i % 2 * D;
+                read_floats((const char*)x + at * size_of(dtype), dtype, D, from);
+                for (int64_t part = 0; part < D; part += 2 * half)
+                    for (int64_t d = part; d < part + half; d++) {
+                        to[d] = from[d] * c[d] - from[d + half] * s[d];
+                        to[d + half] = from[d + half] * c[d + half] + from[d] * s[d + half];
+                    }
+                write_floats(to, D, dtype, x, at);
+            }
+        }
+    }
+}
+''',
+    "kernels/cpu/tiles/amx.h": r'''/* The matrix unit (AMX-INT8): tiles of 16 rows of 64 bytes, int8 limbs.
+
+   Shapes: a tile of sums has 16 weight rows and 16 places; 32 weight rows and 32 places are multiplied at once. Limbs
+   lie as [block][m / 16][k / 64][tile][k / 4 % 16][place][k % 4]; limb p of row m has the place
+   p · limb_stride + m % 16 of all tiles. A panel is [k / 64][tile_n][64]; up to STORED_M rows read int8 weights where
+   they are stored. Threads: each configures its own unit. Alignment: tiles of sums 64 bytes, the rest none.
+   Source: Intel 64 and IA-32 Architectures Optimization Reference Manual, chapter on AMX. */
+#pragma once
+
+enum {
+    TILE_N = 32,       /* weight rows of a tile */
+    TILE_M = 16,       /* rows of x of a tile */
+    CHUNK = 256,       /* output features that a thread takes at once, at most */
+    FEW_CHUNK = 16,    /* the same of few rows: a vector of results */
+    GROUP = 512,       /* rows whose limbs of a block stay in the cache beside weights */
+    STORED_M = 32,     /* rows, at most, that read int8 weights where they are stored: too few for a panel */
+    PANEL_STRIDE = 64, /* from a panel's row to its next */
+    LIMB_SIZE = 1,     /* bytes of a limb */
+};
+_Static_assert(TILE_M == 16 && TILE_N == 2 * 16 && PADDED_M == 16, "the unit's tiles have 16 rows");
+_Static_assert(BLOCK * 127 * 128 <= INT32_MAX && BLOCK % 64 == 0, "the sum over a block of whole tiles is exact");
+typedef int8_t panel_t;
+#undef INSTRUCTIONS
+#define INSTRUCTIONS "AMX"
+#include "interleave.h"
+#include "panels.h"
+#ifdef EMULATE_AMX
+#include "amx_emulated.h"
+#else
+#include "amx_system.h"
+#endif
+
+static struct plan amx_plan(struct job* j) {
+    if (j->M <= TILE_M) j->tile_n = 16; /* instead of 32: see amx_multiply_tile */
+    j->padded_M = round_up(j->M, PADDED_M);
+    return (struct plan){
+        .chunk = j->M <= 32 ? round_up(FEW_CHUNK, j->tile_n) : CHUNK,
+        .panel_size = (size_t)round_up(TILE_N * BLOCK * sizeof(panel_t), 64),
+    };
+}
+
+/* Places from a limb to the next of the same row. Fewer than 16 rows leave no gap: two limbs of 8 rows make one tile.
+ */
+static inline int limb_stride(const struct job* j) { return (int)min_i64(j->M, TILE_M); }
+static inline int byte_tiles(const struct job* j) { return (j->planes * limb_stride(j) + TILE_M - 1) / TILE_M; }
+
+/* The first byte of a block of 16 rows from m on. */
+static inline int8_t* tile_of(const struct job* j, int64_t m, int64_t block) {
+    int64_t columns = block_columns(j, block);
+    return (int8_t*)j->limbs + (block * j->block * j->padded_M + m / 16 * 16 * columns) * byte_tiles(j);
+}
+
+static void amx_split_rows(const struct job* j, int64_t m, int64_t block) {
+    int64_t rows = min_i64(j->width, j->M - m), columns = block_columns(j, block);
+    int16_t limbs[3][BLOCK];
+    int8_t lines[3][PADDED_M][LINE_STRIDE];
+    if (rows < j->width) memset(lines, 0, sizeof lines);
+    for (int64_t i = 0; i < rows; i++) {
+        split_block(j, m + i, block, (int[]){127, 127, 127}, limbs[0], BLOCK);
+        for (int plane = 0; plane < j->planes; plane++) {
+            int64_t place = plane * limb_stride(j) + i;
+            narrow_limbs(limbs[plane], columns, 1, lines[place / TILE_M][place % TILE_M]);
+        }
+    }
+    interleave_lines(j, lines[0][0], columns, byte_tiles(j), tile_of(j, m, block));
+}
+
+static void amx_fill_panel(const struct job* j, int64_t n, int64_t rows, int64_t block, panel_t* panel) {
+    int64_t first = block * j->block, columns = min_i64(j->block, j->K - first);
+    int64_t padded = block_columns(j, block);
+    for (int64_t i = 0; i < j->tile_n; i++) {
+        panel_t to[BLOCK];
+        unpack_row(j, n + i, i < rows, first, columns, padded, to);
+        for (int64_t k = 0; k < padded; k += 64) memcpy(panel + k * j->tile_n + i * 64, to + k, 64);
+    }
+}
+
+typedef int32_t products[3 * TILE_M]; /* sums of a weight row and all limbs of 16 rows, by place */
+
+/* product[n] = weights · limbs, of 16 weight rows. They lie `stride` bytes apart, their parts of 64 columns `step`
+   bytes. Each step prefetches `share` cache lines from `ahead` on. */
+static void multiply_16_rows(const panel_t* weights, int64_t stride, int64_t step, const panel_t* x, int tiles,
+                             int64_t steps, int64_t share, const int8_t* ahead, products* product) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    for (int64_t i = 0; i < steps; i++, weights += step, x += tiles * 1024) {
+        _tile_loadd(4, weights, stride);
+        _tile_loadd(5, x, 64);
+        _tile_dpbssd(0, 4, 5);
+        if (tiles > 1) {
+            _tile_loadd(6, x + 1024, 64);
+            _tile_dpbssd(1, 4, 6);
+        }
+        if (tiles > 2) {
+            _tile_loadd(7, x + 2048, 64);
+            _tile_dpbssd(2, 4, 7);
+        }
+        for (int64_t n = 0; n < share; n++, ahead += CACHE_LINE) __builtin_prefetch(ahead, 0, 2);
+    }
+    _tile_stored(0, product[0], sizeof *product);
+    _tile_stored(1, product[0] + 16, sizeof *product);
+    _tile_stored(2, product[0] + 32, sizeof *product);
+}
+
+/* The same of two limbs and 32 weight rows, which share the tiles of x. */
+static void multiply_32_rows(const panel_t* weights, int64_t stride, int64_t step, const panel_t* x, int64_t steps,
+                             int64_t share, const int8_t* ahead, products* product) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t i = 0; i < steps; i++, weights += step, x += 2048) {
+        _tile_loadd(4, weights, stride);
+        _tile_loadd(6, x, 64);
+        _tile_loadd(5, weights + 16 * stride, stride);
+        _tile_loadd(7, x + 1024, 64);
+        _tile_dpbssd(0, 4, 6);
+        _tile_dpbssd(1, 4, 7);
+        _tile_dpbssd(2, 5, 6);
+        _tile_dpbssd(3, 5, 7);
+        for (int64_t n = 0; n < share; n++, ahead += CACHE_LINE) __builtin_prefetch(ahead, 0, 2);
+    }
+    _tile_stored(0, product[0], sizeof *product);
+    _tile_stored(1, product[0] + 16, sizeof *product);
+    _tile_stored(2, product[16], sizeof *product);
+    _tile_stored(3, product[16] + 16, sizeof *product);
+}
+
+/* sums[n, m] += weights · limbs, for 16 rows of x and tile_n weight rows: 16 for a job of up to 16 rows, else 32.
+   `stride` and `step` are K and 64 in the weight itself, 64 and 64 · tile_n in a panel. With up to 16 rows of x the
+   hardware prefetches stored weights: on a Xeon as fast as the best software prefetch. With more rows each tile takes
+   longer, and prefetches the next weight rows from `ahead` on. */
+static void amx_multiply_tile(const struct job* j, const panel_t* weights, int64_t stride, int64_t step, int64_t block,
+                              int64_t m, const int8_t* ahead, float (*sums)[PADDED_M]) {
+    const int64_t steps = block_columns(j, block) / 64, tiles = j->padded_M / TILE_M;
+    const int64_t share =
+        step == 64 && tiles > 1 ? 16 / tiles : 0; /* cache lines that 16 weight rows prefetch in a step */
+    const int apart = limb_stride(j);
+    const panel_t* x = tile_of(j, m, block);
+    const float* scale = j->limb_scale + block * j->planes * j->padded_M + m;
+    ahead += m / TILE_M * steps * 2 * share * CACHE_LINE;
+    _Alignas(64) products product[TILE_N];
+    if (j->tile_n == TILE_N && j->planes == 2)
+        multiply_32_rows(weights, stride, step, x, steps, 2 * share, ahead, product);
+    else
+        for (int64_t n = 0; n < j->tile_n; n += 16, ahead += steps * share * CACHE_LINE)
+            multiply_16_rows(weights + n * stride, stride, step, x, byte_tiles(j), steps, share, ahead, product + n);
+    for (int64_t n = 0; n < j->tile_n; n++)    /* vectors by hand: gcc makes scalar code of the plain loop */
+        for (int i = 0; i < 16; i += FLOATS) { /* scales are 0 where x has no row */
+            floats sum = load(sums[n] + i);
+            for (int plane = 0; plane < j->planes; plane++) {
+                floats of_plane = load_int32(product[n] + plane * apart + i);
+                sum = multiply_add(of_plane, load(scale + plane * j->padded_M + i), sum);
+            }
+            store(sums[n] + i, sum);
+        }
+}
+
+static void amx_multiply_chunk(const struct job* j, int64_t n0, int64_t height, int64_t end, int64_t chunk,
+                               float (*sums)[TILE_N][PADDED_M], void* panel) {
+    (void)end;
+    multiply_by_panels(j, n0, height, chunk, sums, panel, amx_fill_panel, amx_multiply_tile);
+}
+
+static void start_tiles(void) {
+    struct {
+        uint8_t palette, start, reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } config = {.palette = 1};
+    for (int i = 0; i < 8; i++) config.row_bytes[i] = 64, config.rows[i] = 16;
+    __asm__ volatile("" ::"r"(&config) : "memory"); /* gcc 12 believes that only 8 bytes of it are read */
+    _tile_loadconfig(&config);
+}
+
+static void stop_tiles(void) { _tile_release(); }
+''',
+    "kernels/cpu/tiles/amx_emulated.h": r'''/* Test double of AMX's intrinsics, of tiles of 16 rows of 64 bytes, for machines without a matrix unit. */
+#pragma once
+
 #undef _tile_zero
 #undef _tile_loadd
 #undef _tile_stored
@@ -804,117 +1533,147 @@ static void _tile_dpbssd(int sum, int a, int b) {
 }
 static void _tile_loadconfig(const void* config) { (void)config; }
 static void _tile_release(void) {}
-#endif
+
+static int tiles_allowed(void) { return 1; }
+''',
+    "kernels/cpu/tiles/amx_system.h": r'''/* Linux lets a process use the matrix unit's state after it has asked for it. */
+#pragma once
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* Linux grants the matrix unit's state to a process that asks. */
+static int tiles_allowed(void) {
+    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
+}
+''',
+    "kernels/cpu/tiles/bytes.h": r'''/* Byte tiles: unsigned int8 weights times signed bytes (VNNI), two bytes to a 16-bit limb, 256 · high + low.
+
+   Shapes: BYTE_N weight rows by 16 sums. For more than 8 rows of x each sum takes 4 columns at a time, and limbs lie as
+   [block][m / 16][k / 64][tile][k / 4 % 16][m % 16][k % 4]; for fewer, a row has two sums, of 4 columns each, and limbs
+   lie as [block][k / 64][tile][k / 8 % 8][m][k % 8]. The tiles are high bytes, low bytes and, for float32, an int8
+   limb. A panel is [k / 64][TILE_N][64]; up to STORED_M rows read int8 weights where they are stored. Alignment: none.
+ */
+#pragma once
 
 enum {
-    PADDED_M = 16, /* rows of sums are padded to a multiple of this */
-    DIGIT_MAX = sizeof(digit_t) == 1 ? 127 : 32767,
-    CHUNK = sizeof(panel_t) == 1 ? 256 : 128, /* output features that a thread takes at once, at most */
-    FEW_CHUNK = 16,                           /* the same of few rows: as many as make a vector of results */
-#ifdef BYTE_TILES
-    JOINED = 1,  /* whether two bytes make a digit */
-    GROUP = 256, /* rows whose digits of a block stay in the cache beside weights */
-#else
-    JOINED = 0,
-    GROUP = sizeof(panel_t) == 1 ? 512 : 64,
-#endif
-    STORED_M = JOINED ? 16 : 32, /* rows, at most, that meet weights where they are stored: too few for a panel */
-    M_AT_ONCE = 512,             /* rows of x that are held as digits */
-    /* Of tiles of bytes and of pairs, whose sums of a block are exact in 32 bits: */
-    TILE_BLOCK = 512,       /* columns of a block */
-    TILE_DIGIT_MAX = 32639, /* a weight more is 32767 at most; times 128, summed over a block, it is below 2^31 */
-    PAIR_CHUNK = 256,       /* CHUNK for pairs */
+    TILE_N = BYTE_N,    /* weight rows of a tile */
+    TILE_M = 16,        /* rows of x of a tile */
+    CHUNK = 256,        /* output features that a thread takes at once, at most */
+    FEW_CHUNK = 16,     /* the same of few rows: a vector of results */
+    GROUP = 256,        /* rows whose limbs of a block stay in the cache beside weights */
+    STORED_M = 16,      /* rows, at most, that read int8 weights where they are stored: too few for a panel */
+    PANEL_STRIDE = 64,  /* from a panel's row to its next */
+    LIMB_SIZE = 2,      /* bytes of a limb: two make the first */
+    TILE_BLOCK = 512,   /* columns of a block */
+    LIMB16_MAX = 32639, /* so that a weight more still fits 16 bits */
 };
+_Static_assert(LIMB16_MAX + 128 <= 32767, "pairs add a weight to a limb");
+_Static_assert((int64_t)(LIMB16_MAX + 128) * 128 * TILE_BLOCK <= INT32_MAX, "the sum over a block is exact");
+_Static_assert(TILE_BLOCK <= (int64_t)BLOCK && TILE_BLOCK % 64 == 0, "split_block has room for a block");
+typedef int8_t panel_t;
+#include "interleave.h"
+#include "panels.h"
 
-struct job {
-    const void *x, *scale, *bias;
-    const int8_t* weight;
-    void* y;
-    int x_dtype, scale_dtype, bias_dtype, bits;
-    int planes;                 /* digits that a number has */
-    int width;                  /* rows of x in a tile of PADDED_M sums: that, or half as many, each in two places */
-    int pairs;                  /* whether products are taken in pairs: see add_pairs */
-    int64_t tile_n;             /* weight rows of a tile */
-    int64_t M, N, K, block;     /* block: columns of a block, BLOCK at most */
-    int64_t padded_M, padded_K; /* padded_M: sums that a weight row has */
-    digit_t* row_digits;        /* of one row: [plane][padded_K] */
-    panel_t* digits;            /* of several: [plane][padded_M][padded_K], or as tile_of or pairs_of says */
-    float* digit_scale;         /* [blocks][planes][padded_M] */
-    int32_t* start;             /* what sums start with, if not 0: of bytes [blocks][byte_tiles][padded_M], of pairs
-                                   [blocks][planes][padded_M], of one row [parts][halves][planes][FLOATS] */
-};
+/* Tiles of bytes: high bytes, low bytes, and the limb of 8 bits if there is one. */
+static inline int byte_tiles(const struct job* j) { return j->planes + 1; }
 
-/* Columns of a block, with those that pad K. */
-static inline int64_t block_columns(const struct job* j, int64_t block) {
-    return least(j->block, j->padded_K - block * j->block);
-}
-
-/* Digits of one number: those of int16 hold 15 bits, those of int8 about 7.5. */
-static int digits_of(int x_dtype, size_t digit_size) { return (digit_size == 1 ? 2 : 1) + (x_dtype == FLOAT); }
-
-#if defined(AMX) || defined(BYTE_TILES)
-#define TILES
-#ifdef AMX
-/* Places from one digit of a row of x to its next. Fewer rows than a tile has leave no gap: two digits of 8 rows are
-   one tile. */
-static inline int next_digit(const struct job* j) { return (int)least(j->M, TILE_M); }
-static inline int byte_tiles(const struct job* j) { return (j->planes * next_digit(j) + TILE_M - 1) / TILE_M; }
-#else
-static inline int byte_tiles(const struct job* j) { return j->planes + JOINED; }
-#endif
-
-/* Bytes of digits in the order that tiles are multiplied in, where a sum takes four at a time:
-   [block][m / 16][k / 64][tile][k / 4 % 16][place][k % 4], and of 8 rows [block][k / 64][tile][k / 8 % 8][m][k % 8].
-   Of a matrix unit, tiles have 16 places each, and digit i of row m is in place i · next_digit + m % 16 of all of them.
-   Else the place is m % 16, and the tiles are the two bytes of the first digit, and the second digit. */
-static inline panel_t* tile_of(const struct job* j, int64_t m, int64_t block) {
+/* The first byte of a block of 16 rows from m on. */
+static inline int8_t* tile_of(const struct job* j, int64_t m, int64_t block) {
     int64_t columns = block_columns(j, block);
-    return j->digits + (block * j->block * j->padded_M + m / 16 * 16 * columns) * byte_tiles(j);
+    return (int8_t*)j->limbs + (block * j->block * j->padded_M + m / 16 * 16 * columns) * byte_tiles(j);
 }
-#endif
 
-#ifdef BYTE_TILES
-/* total[n, i] += weights · digits for BYTE_N weight rows and PADDED_M sums, each of which takes `deep` columns at a
-   time. Digits of 16 bits are two bytes, 256 · high + low. Weight rows lie `stride` bytes apart, and their parts of 64
-   columns `step` bytes. `stored`: as stored, so not unsigned yet, while others are fetched from `ahead` on. `bytes`:
-   byte_tiles. */
+static struct plan bytes_plan(struct job* j) {
+    j->block = TILE_BLOCK;
+    if (j->M <= PADDED_M / 2) j->width = PADDED_M / 2;
+    j->padded_M = round_up(j->M, PADDED_M);
+    return (struct plan){
+        .chunk = j->M <= 32 ? round_up(FEW_CHUNK, j->tile_n) : CHUNK,
+        .panel_size = (size_t)round_up(TILE_N * BLOCK * sizeof(panel_t), 64),
+    };
+}
+
+static void bytes_split_rows(const struct job* j, int64_t m, int64_t block) {
+    int64_t rows = min_i64(j->width, j->M - m), columns = block_columns(j, block);
+    int16_t limbs[3][BLOCK];
+    int8_t lines[3][PADDED_M][LINE_STRIDE];
+    if (rows < j->width) memset(lines, 0, sizeof lines);
+    for (int64_t i = 0; i < rows; i++) {
+        split_block(j, m + i, block, (int[]){LIMB16_MAX, 127}, limbs[0], BLOCK);
+        for (int64_t k = 0; k < columns; k++) {
+            lines[0][i][k] = (int8_t)((limbs[0][k] + 128) >> 8);
+            lines[1][i][k] = (int8_t)limbs[0][k];
+        }
+        if (j->planes == 2) narrow_limbs(limbs[1], columns, 1, lines[2][i]);
+    }
+    interleave_lines(j, lines[0][0], columns, byte_tiles(j), tile_of(j, m, block));
+    const int64_t size = 64 * j->width, P = j->padded_M;
+    float* scales = j->limb_scale + block * j->planes * P + m;
+    for (int plane = 0; plane < j->planes && j->width < PADDED_M; plane++) /* two sums a row */
+        for (int i = PADDED_M - 1; i > 0; i--) scales[plane * P + i] = scales[plane * P + i / 2];
+    for (int tile = 0; tile < byte_tiles(j); tile++)
+        for (int i = 0; i < PADDED_M; i += FLOATS) { /* minus what the 128 added to weights adds */
+            const int8_t* x = tile_of(j, m, block) + tile * size + 4 * i;
+            sums start = no_sums();
+            for (int64_t k = 0; k < columns; k += 64, x += byte_tiles(j) * size)
+                for (int64_t from = 0; from < size; from += 64)
+                    start = subtract_multiple(start, load_limbs(x + from), 128);
+            store_sums(j->start + (block * byte_tiles(j) + tile) * P + m + i, start);
+        }
+}
+
+static void bytes_fill_panel(const struct job* j, int64_t n, int64_t rows, int64_t block, panel_t* panel) {
+    int64_t first = block * j->block, columns = min_i64(j->block, j->K - first);
+    int64_t padded = block_columns(j, block);
+    for (int64_t i = 0; i < j->tile_n; i++) {
+        panel_t to[BLOCK];
+        unpack_row(j, n + i, i < rows, first, columns, padded, to);
+        for (int64_t k = 0; k < padded; k++) to[k] ^= -128; /* unsigned: 128 more */
+        for (int64_t k = 0; k < padded; k += 64) memcpy(panel + k * j->tile_n + i * 64, to + k, 64);
+    }
+}
+
+/* total[n, i] += weights · limbs for BYTE_N weight rows and PADDED_M sums, which take `depth` columns at a time. Weight
+   rows lie `stride` bytes apart, their parts of 64 columns `step` bytes. `stored`: weights are signed, as stored, and
+   the next are prefetched from `ahead` on. `bytes`: byte_tiles. */
 static inline __attribute__((always_inline)) void add_bytes(const struct job* j, const int8_t* weights, int64_t stride,
                                                             int64_t step, const int stored, int64_t block, int64_t m,
-                                                            const int8_t* ahead, const int bytes, const int deep,
+                                                            const int8_t* ahead, const int bytes, const int depth,
                                                             float (*total)[PADDED_M]) {
-    const int64_t size = 64 * (64 / deep); /* of a plane's 64 columns */
+    const int64_t size = 64 * (64 / depth); /* of a plane's 64 columns */
     const int64_t P = j->padded_M;
     for (int i = 0; i < PADDED_M; i += FLOATS) {
         const int8_t *x = tile_of(j, m, block) + 4 * i, *w = weights;
         const int32_t* start = j->start + block * bytes * P + m + i;
         const sums a = load_sums(start), b = load_sums(start + P), c = load_sums(start + (bytes - 1) * P);
-        /* An array would stay in memory, with gcc 12. */
+        /* Not an array: gcc 12 would keep it in memory. */
 #define START(n) sums a##n = a, b##n = b, c##n = c;
         FOR_BYTE_N(START)
         for (int64_t k = block_columns(j, block); k > 0; k -= 64, w += step, x += bytes * size) {
-            for (int part = 0; part < 64; part += deep) {
-                if (stored && i == 0 && part % (64 / BYTE_N) == 0) { /* not all at once: the rest would wait */
+            for (int part = 0; part < 64; part += depth) {
+                if (stored && i == 0 && part % (64 / BYTE_N) == 0) { /* spread out, or loads would wait */
                     __builtin_prefetch(w + part / (64 / BYTE_N) * stride + NEAR / 4);
                     __builtin_prefetch(ahead, 0, 2);
-                    ahead += LINE;
+                    ahead += CACHE_LINE;
                 }
-                const int8_t *from = w + part, *digit = x + 64 / deep * part;
-                const digits x_a = load_digits(digit), x_b = load_digits(digit + size);
-                const digits x_c = load_digits(digit + (bytes - 1) * size);
-#define ADD(n)                                                                             \
-    {                                                                                      \
-        digits of_w = deep == 4 ? repeat4(from + n * stride) : repeat8(from + n * stride); \
-        if (stored) of_w = flip_signs(of_w);                                               \
-        a##n = add_products(a##n, of_w, x_a);                                              \
-        b##n = add_products(b##n, of_w, x_b);                                              \
-        if (bytes == 3) c##n = add_products(c##n, of_w, x_c);                              \
+                const int8_t *from = w + part, *limb = x + 64 / depth * part;
+                const limbs x_a = load_limbs(limb), x_b = load_limbs(limb + size);
+                const limbs x_c = load_limbs(limb + (bytes - 1) * size);
+#define ADD(n)                                                                                   \
+    {                                                                                            \
+        limbs of_w = depth == 4 ? broadcast4(from + n * stride) : broadcast8(from + n * stride); \
+        if (stored) of_w = flip_signs(of_w);                                                     \
+        a##n = add_products(a##n, of_w, x_a);                                                    \
+        b##n = add_products(b##n, of_w, x_b);                                                    \
+        if (bytes == 3) c##n = add_products(c##n, of_w, x_c);                                    \
     }
                 FOR_BYTE_N(ADD)
             }
         }
-        const float* scales = j->digit_scale + block * (bytes - 1) * P + m + i;
+        const float* scales = j->limb_scale + block * (bytes - 1) * P + m + i;
         const floats scale = load(scales), last_scale = load(scales + (bytes - 2) * P);
-#define WHOLE(s) from_sums(deep == 4 ? s : add_neighbours(s))
+#define WHOLE(s) from_sums(depth == 4 ? s : add_lane_pairs(s))
 #define TOTAL(n)                                                          \
     {                                                                     \
         floats sum = load(total[n] + i);                                  \
@@ -926,171 +1685,92 @@ static inline __attribute__((always_inline)) void add_bytes(const struct job* j,
     }
 }
 
-/* For a compiler, a function each. */
-#define TILE(name, stored, bytes, deep)                                                                     \
+/* A function for each case, so that the compiler knows the constants. */
+#define BYTE_TILE(name, stored, bytes, depth)                                                               \
     static __attribute__((noinline)) void name(const struct job* j, const int8_t* weights, int64_t stride,  \
                                                int64_t step, int64_t block, int64_t m, const int8_t* ahead, \
                                                float (*total)[PADDED_M]) {                                  \
-        add_bytes(j, weights, stride, step, stored, block, m, ahead, bytes, deep, total);                   \
+        add_bytes(j, weights, stride, step, stored, block, m, ahead, bytes, depth, total);                  \
     }
-TILE(tile_of_half, 0, 2, 4)
-TILE(tile_of_half_stored, 1, 2, 4)
-TILE(tile_of_half_few, 0, 2, 8)
-TILE(tile_of_half_few_stored, 1, 2, 8)
-TILE(tile_of_float, 0, 3, 4)
-TILE(tile_of_float_stored, 1, 3, 4)
-TILE(tile_of_float_few, 0, 3, 8)
-TILE(tile_of_float_few_stored, 1, 3, 8)
-#undef TILE
+BYTE_TILE(byte_tile_half, 0, 2, 4)
+BYTE_TILE(byte_tile_half_stored, 1, 2, 4)
+BYTE_TILE(byte_tile_half_few, 0, 2, 8)
+BYTE_TILE(byte_tile_half_few_stored, 1, 2, 8)
+BYTE_TILE(byte_tile_float, 0, 3, 4)
+BYTE_TILE(byte_tile_float_stored, 1, 3, 4)
+BYTE_TILE(byte_tile_float_few, 0, 3, 8)
+BYTE_TILE(byte_tile_float_few_stored, 1, 3, 8)
+#undef BYTE_TILE
 
-static void multiply_bytes(const struct job* j, const panel_t* weights, int64_t stride, int64_t step, int64_t block,
-                           int64_t m, const int8_t* ahead, float (*total)[PADDED_M]) {
+static void bytes_multiply_tile(const struct job* j, const panel_t* weights, int64_t stride, int64_t step,
+                                int64_t block, int64_t m, const int8_t* ahead, float (*total)[PADDED_M]) {
     static void (*const tiles[2][2][2])(const struct job*, const int8_t*, int64_t, int64_t, int64_t, int64_t,
                                         const int8_t*, float (*)[PADDED_M]) = {
-        {{tile_of_half, tile_of_half_stored}, {tile_of_half_few, tile_of_half_few_stored}},
-        {{tile_of_float, tile_of_float_stored}, {tile_of_float_few, tile_of_float_few_stored}},
+        {{byte_tile_half, byte_tile_half_stored}, {byte_tile_half_few, byte_tile_half_few_stored}},
+        {{byte_tile_float, byte_tile_float_stored}, {byte_tile_float_few, byte_tile_float_few_stored}},
     };
     tiles[byte_tiles(j) - 2][j->width < PADDED_M][step == 64](j, weights, stride, step, block, m, ahead, total);
 }
-#endif
 
-#ifdef AMX
-typedef int32_t products[3 * TILE_M]; /* of a weight row and all digits of 16 rows of x, in their places */
-
-/* product[n] = weights · digits, of 16 weight rows. They lie `stride` bytes apart, and their parts of 64 columns `step`
-   bytes. Each step fetches `share` lines from `ahead` on. */
-static void multiply_digits(const panel_t* weights, int64_t stride, int64_t step, const panel_t* x, int tiles,
-                            int64_t steps, int64_t share, const int8_t* ahead, products* product) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    for (int64_t i = 0; i < steps; i++, weights += step, x += tiles * 1024) {
-        _tile_loadd(4, weights, stride);
-        _tile_loadd(5, x, 64);
-        _tile_dpbssd(0, 4, 5);
-        if (tiles > 1) {
-            _tile_loadd(6, x + 1024, 64);
-            _tile_dpbssd(1, 4, 6);
-        }
-        if (tiles > 2) {
-            _tile_loadd(7, x + 2048, 64);
-            _tile_dpbssd(2, 4, 7);
-        }
-        for (int64_t n = 0; n < share; n++, ahead += LINE) __builtin_prefetch(ahead, 0, 2);
-    }
-    _tile_stored(0, product[0], sizeof *product);
-    _tile_stored(1, product[0] + 16, sizeof *product);
-    _tile_stored(2, product[0] + 32, sizeof *product);
+static void bytes_multiply_chunk(const struct job* j, int64_t n0, int64_t height, int64_t end, int64_t chunk,
+                                 float (*sums)[TILE_N][PADDED_M], void* panel) {
+    (void)end;
+    multiply_by_panels(j, n0, height, chunk, sums, panel, bytes_fill_panel, bytes_multiply_tile);
 }
 
-/* The same of two digits for 32 weight rows, which share what is loaded of x. */
-static void multiply_two_digits(const panel_t* weights, int64_t stride, int64_t step, const panel_t* x, int64_t steps,
-                                int64_t share, const int8_t* ahead, products* product) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t i = 0; i < steps; i++, weights += step, x += 2048) {
-        _tile_loadd(4, weights, stride);
-        _tile_loadd(6, x, 64);
-        _tile_loadd(5, weights + 16 * stride, stride);
-        _tile_loadd(7, x + 1024, 64);
-        _tile_dpbssd(0, 4, 6);
-        _tile_dpbssd(1, 4, 7);
-        _tile_dpbssd(2, 5, 6);
-        _tile_dpbssd(3, 5, 7);
-        for (int64_t n = 0; n < share; n++, ahead += LINE) __builtin_prefetch(ahead, 0, 2);
-    }
-    _tile_stored(0, product[0], sizeof *product);
-    _tile_stored(1, product[0] + 16, sizeof *product);
-    _tile_stored(2, product[16], sizeof *product);
-    _tile_stored(3, product[16] + 16, sizeof *product);
-}
+static int tiles_allowed(void) { return 1; }
+static void start_tiles(void) {}
+static void stop_tiles(void) {}
+''',
+    "kernels/cpu/tiles/interleave.h": r'''/* Limbs of bytes in the order in which byte tiles and the matrix unit multiply them. */
+#pragma once
 
-/* sums[n, m] += weights · digits, for 16 rows of x, and 16 weight rows if these are all, else 32. `stride` and `step`
-   are K and 64 in the weight itself, and 64 and 64 · tile_n in a panel. Of the weight itself 16 rows side by side are
-   left to the hardware, which on a Xeon was about as fast as the best of many ways to prefetch. More than 16 rows of x
-   take longer, and meanwhile fetch other weight rows from `ahead` on. */
-static void multiply_tile(const struct job* j, const panel_t* weights, int64_t stride, int64_t step, int64_t block,
-                          int64_t m, const int8_t* ahead, float (*sums)[PADDED_M]) {
-    const int64_t steps = block_columns(j, block) / 64, tiles = j->padded_M / TILE_M;
-    const int64_t share = step == 64 && tiles > 1 ? 16 / tiles : 0; /* lines that 16 weight rows fetch in a step */
-    const int apart = next_digit(j);
-    const panel_t* x = tile_of(j, m, block);
-    const float* scale = j->digit_scale + block * j->planes * j->padded_M + m;
-    ahead += m / TILE_M * steps * 2 * share * LINE;
-    _Alignas(64) products product[TILE_N];
-    if (j->tile_n == TILE_N && j->planes == 2)
-        multiply_two_digits(weights, stride, step, x, steps, 2 * share, ahead, product);
+/* Bytes of a row; no power of 2, or all rows would fall on the same place of the cache. */
+enum { LINE_STRIDE = 2 * BLOCK + 64 };
+
+/* PADDED_M lines of 64 bytes, in turn 4 bytes of each line; or half as many, and 8 bytes. */
+static inline void interleave(const int8_t* lines, int64_t stride, int depth, int8_t* to) {
+    if (depth == 4)
+        for (int k = 0; k < 64; k += 4)
+            for (int i = 0; i < PADDED_M; i++, to += 4) memcpy(to, lines + i * stride + k, 4);
     else
-        for (int64_t n = 0; n < j->tile_n; n += 16, ahead += steps * share * LINE)
-            multiply_digits(weights + n * stride, stride, step, x, byte_tiles(j), steps, share, ahead, product + n);
-    for (int64_t n = 0; n < j->tile_n; n++) /* in vectors by hand: a compiler makes a loop over single numbers of it */
-        for (int i = 0; i < 16; i += FLOATS) { /* scales are 0 where x has no row */
-            floats sum = load(sums[n] + i);
-            for (int plane = 0; plane < j->planes; plane++) {
-                floats of_plane = load_int32(product[n] + plane * apart + i);
-                sum = multiply_add(of_plane, load(scale + plane * j->padded_M + i), sum);
-            }
-            store(sums[n] + i, sum);
-        }
+        for (int k = 0; k < 64; k += 8)
+            for (int i = 0; i < PADDED_M / 2; i++, to += 8) memcpy(to, lines + i * stride + k, 8);
 }
-#elif defined(BYTE_TILES)
-#define multiply_tile multiply_bytes
-#else
-/* total[n, m] += weights · digits, for the TILE_N rows of a panel and TILE_M rows of x. */
-static void multiply_tile(const struct job* j, const panel_t* panel, int64_t stride, int64_t step, int64_t block,
-                          int64_t m, const int8_t* ahead, float (*total)[PADDED_M]) {
-    int64_t columns = block_columns(j, block);
-    (void)step, (void)ahead;
-    for (int plane = 0; plane < j->planes; plane++) {
-        const panel_t* x = j->digits + (plane * j->padded_M + m) * j->padded_K + block * j->block;
-        const float* scale = j->digit_scale + (block * j->planes + plane) * j->padded_M + m;
-        sums sum[TILE_N][TILE_M];
-        for (int n = 0; n < TILE_N; n++)
-            for (int i = 0; i < TILE_M; i++) sum[n][i] = no_sums();
-        for (int64_t k = 0; k < columns; k += LANES) {
-            digits w[TILE_N];
-            for (int n = 0; n < TILE_N; n++) {
-                w[n] = load_digits(panel + n * stride + k);
-                KEEP(w[n]);
-            }
-            for (int i = 0; i < TILE_M; i++) {
-                digits row = load_digits(x + i * j->padded_K + k);
-                KEEP(row);
-                for (int n = 0; n < TILE_N; n++) {
-                    sum[n][i] = add_products(sum[n][i], w[n], row);
-                    KEEP(sum[n][i]);
-                }
-            }
-        }
-        for (int n = 0; n < TILE_N; n++)
-            for (int i = 0; i < TILE_M; i++) total[n][i] += scale[i] * total_sums(sum[n][i]);
-    }
+
+/* The limbs of a tile's rows, [tile][PADDED_M][LINE_STRIDE], as [column / 64][tile] parts that interleave writes. */
+static inline void interleave_lines(const struct job* j, const int8_t* lines, int64_t columns, int tiles, int8_t* to) {
+    for (int64_t k = 0; k < columns; k += 64)
+        for (int tile = 0; tile < tiles; tile++, to += 64 * j->width)
+            interleave(lines + tile * PADDED_M * LINE_STRIDE + k, LINE_STRIDE, 64 / j->width, to);
 }
-#endif
+''',
+    "kernels/cpu/tiles/pairs.h": r'''/* Pair tiles: half as many products, for processors where additions are cheaper (AMD's with AVX512).
 
-#ifdef PAIRS
-/* ---- Many rows with half as many products ----
-   Where additions are cheaper than products, two products become one with two additions (Winograd, A New Algorithm for
-   Inner Products, 1968):  x0·w0 + x1·w1 = (x0 + w1)·(x1 + w0) - x0·x1 - w0·w1.  The last two are summed once for each
-   row of x and each weight row. Pairs are the columns k and k + 2 of four, so that a lane of 32 bits holds two numbers
-   of neighbouring columns. Sums may wrap around: what comes out is below 2^31. Digits have 16 bits; what they leave of
-   floats has 8 bits and is multiplied as bytes. */
+   Two products become one and two additions (Winograd, A New Algorithm for Inner Products, 1968):
+   x0·w0 + x1·w1 = (x0 + w1)·(x1 + w0) - x0·x1 - w0·w1. The last two are summed once for each row of x and each weight
+   row. A pair is columns k and k + 2 of four, so that a lane of 32 bits holds neighbouring columns. Sums may wrap
+   around; the result is below 2^31. Limbs have 16 bits; float32 has one more of 8 bits, multiplied as bytes.
+   Shapes: TILE_N weight rows by 2 · 16 rows of x; a panel for each tile of a chunk. Alignment: panels 64 bytes. */
+#pragma once
 
-/* Digits of 16 rows of x from m on, of 16 bits: [block][m / 16][k / 2][m % 16][k % 2], followed by those of 8 bits:
+enum { PAIR_CHUNK = 256 /* output features that a thread takes at once */ };
+_Static_assert(TILE_N <= 16 && FLOATS == 16, "a panel has 16 initial sums, and a vector 16 rows of x");
+
+/* Limbs of 16 rows of x from m on, of 16 bits: [block][m / 16][k / 2][m % 16][k % 2], followed by those of 8 bits:
    [block][m / 16][k / 4][m % 16][k % 4]. */
 static inline int16_t* pairs_of(const struct job* j, int64_t m, int64_t block) {
     int64_t columns = block_columns(j, block);
-    return (int16_t*)j->digits + block * j->block * j->padded_M + m * columns;
+    return (int16_t*)j->limbs + block * j->block * j->padded_M + m * columns;
 }
+
 static inline int8_t* rest_of(const struct job* j, int64_t m, int64_t block) {
-    return (int8_t*)j->digits + 2 * j->padded_M * j->padded_K + (pairs_of(j, m, block) - (int16_t*)j->digits);
+    return (int8_t*)j->limbs + 2 * j->padded_M * j->padded_K + (pairs_of(j, m, block) - (int16_t*)j->limbs);
 }
 
 static inline sums multiply_pairs(sums s, __m512i a, __m512i b) { return (sums)_mm512_dpwssd_epi32((__m512i)s, a, b); }
 
-/* What sums of 16 rows of x start with: minus the sums of x0·x1, and of 128·x. */
+/* Initial sums of 16 rows of x: minus the sums of x0·x1, and of 128·x. */
 static void start_pairs(const struct job* j, int64_t m, int64_t block) {
     const int64_t columns = block_columns(j, block);
     const int16_t* x = pairs_of(j, m, block);
@@ -1101,7 +1781,7 @@ static void start_pairs(const struct job* j, int64_t m, int64_t block) {
     _mm512_storeu_si512(start, _mm512_sub_epi32(_mm512_setzero_si512(), (__m512i)s));
     if (j->planes == 1) return;
     for (int64_t k = 0; k < columns; k += 4)
-        rest = take_multiple(rest, load_digits(rest_of(j, m, block) + k * 16), 128);
+        rest = subtract_multiple(rest, load_limbs(rest_of(j, m, block) + k * 16), 128);
     store_sums(start + j->padded_M, rest);
 }
 
@@ -1112,7 +1792,40 @@ struct pairs_panel {
     int32_t start[16];
 };
 
-/* Makes the panel of its bytes, which become unsigned if there are digits of 8 bits to multiply by them. */
+static struct plan pairs_plan(struct job* j) {
+    j->block = TILE_BLOCK;
+    j->padded_M = round_up(j->M, 2 * PADDED_M);
+    return (struct plan){.chunk = PAIR_CHUNK, .panel_size = PAIR_CHUNK / TILE_N * sizeof(struct pairs_panel)};
+}
+
+static void pairs_split_rows(const struct job* j, int64_t m, int64_t block) {
+    int64_t rows = min_i64(j->width, j->M - m), columns = block_columns(j, block);
+    int16_t limbs[3][BLOCK];
+    int8_t pairs[PADDED_M][LINE_STRIDE], rest[PADDED_M][LINE_STRIDE];
+    if (rows < j->width) memset(pairs, 0, sizeof pairs), memset(rest, 0, sizeof rest);
+    for (int64_t i = 0; i < rows; i++) {
+        split_block(j, m + i, block, (int[]){LIMB16_MAX, 127}, limbs[0], BLOCK);
+        memcpy(pairs[i], limbs[0], (size_t)columns * 2);
+        if (j->planes == 2) narrow_limbs(limbs[1], columns, 1, rest[i]);
+    }
+    for (int64_t k = 0; k < 2 * columns; k += 64)
+        interleave(pairs[0] + k, LINE_STRIDE, 4, (int8_t*)pairs_of(j, m, block) + k * 16);
+    for (int64_t k = 0; k < columns && j->planes == 2; k += 64)
+        interleave(rest[0] + k, LINE_STRIDE, 4, rest_of(j, m, block) + k * 16);
+    start_pairs(j, m, block);
+}
+
+static void pairs_fill_panel(const struct job* j, int64_t n, int64_t rows, int64_t block, panel_t* panel) {
+    int64_t first = block * j->block, columns = min_i64(j->block, j->K - first);
+    int64_t padded = block_columns(j, block);
+    for (int64_t i = 0; i < j->tile_n; i++) {
+        panel_t to[BLOCK];
+        unpack_row(j, n + i, i < rows, first, columns, padded, to);
+        for (int64_t k = 0; k < padded; k += 32) memcpy(panel + k * TILE_N + i * 32, to + k, 32);
+    }
+}
+
+/* Fills the panel from its bytes, which become unsigned if limbs of 8 bits follow. */
 static void widen_panel(const struct job* j, struct pairs_panel* panel, int64_t columns) {
     for (int n = 0; n < TILE_N; n++) {
         sums s = no_sums();
@@ -1127,7 +1840,7 @@ static void widen_panel(const struct job* j, struct pairs_panel* panel, int64_t 
         for (int64_t k = 0; k < columns * TILE_N; k++) panel->bytes[k] ^= -128;
 }
 
-/* total[half][n, m] += weights · digits of 16 bits, for TILE_N weight rows and two times 16 rows of x from m on. */
+/* total[half][n, m] += weights · limbs of 16 bits, for TILE_N weight rows and 2 · 16 rows of x from m on. */
 static __attribute__((noinline)) void add_pairs(const struct job* j, const struct pairs_panel* panel, int64_t block,
                                                 int64_t m, float (*total)[TILE_N][PADDED_M]) {
     const int64_t columns = block_columns(j, block), at = block * j->planes * j->padded_M + m;
@@ -1142,22 +1855,22 @@ static __attribute__((noinline)) void add_pairs(const struct job* j, const struc
         for (int four = 0; four < 32; four += 4, x += 64, y += 64) {
             const __m512i x0 = _mm512_loadu_si512(x), x1 = _mm512_loadu_si512(x + 32);
             const __m512i y0 = _mm512_loadu_si512(y), y1 = _mm512_loadu_si512(y + 32);
-#define ADD_PAIRS(n)                                                                        \
-    {                                                                                       \
-        const __m512i w0 = repeat4(w + n * 32 + four), w1 = repeat4(w + n * 32 + four + 2); \
-        a##n = multiply_pairs(a##n, _mm512_add_epi16(x0, w1), _mm512_add_epi16(x1, w0));    \
-        b##n = multiply_pairs(b##n, _mm512_add_epi16(y0, w1), _mm512_add_epi16(y1, w0));    \
+#define ADD_PAIRS(n)                                                                              \
+    {                                                                                             \
+        const __m512i w0 = broadcast4(w + n * 32 + four), w1 = broadcast4(w + n * 32 + four + 2); \
+        a##n = multiply_pairs(a##n, _mm512_add_epi16(x0, w1), _mm512_add_epi16(x1, w0));          \
+        b##n = multiply_pairs(b##n, _mm512_add_epi16(y0, w1), _mm512_add_epi16(y1, w0));          \
     }
             FOR_BYTE_N(ADD_PAIRS)
         }
-    const floats x_scale = load(j->digit_scale + at), y_scale = load(j->digit_scale + at + 16);
+    const floats x_scale = load(j->limb_scale + at), y_scale = load(j->limb_scale + at + 16);
 #define TOTAL_PAIRS(n)                                                             \
     store(total[0][n], multiply_add(from_sums(a##n), x_scale, load(total[0][n]))); \
     store(total[1][n], multiply_add(from_sums(b##n), y_scale, load(total[1][n])));
     FOR_BYTE_N(TOTAL_PAIRS)
 }
 
-/* The same for digits of 8 bits. */
+/* The same for limbs of 8 bits. */
 static __attribute__((noinline)) void add_rest(const struct job* j, const struct pairs_panel* panel, int64_t block,
                                                int64_t m, float (*total)[TILE_N][PADDED_M]) {
     const int64_t columns = block_columns(j, block);
@@ -1168,672 +1881,215 @@ static __attribute__((noinline)) void add_rest(const struct job* j, const struct
     FOR_BYTE_N(START_REST)
     for (int64_t k = 0; k < columns; k += 32, w += 32 * TILE_N)
         for (int four = 0; four < 32; four += 4, x += 64, y += 64) {
-            const digits of_x = load_digits(x), of_y = load_digits(y);
-#define ADD_REST(n)                                     \
-    {                                                   \
-        const digits of_w = repeat4(w + n * 32 + four); \
-        a##n = add_products(a##n, of_w, of_x);          \
-        b##n = add_products(b##n, of_w, of_y);          \
+            const limbs of_x = load_limbs(x), of_y = load_limbs(y);
+#define ADD_REST(n)                                       \
+    {                                                     \
+        const limbs of_w = broadcast4(w + n * 32 + four); \
+        a##n = add_products(a##n, of_w, of_x);            \
+        b##n = add_products(b##n, of_w, of_y);            \
     }
             FOR_BYTE_N(ADD_REST)
         }
-    const floats x_scale = load(j->digit_scale + at), y_scale = load(j->digit_scale + at + 16);
+    const floats x_scale = load(j->limb_scale + at), y_scale = load(j->limb_scale + at + 16);
     FOR_BYTE_N(TOTAL_PAIRS)
 }
-#endif
 
-/* `count` columns of row m of x from `first` on, all of one block, as floats. For int4 the even columns come first,
-   then the odd ones, as the high and the low halves of bytes. */
-static void read_columns(const struct job* j, int64_t m, int64_t first, int64_t count, float* out) {
-    const char* row = (const char*)j->x + m * j->K * size_of(j->x_dtype);
-    if (j->bits == 8) {
-        read_floats(row + first * size_of(j->x_dtype), j->x_dtype, count, out);
-        return;
-    }
-    float pairs[2 * BLOCK];
-    for (int64_t half = j->K / 2, done = 0, part; done < count; done += part) {
-        int odd = first + done >= half;
-        int64_t from = first + done - (odd ? half : 0);
-        part = least(count - done, half - from);
-        read_floats(row + 2 * from * size_of(j->x_dtype), j->x_dtype, 2 * part, pairs);
-        for (int64_t k = 0; k < part; k++) out[done + k] = pairs[2 * k + odd];
-    }
-}
-
-/* One block of row m of x as digits of at most `digit_max[plane]`, the next digits `stride` numbers farther, padded
-   with zeros to a multiple of LINE; and their scales. What is not finite makes the whole block NaN. */
-static void split_block(const struct job* j, int64_t m, int64_t block, const int* digit_max, int16_t* digits,
-                        int64_t stride) {
-    int64_t padded = block_columns(j, block), count = least(j->block, j->K - block * j->block);
-    float rest[BLOCK];
-    uint32_t largest = 0; /* as the bits of a float, which order like its size */
-    read_columns(j, m, block * j->block, count, rest);
-    for (int64_t k = 0; k < count; k++) {
-        uint32_t size = bits_of_float(rest[k]) & 0x7fffffff;
-        largest = size > largest ? size : largest;
-    }
-    int finite = largest < 0x7f800000;
-    float lift = float_of_bits(largest) < 0x1p-40f ? 0x1p60f : 1; /* keeps the scales of tiny numbers normal */
-    float scale = largest ? float_of_bits(largest) * lift / (float)digit_max[0] : 1;
-    if (scale < 0x1p-60f) scale = 0x1p-60f; /* subnormal numbers are taken for the smallest normal ones */
-    for (int64_t k = 0; k < count; k++) rest[k] *= lift;
-    for (int plane = 0; plane < j->planes; plane++, digits += stride) {
-        float inverse = 1 / scale;
-        memset(digits, 0, (size_t)padded * sizeof *digits);
-        if (finite)
-            for (int64_t k = 0; k < count; k++) {
-                float digit = (rest[k] * inverse + 0x1.8p23f) - 0x1.8p23f; /* rounds to an integer */
-                digits[k] = (int16_t)digit;
-                rest[k] -= digit * scale;
-            }
-        j->digit_scale[(block * j->planes + plane) * j->padded_M + m] = finite ? scale / lift : NAN;
-        /* About half a unit is left, somewhat more where the division was rounded: the next digit reaches that. */
-        if (plane + 1 < j->planes) scale /= (float)(2 * (digit_max[plane + 1] - digit_max[plane + 1] / 64));
-    }
-}
-
-/* `count` digits, as numbers of `size` bytes. */
-static void write_digits(const int16_t* digits, int64_t count, size_t size, void* to) {
-    if (size == 2)
-        memcpy(to, digits, (size_t)count * 2);
-    else
-        for (int64_t k = 0; k < count; k++) ((int8_t*)to)[k] = (int8_t)digits[k];
-}
-
-#ifdef TILES
-/* PADDED_M lines of 64 bytes, in turn 4 bytes of each line; or half as many, and 8 bytes. */
-static void interleave(const int8_t* lines, int64_t stride, int deep, int8_t* to) {
-    if (deep == 4)
-        for (int k = 0; k < 64; k += 4)
-            for (int i = 0; i < PADDED_M; i++, to += 4) memcpy(to, lines + i * stride + k, 4);
-    else
-        for (int k = 0; k < 64; k += 8)
-            for (int i = 0; i < PADDED_M / 2; i++, to += 8) memcpy(to, lines + i * stride + k, 8);
-}
-#endif
-
-/* One block of the rows of x of a tile, from m on, as far as there are so many, as digits in their place. */
-static void split_rows(const struct job* j, int64_t m, int64_t block) {
-    int64_t rows = least(j->width, j->M - m), columns = block_columns(j, block);
-    int16_t digits[3][BLOCK];
-#ifdef TILES
-    enum { STRIDE = 2 * BLOCK + 64 }; /* bytes; of no power of 2, lest all rows fall on the same place of the cache */
-#ifdef AMX
-    const int most[] = {PANEL_DIGIT_MAX, PANEL_DIGIT_MAX, PANEL_DIGIT_MAX};
-#else
-    const int most[] = {TILE_DIGIT_MAX, 127};
-#endif
-    int8_t lines[3][PADDED_M][STRIDE];
-    int deep = 64 / j->width; /* bytes that a sum takes at a time */
-    if (rows < j->width) memset(lines, 0, sizeof lines);
-    for (int64_t i = 0; i < rows; i++) {
-        split_block(j, m + i, block, most, digits[0], BLOCK);
-#ifdef AMX
-        for (int plane = 0; plane < j->planes; plane++) {
-            int64_t place = plane * next_digit(j) + i;
-            write_digits(digits[plane], columns, 1, lines[place / TILE_M][place % TILE_M]);
-        }
-#else
-        if (j->pairs)
-            memcpy(lines[0][i], digits[0], (size_t)columns * 2);
-        else
-            for (int64_t k = 0; k < columns; k++) {
-                lines[0][i][k] = (int8_t)((digits[0][k] + 128) >> 8);
-                lines[1][i][k] = (int8_t)digits[0][k];
-            }
-        if (j->planes == 2) write_digits(digits[1], columns, 1, lines[2][i]);
-#endif
-    }
-#ifdef PAIRS
-    if (j->pairs) {
-        for (int64_t k = 0; k < 2 * columns; k += 64)
-            interleave(lines[0][0] + k, STRIDE, 4, (int8_t*)pairs_of(j, m, block) + k * 16);
-        for (int64_t k = 0; k < columns && j->planes == 2; k += 64)
-            interleave(lines[2][0] + k, STRIDE, 4, rest_of(j, m, block) + k * 16);
-        start_pairs(j, m, block);
-        return;
-    }
-#endif
-    int8_t* to = tile_of(j, m, block);
-    for (int64_t k = 0; k < columns; k += 64)
-        for (int tile = 0; tile < byte_tiles(j); tile++, to += 64 * j->width)
-            interleave(lines[tile][0] + k, STRIDE, deep, to);
-#else
-    for (int64_t i = 0; i < rows; i++) {
-        split_block(j, m + i, block, (int[]){PANEL_DIGIT_MAX, PANEL_DIGIT_MAX, PANEL_DIGIT_MAX}, digits[0], BLOCK);
-        for (int plane = 0; plane < j->planes; plane++)
-            write_digits(digits[plane], columns, sizeof(panel_t),
-                         j->digits + (plane * j->padded_M + m + i) * j->padded_K + block * j->block);
-    }
-#endif
-#ifdef BYTE_TILES
-    const int64_t size = 64 * j->width, P = j->padded_M;
-    float* scales = j->digit_scale + block * j->planes * P + m;
-    for (int plane = 0; plane < j->planes && deep == 8; plane++) /* two sums a row */
-        for (int i = PADDED_M - 1; i > 0; i--) scales[plane * P + i] = scales[plane * P + i / 2];
-    for (int tile = 0; tile < byte_tiles(j); tile++)
-        for (int i = 0; i < PADDED_M; i += FLOATS) { /* sums start with all that 128 added to weights adds to them */
-            const int8_t* x = tile_of(j, m, block) + tile * size + 4 * i;
-            sums start = no_sums();
-            for (int64_t k = 0; k < columns; k += 64, x += byte_tiles(j) * size)
-                for (int64_t from = 0; from < size; from += 64)
-                    start = take_multiple(start, load_digits(x + from), 128);
-            store_sums(j->start + (block * byte_tiles(j) + tile) * P + m + i, start);
-        }
-#endif
-}
-
-/* `rows` weight rows from n on, columns of one block, as digits, 0 where there are none: [tile_n][BLOCK], for tiles
-   [k / 64][tile_n][64], for pairs [k / 32][TILE_N][32]. */
-static void fill_panel(const struct job* j, int64_t n, int64_t rows, int64_t block, panel_t* panel) {
-    int64_t first = block * j->block, columns = least(j->block, j->K - first), bytes = j->K * j->bits / 8;
-    int64_t padded = block_columns(j, block);
-    for (int64_t i = 0; i < j->tile_n; i++) {
-#ifdef TILES
-        panel_t to[BLOCK];
-#else
-        panel_t* to = panel + i * BLOCK;
-#endif
-        int64_t k = 0;
-        if (i < rows) {
-            const int8_t* row = j->weight + (n + i) * bytes;
-            if (j->bits == 8) {
-                for (; k < columns; k++) to[k] = row[first + k];
-            } else {
-                int64_t high = least(columns, bytes - first); /* columns that are high halves of bytes */
-                for (; k < high; k++) to[k] = high_half(row[first + k]);
-                for (; k < columns; k++) to[k] = low_half(row[first + k - bytes]);
-            }
-        }
-        for (; k < padded; k++) to[k] = 0;
-#ifdef PAIRS
-        if (j->pairs) {
-            for (k = 0; k < padded; k += 32) memcpy(panel + k * TILE_N + i * 32, to + k, 32);
-            continue;
-        }
-#endif
-#ifdef BYTE_TILES
-        for (k = 0; k < padded; k++) to[k] ^= -128; /* unsigned: 128 more */
-#endif
-#ifdef TILES
-        for (k = 0; k < padded; k += 64) memcpy(panel + k * j->tile_n + i * 64, to + k, 64);
-#endif
-    }
-}
-
-/* Prefetch what fill_panel will read of weight row n, if there is one. */
-static void prefetch_row(const struct job* j, int64_t n, int64_t block) {
-    int64_t bytes = j->K * j->bits / 8, first = block * j->block % bytes, columns = least(j->block, bytes - first);
-    if (n < j->N)
-        for (int64_t k = 0; k < columns; k += LINE) __builtin_prefetch(j->weight + n * bytes + first + k, 0, 2);
-}
-
-/* The scales and biases (0 if there are none) of `height` output features from n on, CHUNK at most. */
-static void read_vectors(const struct job* j, int64_t n, int64_t height, float* scale, float* bias) {
-    read_floats((const char*)j->scale + n * size_of(j->scale_dtype), j->scale_dtype, height, scale);
-    if (j->bias)
-        read_floats((const char*)j->bias + n * size_of(j->bias_dtype), j->bias_dtype, height, bias);
-    else
-        memset(bias, 0, (size_t)height * sizeof *bias);
-}
-
-/* ---- One row ---- */
-
-/* Bytes of a weight row from `first` on whose numbers are of one block; of int4, the high and the low halves each. */
-static int64_t part_bytes(const struct job* j, int64_t first) {
-    int64_t bytes = j->K * j->bits / 8, part = least(j->block - first % j->block, bytes - first);
-    return j->bits == 8 ? part : least(part, j->block - (first + bytes) % j->block);
-}
-
-#ifdef UNSIGNED_WEIGHTS
-/* What sums start with, as weights have 128 or 8 added to them. */
-static void set_start(const struct job* j) {
-    int32_t* start = j->start;
-    int64_t bytes = j->K * j->bits / 8;
-    for (int64_t first = 0, part; first < bytes; first += part) {
-        part = part_bytes(j, first);
-        for (int64_t x = first; x < j->K; x += bytes) /* halves of bytes */
-            for (int plane = 0; plane < j->planes; plane++, start += FLOATS) {
-                sums s = no_sums();
-                for (int64_t k = 0; k < part; k += LINE) /* as far as add_part reads */
-                    for (int64_t i = k; i < k + LINE; i += LANES)
-                        s = take_multiple(s, load_digits(j->row_digits + plane * j->padded_K + x + i),
-                                          j->bits == 8 ? 128 : 8);
-                store_sums(start, s);
-            }
-    }
-}
-static inline sums start_sums(const int32_t* start) { return load_sums(start); }
-#else
-static void set_start(const struct job* j) { (void)j; }
-static inline sums start_sums(const int32_t* start) {
-    (void)start;
-    return no_sums();
-}
-#endif
-
-/* s[r] += bytes of `count` weight rows, which lie `stride` bytes apart, times LINE digits from x on; of int4, high
-   halves times these and low halves times those from x + low on. */
-static inline __attribute__((always_inline)) void add_line(const int8_t* w, int64_t stride, const int count,
-                                                           const int halves, const digit_t* x, int64_t low,
-                                                           int64_t x_stride, const int planes, sums (*s)[2][3]) {
-    for (int i = 0; i < LINE; i += LANES) {
-        digits of_x[2][3];
-        for (int half = 0; half < halves; half++)
-            for (int plane = 0; plane < planes; plane++)
-                of_x[half][plane] = load_digits(x + half * low + plane * x_stride + i);
-        for (int r = 0; r < count; r++) {
-            digits bytes = load_int8(w + r * stride + i);
-            for (int half = 0; half < halves; half++) {
-                digits of_w = halves == 1 ? bytes : half == 0 ? high_halves(bytes) : low_halves(bytes);
-                for (int plane = 0; plane < planes; plane++)
-                    s[r][half][plane] = add_products(s[r][half][plane], of_w, of_x[half][plane]);
-            }
-        }
-    }
-}
-
-/* sum[r] += weights · digits of `part` bytes from `first` on, as part_bytes says, of `count` weight rows. Their bytes
-   begin at w. `ahead`: what to prefetch beside one row, for long, if it is taken in strips. */
-static inline __attribute__((always_inline)) void add_part(const struct job* j, const int8_t* w, const int count,
-                                                           const int halves, const int planes, int64_t first,
-                                                           int64_t part, const int32_t* start, const int8_t* ahead,
-                                                           const int strips, floats* sum) {
-    const int64_t bytes = halves == 1 ? j->K : j->K / 2;
-    const digit_t* x = j->row_digits + first;
-    int64_t k = 0;
-    sums s[ROWS][2][3];
-    for (int r = 0; r < count; r++)
-        for (int half = 0; half < halves; half++)
-            for (int plane = 0; plane < planes; plane++)
-                s[r][half][plane] = start_sums(start + (half * planes + plane) * FLOATS);
-    for (; k + LINE <= part; k += LINE) {
-        int64_t near = first + k + NEAR < bytes ? NEAR : NEAR + (count - 1) * bytes; /* the next rows' beginnings */
-        if (strips)
-            __builtin_prefetch(ahead + k);
-        else if (count == 1)
-            __builtin_prefetch(ahead + k, 0, 0);
-        else
-            for (int r = 0; r < count; r++) __builtin_prefetch(w + k + r * bytes + near);
-        add_line(w + k, bytes, count, halves, x + k, bytes, j->padded_K, planes, s);
-    }
-    if (k < part) {
-        int8_t rest[ROWS][LINE];
-        memset(rest, 0, sizeof rest);
-        for (int r = 0; r < count; r++) memcpy(rest[r], w + r * bytes + k, (size_t)(part - k));
-        add_line(rest[0], LINE, count, halves, x + k, bytes, j->padded_K, planes, s);
-    }
-    for (int half = 0; half < halves; half++) {
-        const float* scale = j->digit_scale + (first + half * bytes) / j->block * planes;
-        for (int plane = 0; plane < planes; plane++)
-            for (int r = 0; r < count; r++)
-                sum[r] = multiply_add(from_sums(s[r][half][plane]), all(scale[plane]), sum[r]);
-    }
-}
-
-/* line[r] = weight row n + r · x, for `count` weight rows side by side. */
-static inline __attribute__((always_inline)) void dot_rows(const struct job* j, int64_t n, const int count,
-                                                           const int halves, const int planes, float* line) {
-    const int64_t bytes = halves == 1 ? j->K : j->K / 2;
-    const int8_t* w = j->weight + n * bytes;
-    const int32_t* start = j->start;
-    floats sum[ROWS];
-    for (int r = 0; r < count; r++) sum[r] = zeros();
-    for (int64_t k = 0, part; k < bytes; k += part, start += halves * planes * FLOATS) {
-        part = part_bytes(j, k);
-        add_part(j, w + k, count, halves, planes, k, part, start, w + k + FAR, 0, sum);
-    }
-    for (int r = 0; r < count; r++) line[r] = total(sum[r]);
-}
-
-/* The same for STRIPS rows one after the other, in strips: the digits of a long row would leave the nearest cache. What
-   is fetched meanwhile are the next rows, as they lie in memory. */
-static inline __attribute__((always_inline)) void dot_strips(const struct job* j, int64_t n, const int halves,
-                                                             const int planes, float* line) {
-    const int64_t bytes = halves == 1 ? j->K : j->K / 2;
-    const int8_t *w = j->weight + n * bytes, *ahead = w + STRIPS * bytes;
-    const int32_t *start = j->start, *next = start;
-    floats sum[STRIPS];
-    for (int r = 0; r < STRIPS; r++) sum[r] = zeros();
-    for (int64_t strip = 0; strip < bytes; strip += STRIP, start = next)
-        for (int r = 0; r < STRIPS; r++) {
-            next = start;
-            for (int64_t k = strip, part; k < least(strip + STRIP, bytes); k += part, ahead += part) {
-                part = part_bytes(j, k); /* ends with a strip, which is some blocks long */
-                add_part(j, w + r * bytes + k, 1, halves, planes, k, part, next, ahead, 1, sum + r);
-                next += halves * planes * FLOATS;
-            }
-        }
-    for (int r = 0; r < STRIPS; r++) line[r] = total(sum[r]);
-}
-
-enum way { BY_ROW, BY_ROWS, BY_STRIPS };
-
-/* The same for as many rows as `way` takes. */
-static inline __attribute__((always_inline)) void dot_by(const struct job* j, int64_t n, enum way way, const int halves,
-                                                         const int planes, float* line) {
-    if (way == BY_ROW)
-        dot_rows(j, n, 1, halves, planes, line);
-    else if (way == BY_ROWS)
-        dot_rows(j, n, ROWS, halves, planes, line);
-    else
-        dot_strips(j, n, halves, planes, line);
-}
-
-/* y[begin:end] for one row. */
-static void multiply_row(const struct job* j, int64_t begin, int64_t end) {
-    enum { OF_HALF = sizeof(digit_t) == 1 ? 2 : 1, OF_FLOAT = OF_HALF + 1 };
-    const int rows_of[] = {[BY_ROW] = 1, [BY_ROWS] = ROWS, [BY_STRIPS] = STRIPS};
-    const enum way many = !on_amd() ? BY_ROWS : j->K * j->bits / 8 > STRIP ? BY_STRIPS : BY_ROW;
-    float scale[CHUNK], bias[CHUNK], line[CHUNK];
-    for (int64_t n0 = begin; n0 < end; n0 += CHUNK) {
-        int64_t height = least(CHUNK, end - n0);
-        enum way way = many;
-        for (int64_t n = 0; n < height; n += rows_of[way]) {
-            if (height - n < rows_of[way]) way = BY_ROW;
-            if (j->bits == 8 && j->planes == OF_HALF)
-                dot_by(j, n0 + n, way, 1, OF_HALF, line + n);
-            else if (j->bits == 8)
-                dot_by(j, n0 + n, way, 1, OF_FLOAT, line + n);
-            else if (j->planes == OF_HALF)
-                dot_by(j, n0 + n, way, 2, OF_HALF, line + n);
-            else
-                dot_by(j, n0 + n, way, 2, OF_FLOAT, line + n);
-        }
-        read_vectors(j, n0, height, scale, bias);
-        for (int64_t n = 0; n < height; n++) line[n] = line[n] * scale[n] + bias[n];
-        write_floats(line, height, j->x_dtype, j->y, n0);
-    }
-}
-
-#ifdef PAIRS
-/* sums[n, m] of `height` output features from n0 on, PAIR_CHUNK at most, as many as `panels` have weight rows. */
-static void multiply_chunk_by_pairs(const struct job* j, int64_t n0, int64_t height, int64_t end,
-                                    float (*sums)[TILE_N][PADDED_M], struct pairs_panel* panels) {
+/* sums[n, m] of `height` output features from n0 on, PAIR_CHUNK at most; `panel` is PAIR_CHUNK / TILE_N panels. */
+static void pairs_multiply_chunk(const struct job* j, int64_t n0, int64_t height, int64_t end, int64_t chunk,
+                                 float (*sums)[TILE_N][PADDED_M], void* panel) {
+    struct pairs_panel* panels = panel;
+    (void)chunk;
     int64_t m_tiles = j->padded_M / PADDED_M, tiles = (height + TILE_N - 1) / TILE_N;
     for (int64_t block = 0; block * j->block < j->padded_K; block++) {
         const int64_t columns = block_columns(j, block);
-        int64_t next_n = n0, next_block = block + 1, fetched = 0; /* of weights that are fetched meanwhile */
+        int64_t next_n = n0, next_block = block + 1, fetched = 0; /* of weights prefetched meanwhile */
         if (next_block * j->block >= j->padded_K) next_block = 0, next_n = n0 + PAIR_CHUNK;
         for (int64_t i = 0; i < tiles; i++) {
-            fill_panel(j, n0 + i * TILE_N, least(TILE_N, height - i * TILE_N), block, panels[i].bytes);
+            pairs_fill_panel(j, n0 + i * TILE_N, min_i64(TILE_N, height - i * TILE_N), block, panels[i].bytes);
             widen_panel(j, panels + i, columns);
         }
         for (int64_t m = 0; m < j->M; m += 2 * PADDED_M) {
-            const char* next_x = (const char*)pairs_of(j, m + 2 * PADDED_M, block); /* fetched meanwhile */
+            const char* next_x = (const char*)pairs_of(j, m + 2 * PADDED_M, block); /* prefetched meanwhile */
             int64_t next_bytes = columns * 4 * PADDED_M / tiles;
             for (; fetched * j->M < (m + 2 * PADDED_M) * PAIR_CHUNK && next_n + fetched < end; fetched++)
                 prefetch_row(j, next_n + fetched, next_block);
             for (int64_t i = 0; i < tiles; i++) {
                 float (*tile)[TILE_N][PADDED_M] = sums + i * m_tiles + m / PADDED_M;
-                for (int64_t k = i * next_bytes; k < (i + 1) * next_bytes; k += LINE) __builtin_prefetch(next_x + k);
+                for (int64_t k = i * next_bytes; k < (i + 1) * next_bytes; k += CACHE_LINE)
+                    __builtin_prefetch(next_x + k);
                 add_pairs(j, panels + i, block, m, tile);
                 if (j->planes == 2) add_rest(j, panels + i, block, m, tile);
             }
         }
     }
 }
-#endif
+''',
+    "kernels/cpu/tiles/panels.h": r'''/* What engines of several rows share: unpacking weight rows, and the loop over panels.
 
-#ifdef __AVX512F__
-/* Columns of 16 rows as rows, times `scale` plus `bias`: to[i][n] = rows[n][i] · scale[n] + bias[n]. */
-static void turn(const float* const* rows, floats scale, floats bias, float* to, int64_t stride) {
-    __m512 one[16], two[16];
-    for (int i = 0; i < 16; i += 2) { /* a pair of rows, then four, have their numbers side by side */
-        __m512 a = load(rows[i]), b = load(rows[i + 1]);
-        one[i] = _mm512_unpacklo_ps(a, b), one[i + 1] = _mm512_unpackhi_ps(a, b);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int k = 0; k < 2; k++) {
-            __m512d a = _mm512_castps_pd(one[i + k]), b = _mm512_castps_pd(one[i + k + 2]);
-            two[i + 2 * k] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
-            two[i + 2 * k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+   A panel holds one block of tile_n weight rows; each tile of TILE_M rows of x meets it, in groups of GROUP rows whose
+   limbs of a block stay in the cache. An engine defines TILE_N, TILE_M, CHUNK, GROUP, STORED_M, PANEL_STRIDE,
+   LIMB_SIZE and panel_t, then includes this file, and has these functions, called through ENGINE:
+     plan            sets tile_n, width, block and padded_M of a job
+     split_rows      16 rows of x, one block, to limbs
+     multiply_chunk  sums of a chunk of output features: [chunk / tile_n][padded_M / 16][TILE_N][16] floats
+   Once for all engines compiled in: tiles_allowed, start_tiles, stop_tiles (a thread's state of the matrix unit). */
+#pragma once
+
+typedef void fill_function(const struct job*, int64_t, int64_t, int64_t, panel_t*);
+typedef void multiply_function(const struct job*, const panel_t*, int64_t, int64_t, int64_t, int64_t, const int8_t*,
+                               float (*)[PADDED_M]);
+
+struct plan {
+    int64_t chunk;     /* output features that a thread takes at once */
+    size_t panel_size; /* bytes of its panel */
+};
+
+_Static_assert(PADDED_M % TILE_M == 0 && CHUNK % TILE_N == 0, "tiles divide padded rows and chunks");
+_Static_assert(FEW_CHUNK % FLOATS == 0 && CHUNK % FEW_CHUNK == 0, "results are written in whole vectors");
+
+/* Weight row n, columns `first` to `first + columns`, as integers, then zeros up to `padded`; only zeros unless
+ * `exists`. */
+static inline __attribute__((always_inline)) void unpack_row(const struct job* j, int64_t n, int exists, int64_t first,
+                                                             int64_t columns, int64_t padded, panel_t* to) {
+    int64_t bytes = j->K * j->bits / 8, k = 0;
+    if (exists) {
+        const int8_t* row = j->weight + n * bytes;
+        if (j->bits == 8) {
+            for (; k < columns; k++) to[k] = row[first + k];
+        } else {
+            int64_t high = min_i64(columns, bytes - first); /* columns in high nibbles */
+            for (; k < high; k++) to[k] = high_nibble(row[first + k]);
+            for (; k < columns; k++) to[k] = low_nibble(row[first + k - bytes]);
         }
-    for (int i = 0; i < 4; i++) { /* lane l of two[4·r + i] has column 4·l + i of rows 4·r to 4·r + 3 */
-        __m512 a = two[i], b = two[4 + i], c = two[8 + i], d = two[12 + i];
-        __m512 even0 = _mm512_shuffle_f32x4(a, b, 0x88), odd0 = _mm512_shuffle_f32x4(a, b, 0xdd);
-        __m512 even1 = _mm512_shuffle_f32x4(c, d, 0x88), odd1 = _mm512_shuffle_f32x4(c, d, 0xdd);
-        store(to + i * stride, multiply_add(_mm512_shuffle_f32x4(even0, even1, 0x88), scale, bias));
-        store(to + (4 + i) * stride, multiply_add(_mm512_shuffle_f32x4(odd0, odd1, 0x88), scale, bias));
-        store(to + (8 + i) * stride, multiply_add(_mm512_shuffle_f32x4(even0, even1, 0xdd), scale, bias));
-        store(to + (12 + i) * stride, multiply_add(_mm512_shuffle_f32x4(odd0, odd1, 0xdd), scale, bias));
     }
+    for (; k < padded; k++) to[k] = 0;
 }
-#endif
 
-/* y[:, begin:end] for several rows. `sums` holds [chunk / tile_n][padded_M / PADDED_M][TILE_N][PADDED_M] floats,
-   `panel` TILE_N · BLOCK digits. */
-static void multiply_rows(const struct job* j, int64_t begin, int64_t end, int64_t chunk,
-                          float (*sums)[TILE_N][PADDED_M], panel_t* panel) {
+/* Prefetch what fill_panel will read of weight row n, if it exists. */
+static void prefetch_row(const struct job* j, int64_t n, int64_t block) {
+    int64_t bytes = j->K * j->bits / 8, first = block * j->block % bytes, columns = min_i64(j->block, bytes - first);
+    if (n < j->N)
+        for (int64_t k = 0; k < columns; k += CACHE_LINE) __builtin_prefetch(j->weight + n * bytes + first + k, 0, 2);
+}
+
+/* multiply_chunk of engines that fill one panel at a time. */
+static inline __attribute__((always_inline)) void multiply_by_panels(const struct job* j, int64_t n0, int64_t height,
+                                                                     int64_t chunk, float (*sums)[TILE_N][PADDED_M],
+                                                                     panel_t* panel, fill_function* fill,
+                                                                     multiply_function* multiply) {
     const int64_t m_tiles = j->padded_M / PADDED_M, tile_n = j->tile_n;
-    float scale[CHUNK], bias[CHUNK], lines[PADDED_M][CHUNK];
-    for (int64_t n0 = begin; n0 < end; n0 += chunk) {
-        int64_t height = least(chunk, end - n0);
-        memset(sums, 0, (size_t)((height + tile_n - 1) / tile_n * m_tiles) * sizeof *sums);
-#ifdef PAIRS
-        if (j->pairs) multiply_chunk_by_pairs(j, n0, height, end, sums, (struct pairs_panel*)panel);
-#endif
-        for (int64_t block = 0; block * j->block < j->padded_K && !j->pairs; block++)
-            for (int64_t group = 0; group < j->M; group += GROUP)
-                for (int64_t n = n0; n < n0 + height; n += tile_n) {
-                    int64_t rows = least(tile_n, n0 + height - n), stride = BLOCK, step = TILE_K;
-                    int64_t last = least(group + GROUP, j->M), next_n = n + tile_n, next_block = block, fetched = 0;
-                    const panel_t* weights = panel;
-                    /* Stored weights of the next chunk are fetched as they lie in memory, not in many streams. */
-                    const int8_t* ahead =
-                        j->weight + (n0 + chunk) * j->K + block * j->block * chunk + (n - n0) * block_columns(j, block);
-                    if (next_n >= n0 + height) next_block++, next_n = n0;
-                    if (next_block * j->block >= j->K) next_block = 0, next_n = n0 + chunk;
-#ifdef TILES
-                    if (j->M <= STORED_M && j->bits == 8 && rows == tile_n && j->K == j->padded_K) {
-                        weights = j->weight + n * j->K + block * j->block;
-                        stride = j->K;
-                    } else {
-                        fill_panel(j, n, rows, block, panel);
-                        stride = 64;
-                        step = 64 * tile_n;
-                    }
-#else
-                    fill_panel(j, n, rows, block, panel);
-#endif
-                    for (int64_t m = group; m < last; m += TILE_M) {
-                        float (*tile)[PADDED_M] = sums[(n - n0) / tile_n * m_tiles + m / PADDED_M];
-                        for (; weights == panel && fetched * (last - group) < (m + TILE_M - group) * tile_n; fetched++)
-                            prefetch_row(j, next_n + fetched, next_block);
-                        multiply_tile(j, weights, stride, step, block, m, ahead,
-                                      (float (*)[PADDED_M]) & tile[0][m % PADDED_M]);
-                    }
+    for (int64_t block = 0; block * j->block < j->padded_K; block++)
+        for (int64_t group = 0; group < j->M; group += GROUP)
+            for (int64_t n = n0; n < n0 + height; n += tile_n) {
+                int64_t rows = min_i64(tile_n, n0 + height - n), stride = BLOCK, step = 64;
+                int64_t last = min_i64(group + GROUP, j->M), next_n = n + tile_n, next_block = block, fetched = 0;
+                const panel_t* weights = panel;
+                /* Stored weights of the next chunk are prefetched in the order of memory, not in many streams. */
+                const int8_t* ahead =
+                    j->weight + (n0 + chunk) * j->K + block * j->block * chunk + (n - n0) * block_columns(j, block);
+                if (next_n >= n0 + height) next_block++, next_n = n0;
+                if (next_block * j->block >= j->K) next_block = 0, next_n = n0 + chunk;
+                if (STORED_M && j->M <= STORED_M && j->bits == 8 && rows == tile_n && j->K == j->padded_K) {
+                    weights = (const panel_t*)j->weight + n * j->K + block * j->block;
+                    stride = j->K;
+                } else {
+                    fill(j, n, rows, block, panel);
+                    stride = PANEL_STRIDE;
+                    step = 64 * tile_n;
                 }
-        read_vectors(j, n0, height, scale, bias);
-        for (int64_t m0 = 0; m0 < j->M; m0 += PADDED_M) { /* sums are [n, m], y is [m, n] */
-            int64_t n = 0;
-#ifdef __AVX512F__
-            for (; j->width == PADDED_M && n + FLOATS <= height; n += FLOATS) {
-                const float* rows[FLOATS];
-                for (int i = 0; i < FLOATS; i++)
-                    rows[i] = sums[(n + i) / tile_n * m_tiles + m0 / PADDED_M][(n + i) % tile_n];
-                turn(rows, load(scale + n), load(bias + n), lines[0] + n, CHUNK);
+                for (int64_t m = group; m < last; m += TILE_M) {
+                    float (*tile)[PADDED_M] = sums[(n - n0) / tile_n * m_tiles + m / PADDED_M];
+                    for (; weights == panel && fetched * (last - group) < (m + TILE_M - group) * tile_n; fetched++)
+                        prefetch_row(j, next_n + fetched, next_block);
+                    multiply(j, weights, stride, step, block, m, ahead, (float (*)[PADDED_M]) & tile[0][m % PADDED_M]);
+                }
             }
-#endif
-            for (; n < height; n++) {
-                const float* row = sums[n / tile_n * m_tiles + m0 / PADDED_M][n % tile_n];
-                for (int i = 0; i < j->width; i++) lines[i][n] = row[i * PADDED_M / j->width] * scale[n] + bias[n];
-            }
-            for (int64_t m = m0; m < least(m0 + PADDED_M, j->M); m++)
-                write_floats(lines[m - m0], height, j->x_dtype, j->y, m * j->N + n0);
-        }
+}
+''',
+    "kernels/cpu/tiles/plain.h": r'''/* Plain tiles: TILE_N weight rows by TILE_M rows of x in registers, products of two vectors of limbs.
+
+   Limbs are int16, or int8 with NEON's dot product, as [plane][padded_M][padded_K]; a panel is [TILE_N][BLOCK].
+   Alignment: none. */
+#pragma once
+
+typedef limb_t panel_t;
+enum {
+    TILE_N = PLAIN_N,                         /* weight rows of a tile */
+    TILE_M = PLAIN_M,                         /* rows of x of a tile */
+    CHUNK = sizeof(panel_t) == 1 ? 256 : 128, /* output features that a thread takes at once, at most */
+    FEW_CHUNK = 16,                           /* the same of few rows: a vector of results */
+    GROUP = sizeof(panel_t) == 1 ? 512 : 64,  /* rows whose limbs of a block stay in the cache beside weights */
+    STORED_M = 0,                             /* all weights go through panels */
+    PANEL_STRIDE = BLOCK,                     /* from a panel's row to its next */
+    LIMB_SIZE = sizeof(panel_t),              /* bytes of a limb */
+};
+#include "panels.h"
+
+static struct plan plain_plan(struct job* j) {
+    j->padded_M = round_up(j->M, PADDED_M);
+    return (struct plan){
+        .chunk = j->M <= 32 ? round_up(FEW_CHUNK, j->tile_n) : CHUNK,
+        .panel_size = (size_t)round_up(TILE_N * BLOCK * sizeof(panel_t), 64),
+    };
+}
+
+static void plain_split_rows(const struct job* j, int64_t m, int64_t block) {
+    int64_t rows = min_i64(j->width, j->M - m), columns = block_columns(j, block);
+    int16_t limbs[3][BLOCK];
+    for (int64_t i = 0; i < rows; i++) {
+        split_block(j, m + i, block, (int[]){LIMB_MAX, LIMB_MAX, LIMB_MAX}, limbs[0], BLOCK);
+        for (int plane = 0; plane < j->planes; plane++)
+            narrow_limbs(limbs[plane], columns, sizeof(panel_t),
+                         (panel_t*)j->limbs + (plane * j->padded_M + m + i) * j->padded_K + block * j->block);
     }
 }
 
-#ifdef AMX
-static void start_tiles(void) {
-    struct {
-        uint8_t palette, start, reserved[14];
-        uint16_t row_bytes[16];
-        uint8_t rows[16];
-    } config = {.palette = 1};
-    for (int i = 0; i < 8; i++) config.row_bytes[i] = 64, config.rows[i] = 16;
-    __asm__ volatile("" ::"r"(&config) : "memory"); /* gcc 12 believes that only 8 bytes of it are read */
-    _tile_loadconfig(&config);
+static void plain_fill_panel(const struct job* j, int64_t n, int64_t rows, int64_t block, panel_t* panel) {
+    int64_t first = block * j->block, columns = min_i64(j->block, j->K - first);
+    int64_t padded = block_columns(j, block);
+    for (int64_t i = 0; i < j->tile_n; i++) unpack_row(j, n + i, i < rows, first, columns, padded, panel + i * BLOCK);
 }
-static void stop_tiles(void) { _tile_release(); }
-#else
+
+/* total[n, m] += weights · limbs, for the TILE_N rows of a panel and TILE_M rows of x. */
+static void plain_multiply_tile(const struct job* j, const panel_t* panel, int64_t stride, int64_t step, int64_t block,
+                                int64_t m, const int8_t* ahead, float (*total)[PADDED_M]) {
+    int64_t columns = block_columns(j, block);
+    (void)step, (void)ahead;
+    for (int plane = 0; plane < j->planes; plane++) {
+        const panel_t* x = (const panel_t*)j->limbs + (plane * j->padded_M + m) * j->padded_K + block * j->block;
+        const float* scale = j->limb_scale + (block * j->planes + plane) * j->padded_M + m;
+        sums sum[TILE_N][TILE_M];
+        for (int n = 0; n < TILE_N; n++)
+            for (int i = 0; i < TILE_M; i++) sum[n][i] = no_sums();
+        for (int64_t k = 0; k < columns; k += LANES) {
+            limbs w[TILE_N];
+            for (int n = 0; n < TILE_N; n++) {
+                w[n] = load_limbs(panel + n * stride + k);
+                KEEP_IN_REGISTER(w[n]);
+            }
+            for (int i = 0; i < TILE_M; i++) {
+                limbs row = load_limbs(x + i * j->padded_K + k);
+                KEEP_IN_REGISTER(row);
+                for (int n = 0; n < TILE_N; n++) {
+                    sum[n][i] = add_products(sum[n][i], w[n], row);
+                    KEEP_IN_REGISTER(sum[n][i]);
+                }
+            }
+        }
+        for (int n = 0; n < TILE_N; n++)
+            for (int i = 0; i < TILE_M; i++) total[n][i] += scale[i] * reduce_add_sums(sum[n][i]);
+    }
+}
+
+static void plain_multiply_chunk(const struct job* j, int64_t n0, int64_t height, int64_t end, int64_t chunk,
+                                 float (*sums)[TILE_N][PADDED_M], void* panel) {
+    (void)end;
+    multiply_by_panels(j, n0, height, chunk, sums, panel, plain_fill_panel, plain_multiply_tile);
+}
+
+static int tiles_allowed(void) { return 1; }
 static void start_tiles(void) {}
 static void stop_tiles(void) {}
-#endif
-
-/* y = x · (scale · weight)ᵀ + bias. x and y have x_dtype; weight is int8, or int4 with the even column in the high half
-   of a byte; scale [N] and bias [N] (or NULL) have dtypes of their own. Returns OK or NO_MEMORY. */
-int chatglm_linear(const void* x, int x_dtype, const int8_t* weight, int bits, const void* scale, int scale_dtype,
-                   const void* bias, int bias_dtype, void* y, int64_t M, int64_t N, int64_t K, int threads) {
-    int one = M == 1;
-    threads = of_threads(threads, M * N * K);
-    for (int64_t m = 0; m < M; m += M_AT_ONCE) { /* the rows that are held as digits at once */
-        struct job j = {
-            .x = (const char*)x + m * K * size_of(x_dtype),
-            .x_dtype = x_dtype,
-            .weight = weight,
-            .bits = bits,
-            .scale = scale,
-            .scale_dtype = scale_dtype,
-            .bias = bias,
-            .bias_dtype = bias_dtype,
-            .y = (char*)y + m * N * size_of(x_dtype),
-            .M = least(M - m, M_AT_ONCE),
-            .N = N,
-            .K = K,
-            .width = PADDED_M,
-            .tile_n = TILE_N,
-            .padded_K = round_up(K, LINE),
-            .block = BLOCK,
-        };
-#ifdef PAIRS
-        j.pairs = j.M > PADDED_M && on_amd();
-#endif
-#ifdef BYTE_TILES
-        if (!one) j.block = TILE_BLOCK;
-        if (j.M <= PADDED_M / 2) j.width = PADDED_M / 2;
-#endif
-#ifdef AMX
-        if (!one && j.M <= TILE_M) j.tile_n = 16; /* instead of 32: see multiply_tile */
-#endif
-        int blocks = (int)((j.padded_K + j.block - 1) / j.block);
-        size_t digit_size = one ? sizeof(digit_t) : JOINED ? 2 : sizeof(panel_t);
-        int64_t chunk = j.pairs ? PAIR_CHUNK : j.M <= 32 ? round_up(FEW_CHUNK, j.tile_n) : CHUNK;
-        j.planes = digits_of(x_dtype, digit_size);
-        j.padded_M = one ? 1 : round_up(j.M, j.pairs ? 2 * PADDED_M : PADDED_M);
-        /* For each thread: sums; a panel of weights. For all: digits, their scales, and what sums start with. */
-        size_t sums_size = one ? 0 : (size_t)(chunk / j.tile_n * TILE_N * j.padded_M) * 4;
-        size_t panel_size = one ? 0 : (size_t)round_up(TILE_N * BLOCK * sizeof(panel_t), 64);
-#ifdef PAIRS
-        if (j.pairs) panel_size = PAIR_CHUNK / TILE_N * sizeof(struct pairs_panel);
-#endif
-        size_t own_size = sums_size + panel_size, all_own = (size_t)threads * own_size;
-        size_t scale_size = (size_t)round_up(blocks * j.planes * j.padded_M * 4, 64);
-        size_t start_size = one ? (size_t)(2 * blocks * j.planes * FLOATS) * 4 : 2 * scale_size;
-        size_t digits_size = (size_t)(j.planes * j.padded_M * j.padded_K) * digit_size;
-        size_t beyond = LINE * sizeof(digit_t); /* read after one row's digits, and multiplied by zeros */
-        size_t all = all_own + scale_size + start_size + digits_size + beyond;
-        char* memory = aligned_alloc(64, round_up((int64_t)all, 64));
-        if (!memory) return NO_MEMORY;
-        j.digit_scale = (float*)(memory + all_own);
-        j.start = (int32_t*)(memory + all_own + scale_size);
-        char* digits = memory + all_own + scale_size + start_size;
-        if (one)
-            j.row_digits = (digit_t*)digits;
-        else
-            j.digits = (panel_t*)digits;
-        memset(j.digit_scale, 0, scale_size); /* of the rows that pad M */
-        if (one) {
-            memset(digits + digits_size, 0, beyond);
-            for (int block = 0; block < blocks; block++) {
-                int16_t split[3][BLOCK];
-                split_block(&j, 0, block, (int[]){DIGIT_MAX, DIGIT_MAX, DIGIT_MAX}, split[0], BLOCK);
-                digit_t* to = j.row_digits + block * BLOCK;
-                for (int plane = 0; plane < j.planes; plane++, to += j.padded_K)
-                    write_digits(split[plane], block_columns(&j, block), sizeof(digit_t), to);
-            }
-            set_start(&j);
-        }
-#pragma omp parallel num_threads(threads)
-        {
-            int64_t tiles = (N + j.tile_n - 1) / j.tile_n;
-            int64_t begin = part_begin(tiles) * j.tile_n, end = least(part_end(tiles) * j.tile_n, N);
-            if (one)
-                multiply_row(&j, begin, end);
-            else {
-                char* own = memory + (size_t)thread_number() * own_size;
-                int64_t parts = blocks * (j.padded_M / PADDED_M); /* also of those that pad M */
-                for (int64_t i = part_begin(parts); i < part_end(parts); i++)
-                    split_rows(&j, i / blocks * PADDED_M, i % blocks);
-#pragma omp barrier
-                start_tiles();
-                multiply_rows(&j, begin, end, chunk, (float (*)[TILE_N][PADDED_M])own, (panel_t*)(own + sums_size));
-                stop_tiles();
-            }
-        }
-        free(memory);
-    }
-    return OK;
-}
-''',
-    "kernels/cpu/rotary.h": r'''#pragma once
-
-/* Turn queries and keys in place: x [rows, H, 3·D] holds a query, a key and a value a head; cosine and sine [rows, D]
-   have the same dtype. D, 256 at most, consists of `parts` parts; in each the first half is turned with the second. */
-void chatglm_rotary(void* x, const void* cosine, const void* sine, int dtype, int64_t rows, int64_t H, int64_t D,
-                    int64_t parts, int threads) {
-    threads = of_threads(threads, 8 * rows * H * D);
-#pragma omp parallel num_threads(threads)
-    {
-        float c[256], s[256], from[256], to[256];
-        int64_t half = D / parts / 2;
-        for (int64_t row = part_begin(rows); row < part_end(rows); row++) {
-            read_floats((const char*)cosine + row * D * size_of(dtype), dtype, D, c);
-            read_floats((const char*)sine + row * D * size_of(dtype), dtype, D, s);
-            for (int64_t i = 0; i < 2 * H; i++) { /* the query and the key of each head */
-                int64_t at = (row * H + i / 2) * 3 * D + i % 2 * D;
-                read_floats((const char*)x + at * size_of(dtype), dtype, D, from);
-                for (int64_t part = 0; part < D; part += 2 * half)
-                    for (int64_t d = part; d < part + half; d++) {
-                        to[d] = from[d] * c[d] - from[d + half] * s[d];
-                        to[d + half] = from[d + half] * c[d + half] + from[d] * s[d + half];
-                    }
-                write_floats(to, D, dtype, x, at);
-            }
-        }
-    }
-}
-''',
-    "kernels/cpu/threads.h": r'''#pragma once
-
-/* ---- Threads ---- */
-
-#ifdef _OPENMP
-static int64_t thread_number(void) { return omp_get_thread_num(); }
-static int64_t thread_count(void) { return omp_get_num_threads(); }
-#else
-static int64_t thread_number(void) { return 0; }
-static int64_t thread_count(void) { return 1; }
-#endif
-
-/* As many threads as there is work for, `threads` at most: to call one takes as long as some 100,000 products. */
-static int of_threads(int threads, int64_t products) { return (int)least(threads, 1 + products / (1 << 18)); }
-
-/* Of `count` things, those that this thread does. */
-static int64_t part_begin(int64_t count) { return count * thread_number() / thread_count(); }
-static int64_t part_end(int64_t count) { return count * (thread_number() + 1) / thread_count(); }
-
-/* Whether the instructions this was compiled for may be used: 0 if the system refuses the matrix unit. */
-int chatglm_start(void) {
-#if defined(AMX) && !defined(EMULATE_AMX)
-    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
-#else
-    return 1;
-#endif
-}
-
-const char* chatglm_instructions(void) { return INSTRUCTIONS; }
 ''',
     "kernels/cuda/common.cuh": r'''// Types, programmatic dependent launch (PDL) and asynchronous copies, for every kernel.
 //

@@ -1,10 +1,14 @@
-#pragma once
+/* Attention: context [B, S, H, D] = softmax(scaling · q · kᵀ + mask) · v, in float32.
 
-/* ---- Attention ---- */
+   One query: keys and values are read where they lie. Several: the keys of a head are transposed to
+   [T / KEYS][D][KEYS], and tiles of QUERIES queries by KEYS keys stay in registers.
+   Threads: each has a contiguous range of the B · H heads, with scores and transposed keys of its own, aligned to 64
+   bytes. D is a multiple of 16, MAX_HEAD at most. */
+#pragma once
 
 /* exp(x): 2^(x / ln 2) from its integer part and a polynomial, within 2 units in the last place. Below -87.3 that of
    -87.3, above 88.7 infinity, NaN of NaN. Written for a compiler to vectorise. */
-static inline float quick_exp(float x) {
+static inline float fast_exp(float x) {
     float bounded = x > 88.7f ? 88.7f : x > -87.3f ? x : -87.3f;
     float whole = (bounded * 1.44269504f + 0x1.8p23f) - 0x1.8p23f;
     float part = (bounded - whole * 0.693359375f) + whole * 2.12194440e-4f;
@@ -20,17 +24,19 @@ static inline float quick_exp(float x) {
 }
 
 enum {
-    QUERIES = FLOATS == 16 ? 8 : 4, /* rows of a tile of scores, as many as registers hold */
+    QUERIES = FLOATS == 16 ? 8 : 4, /* queries of a tile of scores: as many as registers hold */
+
     KEYS = 2 * FLOATS,
 };
 
 /* weight [T] = exp(weight · scaling + mask - the largest of these); returns their sum. There is room for a multiple of
    KEYS weights. */
-static float soften(float* weight, int64_t T, float scaling, const char* mask, int dtype) {
+static float softmax_row(float* weight, int64_t T, float scaling, const char* mask, int dtype) {
     float most[KEYS], sum[KEYS] = {0};
     int64_t t = 0;
     for (; t + FLOATS <= T; t += FLOATS)
-        store(weight + t, multiply_add(load(weight + t), all(scaling), mask ? load_any(mask, dtype, t) : zeros()));
+        store(weight + t,
+              multiply_add(load(weight + t), broadcast(scaling), mask ? load_any(mask, dtype, t) : zeros()));
     for (; t < T; t++) weight[t] = weight[t] * scaling + (mask ? element(mask, dtype, t) : 0);
     for (; t % KEYS; t++) weight[t] = -INFINITY;
     for (int i = 0; i < KEYS; i++) most[i] = weight[i];
@@ -38,13 +44,13 @@ static float soften(float* weight, int64_t T, float scaling, const char* mask, i
         for (int i = 0; i < KEYS; i++) most[i] = weight[t + i] > most[i] ? weight[t + i] : most[i];
     for (int i = 1; i < KEYS; i++) most[0] = most[i] > most[0] ? most[i] : most[0];
     for (t = 0; t < T; t += KEYS)
-        for (int i = 0; i < KEYS; i++) sum[i] += weight[t + i] = quick_exp(weight[t + i] - most[0]);
+        for (int i = 0; i < KEYS; i++) sum[i] += weight[t + i] = fast_exp(weight[t + i] - most[0]);
     for (int i = 1; i < KEYS; i++) sum[0] += sum[i];
     return sum[0];
 }
 
 /* sum [D] = softmax(shrunk · query · keysᵀ + mask) · values for a query [D] and T keys and values that lie k_t and v_t
-   numbers apart; weight [T] is working memory. The caller names the dtype, so that a compiler sees which. */
+   numbers apart; weight [T] is working memory. Callers pass dtype as a constant, so that each gets code of its own. */
 static inline __attribute__((always_inline)) void attend_head(const float* query, const char* keys, int64_t k_t,
                                                               const char* values, int64_t v_t, const char* mask,
                                                               const int dtype, float scaling, int64_t T, int64_t D,
@@ -59,14 +65,14 @@ static inline __attribute__((always_inline)) void attend_head(const float* query
             if (d + FLOATS < D)
                 score[1] = multiply_add(load_any(key, dtype, d + FLOATS), load(query + d + FLOATS), score[1]);
         }
-        weight[t] = total(add(score[0], score[1]));
+        weight[t] = reduce_add(add(score[0], score[1]));
     }
-    float whole = soften(weight, T, scaling, mask, dtype);
+    float whole = softmax_row(weight, T, scaling, mask, dtype);
     for (int64_t d = 0; d < D; d += WIDTH * FLOATS) {
         floats part[WIDTH] = {zeros(), zeros(), zeros(), zeros()};
-        int64_t vectors = least(WIDTH, (D - d) / FLOATS);
+        int64_t vectors = min_i64(WIDTH, (D - d) / FLOATS);
         for (int64_t t = 0; t < T; t++) {
-            floats p = all(weight[t]);
+            floats p = broadcast(weight[t]);
             const char* value = values + t * v_t * size;
             if (vectors == WIDTH)
                 for (int j = 0; j < WIDTH; j++)
@@ -81,8 +87,8 @@ static inline __attribute__((always_inline)) void attend_head(const float* query
 }
 
 /* Keys [T, D] that lie k_t numbers apart as floats [T / KEYS][D][KEYS], zeros where there are none. */
-static void turn_keys(const char* keys, int64_t k_t, int dtype, int64_t T, int64_t D, float* to) {
-    float key[256];
+static void transpose_keys(const char* keys, int64_t k_t, int dtype, int64_t T, int64_t D, float* to) {
+    float key[MAX_HEAD];
     memset(to + T / KEYS * KEYS * D, 0, (size_t)(T % KEYS ? KEYS * D : 0) * sizeof *to);
     for (int64_t t = 0; t < T; t++) {
         read_floats(keys + t * k_t * size_of(dtype), dtype, D, key);
@@ -98,7 +104,7 @@ static void score_queries(const float* query, const float* keys, int64_t T, int6
         for (int64_t d = 0; d < D; d++, keys += KEYS) {
             floats first = load(keys), second = load(keys + FLOATS);
             for (int i = 0; i < QUERIES; i++) {
-                floats q = all(query[i * D + d]);
+                floats q = broadcast(query[i * D + d]);
                 s[i][0] = multiply_add(first, q, s[i][0]);
                 s[i][1] = multiply_add(second, q, s[i][1]);
             }
@@ -119,7 +125,7 @@ static inline __attribute__((always_inline)) void sum_values(const float* weight
     for (int64_t t = 0; t < T; t++, values += v_t * size_of(dtype)) {
         floats first = load_any(values, dtype, d), second = vectors == 2 ? load_any(values, dtype, d + FLOATS) : first;
         for (int i = 0; i < QUERIES; i++) {
-            floats w = all(weight[i * stride + t]);
+            floats w = broadcast(weight[i * stride + t]);
             s[i][0] = multiply_add(first, w, s[i][0]);
             if (vectors == 2) s[i][1] = multiply_add(second, w, s[i][1]);
         }
@@ -143,23 +149,20 @@ static void sum_all_values(const float* weight, int64_t stride, const char* valu
     }
 }
 
-/* context [B, S, H, D] = softmax(scaling · q · kᵀ + mask) · v, summed in fp32. q [B, H, S, D], k and v [B, H, T, D] and
-   mask [B, S, T] (or NULL) of one dtype; all but D and the mask's T may be strided (in numbers), and mask_b and mask_s
-   may be 0. D is a multiple of FLOATS, 256 at most. Returns OK or NO_MEMORY. */
 int chatglm_attention(const void* q, int64_t q_b, int64_t q_h, int64_t q_s, const void* k, int64_t k_b, int64_t k_h,
                       int64_t k_t, const void* v, int64_t v_b, int64_t v_h, int64_t v_t, const void* mask,
                       int64_t mask_b, int64_t mask_s, void* context, int dtype, float scaling, int64_t B, int64_t H,
                       int64_t S, int64_t T, int64_t D, int threads) {
     int64_t size = size_of(dtype), padded_T = round_up(T, KEYS), rows = S == 1 ? 1 : QUERIES;
-    threads = of_threads(threads, 2 * B * H * S * T * D);
-    /* For each thread: scores; for several queries, turned keys. */
+    threads = threads_for(threads, 2 * B * H * S * T * D);
+    /* For each thread: scores; for several queries, transposed keys. */
     int64_t own_size = rows * padded_T + (S == 1 ? 0 : padded_T * D);
     float* memory = aligned_alloc(64, (size_t)round_up(threads * own_size * 4, 64));
     if (!memory) return NO_MEMORY;
 #pragma omp parallel num_threads(threads)
     {
-        float *weight = memory + thread_number() * own_size, *turned = weight + rows * padded_T;
-        float query[QUERIES * 256], sum[QUERIES * 256];
+        float *weight = memory + thread_number() * own_size, *transposed = weight + rows * padded_T;
+        float query[QUERIES * MAX_HEAD], sum[QUERIES * MAX_HEAD];
         for (int64_t i = part_begin(B * H); i < part_end(B * H); i++) {
             int64_t b = i / H, h = i % H;
             const char* queries = (const char*)q + (b * q_b + h * q_h) * size;
@@ -177,17 +180,17 @@ int chatglm_attention(const void* q, int64_t q_b, int64_t q_h, int64_t q_s, cons
                 write_floats(sum, D, dtype, context, i * D);
                 continue;
             }
-            turn_keys(keys, k_t, dtype, T, D, turned);
+            transpose_keys(keys, k_t, dtype, T, D, transposed);
             for (int64_t s = 0; s < S; s += QUERIES) {
-                int64_t count = least(QUERIES, S - s);
+                int64_t count = min_i64(QUERIES, S - s);
                 float whole[QUERIES];
                 memset(query, 0, sizeof query);
                 for (int64_t r = 0; r < count; r++)
                     read_floats(queries + (s + r) * q_s * size, dtype, D, query + r * D);
-                score_queries(query, turned, T, D, weight, padded_T);
+                score_queries(query, transposed, T, D, weight, padded_T);
                 for (int64_t r = 0; r < count; r++)
-                    whole[r] = soften(weight + r * padded_T, T, scaling, masks ? masks + (s + r) * mask_s * size : NULL,
-                                      dtype);
+                    whole[r] = softmax_row(weight + r * padded_T, T, scaling,
+                                           masks ? masks + (s + r) * mask_s * size : NULL, dtype);
                 sum_all_values(weight, padded_T, values, v_t, dtype, T, D, sum);
                 for (int64_t r = 0; r < count; r++) {
                     for (int64_t d = 0; d < D; d++) sum[r * D + d] /= whole[r];

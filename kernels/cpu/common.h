@@ -1,3 +1,7 @@
+/* What every kernel uses: dtypes, float16 and bfloat16 one at a time, and how threads share work.
+
+   Threads: an OpenMP team. thread_number() and thread_count() hold inside a parallel region; part_begin(count) and
+   part_end(count) bound this thread's contiguous share. Without OpenMP there is one thread. */
 #pragma once
 
 #include <math.h>
@@ -7,26 +11,21 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#ifdef __linux__
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 enum { FLOAT, HALF, BFLOAT }; /* dtypes, as the caller numbers them */
 enum { OK, NO_MEMORY };
 enum {
-    LINE = 64,    /* bytes of weights that are taken at a time: a cache line */
-    NEAR = 1024,  /* bytes ahead that weights are prefetched, of rows side by side */
-    FAR = 4096,   /* the same in one stream */
-    STRIP = 4096, /* bytes of a row that are taken at a time in one stream */
-    STRIPS = 12,  /* rows whose strips are taken one after the other */
-    ROWS = 4,     /* weight rows that are read side by side */
+    CACHE_LINE = 64, /* bytes of weights that are taken at a time */
+    NEAR = 1024,     /* bytes ahead that weights are prefetched, of ROWS rows side by side */
+    FAR = 4096,      /* the same in one stream */
+    STRIP = 4096,    /* bytes of a row that are taken at a time in one stream */
+    STRIPS = 12,     /* rows whose strips are taken one after the other */
+    ROWS = 4,        /* weight rows that are read side by side */
+    MAX_HEAD = 256,  /* numbers of a head, at most */
 };
 
 static inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-/* ---- Half numbers, one at a time ---- */
+static inline int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static inline float float_of_bits(uint32_t bits) {
     float f;
@@ -63,8 +62,8 @@ static inline uint16_t to_bfloat(float f) {
 }
 
 /* The two int4 numbers of a byte. */
-static inline int8_t high_half(int8_t byte) { return (int8_t)(byte >> 4); }
-static inline int8_t low_half(int8_t byte) { return (int8_t)((int8_t)((uint8_t)byte << 4) >> 4); }
+static inline int8_t high_nibble(int8_t byte) { return (int8_t)(byte >> 4); }
+static inline int8_t low_nibble(int8_t byte) { return (int8_t)((int8_t)((uint8_t)byte << 4) >> 4); }
 
 static inline int64_t size_of(int dtype) { return dtype == FLOAT ? 4 : 2; }
 
@@ -74,11 +73,29 @@ static inline float element(const void* p, int dtype, int64_t i) {
     return dtype == HALF ? from_half(bits) : from_bfloat(bits);
 }
 
-/* Keeps a vector in a register: gcc would rather load it again for each use. */
-#if defined(__AVX2__)
-#define KEEP(v) __asm__("" : "+v"(v))
-#elif defined(__aarch64__)
-#define KEEP(v) __asm__("" : "+w"(v))
+/* True on AMD with AVX512: additions and products issue on ports of their own, and a thread reads memory fastest in one
+   stream. Tests force it by -DON_AMD=0 or 1. */
+static int on_amd(void) {
+#ifdef ON_AMD
+    return ON_AMD;
+#elif defined(__AVX512VNNI__)
+    return __builtin_cpu_is("amd");
 #else
-#define KEEP(v) (void)(v)
+    return 0;
 #endif
+}
+
+#ifdef _OPENMP
+static int64_t thread_number(void) { return omp_get_thread_num(); }
+static int64_t thread_count(void) { return omp_get_num_threads(); }
+#else
+static int64_t thread_number(void) { return 0; }
+static int64_t thread_count(void) { return 1; }
+#endif
+
+/* Threads that pay off, `threads` at most: waking one takes as long as some 100,000 products. */
+static int threads_for(int threads, int64_t products) { return (int)min_i64(threads, 1 + products / (1 << 18)); }
+
+/* This thread's share of `count` items: from part_begin on, before part_end. */
+static int64_t part_begin(int64_t count) { return count * thread_number() / thread_count(); }
+static int64_t part_end(int64_t count) { return count * (thread_number() + 1) / thread_count(); }

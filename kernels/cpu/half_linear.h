@@ -1,24 +1,26 @@
-#pragma once
+/* Linear layers with float16 or bfloat16 weights, for few rows: y [M, N] = x [M, K] · weight [N, K]ᵀ in float32.
 
-/* ---- Half weights ---- */
+   Weights are read once, ROWS rows side by side, for two rows of x at a time. Threads: each has a contiguous range of
+   output features. Alignment: none. */
+#pragma once
 
 /* sum[i][r] = weight row r · x[i], for `rows` weight rows and `count` rows of x, all K long. */
 static inline __attribute__((always_inline)) void half_dots(const uint16_t* w, int dtype, const int rows,
                                                             const float* x, const int count, int64_t K,
                                                             float (*sum)[ROWS]) {
-    enum { HALVES = LINE / 2 };
-    const int parts = rows == 1 ? 2 : 1; /* lest each sum waits for the one before */
+    enum { LINE_HALVES = CACHE_LINE / 2 };
+    const int parts = rows == 1 ? 2 : 1; /* two accumulators hide the latency of one row */
     floats s[2][ROWS][2];
     int64_t k = 0;
     for (int i = 0; i < count; i++)
         for (int r = 0; r < rows; r++) s[i][r][0] = s[i][r][1] = zeros();
-    for (; k + HALVES <= K; k += HALVES) {
+    for (; k + LINE_HALVES <= K; k += LINE_HALVES) {
         int64_t ahead = k + NEAR / 2 < K ? NEAR / 2 : NEAR / 2 + (rows - 1) * K; /* the next rows' beginnings */
         if (rows == 1)
             __builtin_prefetch(w + k + FAR / 2, 0, 0);
         else
             for (int r = 0; r < rows; r++) __builtin_prefetch(w + r * K + k + ahead);
-        for (int at = 0; at < HALVES; at += FLOATS)
+        for (int at = 0; at < LINE_HALVES; at += FLOATS)
             for (int r = 0; r < rows; r++) {
                 const uint16_t* from = w + r * K + k + at;
                 floats weight = dtype == HALF ? load_half(from) : load_bfloat(from);
@@ -30,15 +32,14 @@ static inline __attribute__((always_inline)) void half_dots(const uint16_t* w, i
     }
     for (int i = 0; i < count; i++)
         for (int r = 0; r < rows; r++) {
-            sum[i][r] = total(parts == 1 ? s[i][r][0] : add(s[i][r][0], s[i][r][1]));
+            sum[i][r] = reduce_add(parts == 1 ? s[i][r][0] : add(s[i][r][0], s[i][r][1]));
             for (int64_t rest = k; rest < K; rest++) sum[i][r] += element(w + r * K, dtype, rest) * x[i * K + rest];
         }
 }
 
-/* y = x · weightᵀ with half or bfloat weights, for few rows: x [M, K], y [M, N] of x_dtype. Returns OK or NO_MEMORY. */
 int chatglm_half_linear(const void* x, int x_dtype, const uint16_t* weight, int weight_dtype, void* y, int64_t M,
                         int64_t N, int64_t K, int threads) {
-    threads = of_threads(threads, M * N * K);
+    threads = threads_for(threads, M * N * K);
     float* rows = aligned_alloc(64, (size_t)round_up(M * K * 4, 64));
     if (!rows) return NO_MEMORY;
     read_floats(x, x_dtype, M * K, rows);

@@ -1,13 +1,13 @@
+/* Rotary positions, in place: x [rows, H, 3·D] has a query, a key and a value a head. D is at most MAX_HEAD.
+   Threads: each has a contiguous range of rows. Alignment: none. */
 #pragma once
 
-/* Turn queries and keys in place: x [rows, H, 3·D] holds a query, a key and a value a head; cosine and sine [rows, D]
-   have the same dtype. D, 256 at most, consists of `parts` parts; in each the first half is turned with the second. */
 void chatglm_rotary(void* x, const void* cosine, const void* sine, int dtype, int64_t rows, int64_t H, int64_t D,
                     int64_t parts, int threads) {
-    threads = of_threads(threads, 8 * rows * H * D);
+    threads = threads_for(threads, 8 * rows * H * D);
 #pragma omp parallel num_threads(threads)
     {
-        float c[256], s[256], from[256], to[256];
+        float c[MAX_HEAD], s[MAX_HEAD], from[MAX_HEAD], to[MAX_HEAD];
         int64_t half = D / parts / 2;
         for (int64_t row = part_begin(rows); row < part_end(rows); row++) {
             read_floats((const char*)cosine + row * D * size_of(dtype), dtype, D, c);
