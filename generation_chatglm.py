@@ -4,6 +4,7 @@ Letters as in `modeling_chatglm`.
 """
 
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 
 import torch
 from transformers import (
@@ -27,6 +28,9 @@ logger = logging.get_logger(__name__)
 
 # The id that gets all the weight when the scores are not finite; "▁" in the release. The public code's choice.
 _FALLBACK_TOKEN_ID = 5
+
+# The end tokens [E] of the beam search that runs, for the methods that transformers calls without them.
+_BEAM_ENDS: ContextVar[torch.Tensor | None] = ContextVar("_BEAM_ENDS")
 
 
 class FiniteScores(LogitsProcessor):
@@ -98,7 +102,13 @@ class ChatGLMGenerationMixin(GenerationMixin):
             if not mask.is_floating_point():
                 check_mask(mask, *prompt.shape, range(prompt.shape[1], prompt.shape[1] + 1))
                 mask = hidden_keys(mask, torch.arange(prompt.shape[1], device=mask.device))
-            mask = kwargs["attention_mask"] = (mask[:, 0, -1] == 0).long()  # the last query sees all but padding
+            mask = (mask[:, 0, -1] == 0).long()  # the last query sees all but padding
+            mask = kwargs["attention_mask"] = mask.expand(len(prompt), -1) if len(mask) == 1 else mask
+        if mask is not None and (mask.shape != prompt.shape or not mask[:, -1].all()):
+            raise ValueError(
+                f"attention_mask {list(mask.shape)} must have the shape of the ids, {list(prompt.shape)}, with 1 for "
+                "real tokens, and padding on the left: its last column is all 1."
+            )
         position_ids = kwargs.pop("position_ids", None)
         if position_ids is not None:
             # Of an assistant model, transformers just counts the tokens.
@@ -110,6 +120,17 @@ class ChatGLMGenerationMixin(GenerationMixin):
         given = (kwargs, vars(generation_config))
         if any(settings.get("prefill_chunk_size") is not None for settings in given):
             raise ValueError("prefill_chunk_size can't be used: the prompt sees itself both ways, so it is one piece.")
+        if any(settings.get("assistant_early_exit") is not None for settings in given):
+            raise ValueError(
+                "assistant_early_exit can't be used: the LM head was trained on the last block only, and transformers "
+                "would change the model's configuration during the call. Pass a smaller ChatGLM as assistant_model."
+            )
+        assistant = kwargs.get("assistant_model")
+        if assistant is not None and getattr(assistant.config, "pre_seq_len", None) is not None:
+            raise ValueError(
+                "The assistant model has a P-Tuning v2 prefix, whose keys transformers would count as tokens: load it "
+                "without pre_seq_len. The model itself may have one."
+            )
         cache = one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if cache is not None:
             kwargs[CACHE] = cache
@@ -242,13 +263,23 @@ class ChatGLMGenerationMixin(GenerationMixin):
         return input_ids
 
     # Beams were scored by their mean over prompt and answer when the model was published, its <eop> not counted;
-    # transformers 5 counts the answer alone, which prefers longer ones. These two keep the published answers.
+    # transformers 5 counts the answer alone, which prefers longer ones. These three keep the published answers.
+
+    def _beam_search(self, input_ids, *args, generation_config, **kwargs):
+        previous = _BEAM_ENDS.set(generation_config._eos_token_tensor)
+        try:
+            return super()._beam_search(input_ids, *args, generation_config=generation_config, **kwargs)
+        finally:
+            _BEAM_ENDS.reset(previous)
 
     def _update_finished_beams(self, topk_log_probs, topk_running_sequences, cur_len, length_penalty, **kwargs):
-        ended = topk_running_sequences[:, :, cur_len] == self.config.eos_token_id
-        uncounted = ((cur_len + 1) / cur_len) ** length_penalty
+        ends = _BEAM_ENDS.get()
+        if ends is not None:
+            ended = torch.isin(topk_running_sequences[:, :, cur_len], ends.to(topk_running_sequences.device))
+            uncounted = ((cur_len + 1) / cur_len) ** length_penalty
+            topk_log_probs = torch.where(ended, topk_log_probs * uncounted, topk_log_probs)
         return super()._update_finished_beams(
-            topk_log_probs=torch.where(ended, topk_log_probs * uncounted, topk_log_probs),
+            topk_log_probs=topk_log_probs,
             topk_running_sequences=topk_running_sequences,
             cur_len=cur_len,
             length_penalty=length_penalty,
@@ -272,6 +303,8 @@ class ChatGLMGenerationMixin(GenerationMixin):
         """What `forward` gets in a step of `generate`: the ids [B, S] that are not in the cache yet, and their
         positions, derived from all ids so far [B, T]."""
         past_key_values = one_cache(past_key_values, cache)
+        own = ("position_ids", "is_first_iteration")
+        others = {name: value for name, value in kwargs.items() if name not in own}
         if next_sequence_length is None and cache_position is not None:
             next_sequence_length = cache_position.shape[0]  # how early transformers 5 says it
         if isinstance(past_key_values, StepCache) and next_sequence_length == 1 and not torch.is_grad_enabled():
@@ -281,7 +314,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
                     input_ids.shape[0], -1, input_ids.shape[1]
                 )
                 past_key_values.set_positions(positions[..., -1], positions[..., -1] - positions[..., -2])
-            return {"input_ids": input_ids[:, -1:], CACHE: past_key_values}
+            return {"input_ids": input_ids[:, -1:], CACHE: past_key_values, **others}
         new = slice(-next_sequence_length, None) if next_sequence_length is not None else slice(None)
         position_ids = self.get_position_ids(input_ids, attention_mask=attention_mask)
         if attention_mask is not None and past_key_values is not None and past_key_values.is_compileable:
@@ -294,10 +327,9 @@ class ChatGLMGenerationMixin(GenerationMixin):
             "position_ids": position_ids[..., new].contiguous(),
             "attention_mask": attention_mask,
             CACHE: past_key_values,
+            **others,
         }
-        forwarded = ("use_cache", "output_attentions", "output_hidden_states", "logits_to_keep")
-        inputs.update({name: kwargs[name] for name in forwarded if name in kwargs})
-        device = self.get_input_embeddings().weight.device
+        device = self.device
         return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
 
     def stream_generate(
@@ -318,7 +350,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
         Raises:
             ValueError: a streamer or beams, and as `generate`.
         """
-        beams = kwargs.get("num_beams") or getattr(generation_config, "num_beams", None) or 1
+        beams = kwargs.get("num_beams") or (generation_config or self.generation_config).num_beams or 1
         if kwargs.get("streamer") is not None or beams > 1:
             raise ValueError("stream_generate hands out each token itself, and has no beams: for those call generate.")
         if kwargs.get("stop_strings") and kwargs.get("tokenizer"):
@@ -363,6 +395,7 @@ def _stream_tokens(
 ) -> Iterator[torch.Tensor]:
     """A decoding loop for `generate(custom_generate=…)` that yields the ids so far, [B, T], after each token."""
     unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+    pad = generation_config._pad_token_tensor if _has_end(stopping_criteria) else None
     next_sequence_length = _not_stored(input_ids, model_kwargs.get(CACHE))
     while unfinished.any():
         inputs = model.prepare_inputs_for_generation(
@@ -371,8 +404,8 @@ def _stream_tokens(
         logits = model(**inputs, return_dict=True).logits[:, -1].to(input_ids.device, torch.float32)
         scores = logits_processor(input_ids, logits)
         tokens = draw(scores.softmax(dim=-1)) if generation_config.do_sample else scores.argmax(dim=-1)
-        if generation_config.pad_token_id is not None:
-            tokens = torch.where(unfinished, tokens, generation_config.pad_token_id)
+        if pad is not None:
+            tokens = torch.where(unfinished, tokens, pad)
         input_ids = torch.cat((input_ids, tokens[:, None]), dim=1)
         if model_kwargs.get("attention_mask") is not None:
             mask = model_kwargs["attention_mask"]

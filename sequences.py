@@ -12,7 +12,10 @@ from .quantization import is_traced
 
 
 def check_ids(config: ChatGLMConfig, input_ids: torch.Tensor) -> None:
-    """Raise a ValueError for empty sequences, or for ids [B, S] outside the vocabulary."""
+    """Raise a ValueError for what is no tensor of ids, for empty sequences, for ids [B, S] outside the vocabulary."""
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int32, torch.int64):
+        got = getattr(input_ids, "dtype", type(input_ids).__name__)
+        raise ValueError(f"input_ids must be an int64 tensor [B, S], as tokenizer(…) makes them; got {got}.")
     if input_ids.ndim != 2:
         raise ValueError(f"input_ids have shape {list(input_ids.shape)}, and [B, S] was expected: a row a sequence.")
     if input_ids.shape[1] == 0:

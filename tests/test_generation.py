@@ -242,6 +242,58 @@ def test_beams_are_scored_over_prompt_and_answer_without_the_end(penalty, early,
     assert ended > 0
 
 
+@pytest.mark.parametrize("early", [False, True, "never"])
+def test_beams_end_where_generation_does(early, golden_model):
+    """Generation's end tokens count, one, several or none, whatever the configuration's is."""
+    model = golden_model("base")
+    ids = torch.cat((PROMPT, PROMPT + torch.tensor([[1, 1, 1, 0, 0]])))
+    given = {"num_beams": 3, "do_sample": False, "max_new_tokens": 8, "pad_token_id": 3, "early_stopping": early}
+    ends = model.generate(ids, eos_token_id=511, **given)[:, 5:].unique()[:3].tolist()
+
+    def answers(configured, eos_token_id, chosen):
+        model.config.eos_token_id = configured
+        model.generation_config.eos_token_id = chosen
+        output = model.generate(
+            ids, **given, **eos_token_id, return_dict_in_generate=True, output_scores=True, num_return_sequences=3
+        )
+        return output.sequences, output.sequences_scores
+
+    for end in (None, ends[0], ends):
+        expected = answers(end if isinstance(end, int) else ends[0], {}, end)
+        for configured in (None, 511, ends[-1]):
+            for eos_token_id, chosen in (({}, end), ({"eos_token_id": end}, 511)):
+                if end is None and eos_token_id:
+                    continue  # transformers takes None for "as configured"
+                for got, wanted in zip(answers(configured, eos_token_id, chosen), expected, strict=True):
+                    assert torch.equal(got, wanted)
+        if end == ends[0]:
+            assert torch.equal(answers(511, {"eos_token_id": [end]}, None)[1], expected[1])
+    # Of several ends each leaves its own token out of the mean.
+    sequences, scores = answers(None, {}, ends)
+    for row, (sequence, score) in enumerate(zip(sequences, scores, strict=True)):
+        is_end = torch.isin(sequence[5:], torch.tensor(ends))
+        sequence = sequence[: 6 + is_end.nonzero()[0, 0]] if is_end.any() else sequence[sequence != 3]
+        with torch.no_grad():
+            logprobs = model(sequence[None]).logits[0, 4:-1].log_softmax(dim=-1)
+        total = logprobs.gather(1, sequence[5:, None]).sum().item()
+        assert score.item() == pytest.approx(total / (len(sequence) - int(is_end.any())), rel=1e-4), row
+
+
+@pytest.mark.parametrize("pad_token_id", [None, 3])
+def test_a_finished_row_of_a_stream_is_padded_as_by_generate(pad_token_id, golden_model):
+    model = golden_model("base")
+    model.config.pad_token_id = model.generation_config.pad_token_id = pad_token_id
+    ids = torch.cat((PROMPT, PROMPT + torch.tensor([[1, 1, 1, 0, 0]])))
+    mask = torch.ones_like(ids)
+    given = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 8}
+    free = model.generate(ids, eos_token_id=511, **given)[:, 5:]
+    end = next(token for token in free[0].tolist() if token not in free[1, :-1])
+    expected = model.generate(ids, eos_token_id=[end, 511], **given)
+    *_, streamed = model.stream_generate(ids, eos_token_id=[end, 511], **given)
+    assert torch.equal(streamed, expected[:, : streamed.shape[1]])
+    assert (expected[0] == (end if pad_token_id is None else 3)).sum() > 1
+
+
 def test_length_by_default_is_the_models(golden_model):
     model = golden_model("base")
     model.config.max_sequence_length = 40
@@ -289,15 +341,67 @@ def test_broken_scores_give_a_fixed_id_and_one_warning(caplog, golden_model, mon
         ([[7, 512, 501, 504]], r"0 to 511"),
         ([[-1, 501, 504]], r"-1"),
         ([[]], r"empty"),
+        ([7, 501, 504], r"shape \[3\], and \[B, S\] was expected"),
+        ([[[7, 501, 504]]], r"shape \[1, 1, 3\], and \[B, S\] was expected"),
+        ([[7.0, 501.0, 504.0]], r"int64 tensor \[B, S\].*got torch.float32"),
+        ([[False, True, True]], r"int64 tensor \[B, S\].*got torch.bool"),
     ],
 )
 def test_bad_prompts(ids, message, golden_model):
     model = golden_model("base")
-    ids = torch.tensor(ids, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"int64 tensor .*got list"):
+        model.generate(ids)
+    ids = torch.tensor(ids) if any(ids) else torch.zeros(1, 0, dtype=torch.long)
     with pytest.raises(ValueError, match=message):
         model.generate(ids)
     with pytest.raises(ValueError, match=message):
         next(model.stream_generate(ids))
+
+
+@pytest.mark.parametrize("mask", [[[0, 1, 1, 1]], [[0, 1, 1, 1, 1, 1]], [0, 1, 1, 1, 1], [[1, 1, 1, 1, 0]], [[0] * 5]])
+def test_bad_masks(mask, golden_model):
+    model = golden_model("base")
+    mask = torch.tensor(mask)
+    with pytest.raises(ValueError, match=r"must have the shape of the ids, \[1, 5\].*padding on the left"):
+        model.generate(PROMPT, attention_mask=mask)
+    with pytest.raises(ValueError, match="padding on the left"):
+        next(model.stream_generate(PROMPT, attention_mask=mask))
+
+
+def test_an_early_exit_is_refused_and_leaves_nothing_behind(golden_model):
+    model = golden_model("base")
+    expected = model.generate(PROMPT, do_sample=False, max_new_tokens=4)
+    settings = GenerationConfig(assistant_early_exit=1, max_new_tokens=4)
+    for given in ({"assistant_early_exit": 1}, {"generation_config": settings}):
+        with pytest.raises(ValueError, match="smaller ChatGLM as assistant_model"):
+            model.generate(PROMPT, **given)
+    assert torch.equal(model.generate(PROMPT, do_sample=False, max_new_tokens=4), expected)
+
+
+def test_an_assistant_with_a_prefix_is_refused_by_name(golden_model):
+    model = golden_model("prefix")
+    expected = model.generate(PROMPT, do_sample=False, max_new_tokens=8)
+    with pytest.raises(ValueError, match=r"assistant model has a P-Tuning v2 prefix.*without pre_seq_len"):
+        model.generate(PROMPT, assistant_model=golden_model("prefix"), do_sample=False, max_new_tokens=8)
+    plain = golden_model("base")
+    assert torch.equal(model.generate(PROMPT, assistant_model=plain, do_sample=False, max_new_tokens=8), expected)
+
+
+def test_arguments_of_a_subclass_reach_its_forward(golden_model):
+    model = golden_model("base")
+    seen = []
+
+    class Own(type(model)):
+        def forward(self, *args, weight=None, **kwargs):
+            seen.append(weight)
+            return super().forward(*args, **kwargs)
+
+    model.__class__ = Own
+    model.generate(PROMPT, weight=3, do_sample=False, max_new_tokens=2)
+    assert seen == [3, 3]
+    inputs = model.prepare_inputs_for_generation(PROMPT, weight=3, is_first_iteration=True)
+    assert inputs["weight"] == 3
+    assert "is_first_iteration" not in inputs
 
 
 def test_what_reads_from_left_to_right_is_refused(golden_model):
@@ -317,6 +421,10 @@ def test_what_reads_from_left_to_right_is_refused(golden_model):
 
 def test_what_a_stream_can_not_do_is_refused(golden_model):
     model = golden_model("base")
+    model.generation_config.num_beams = 2
+    with pytest.raises(ValueError, match="call generate"):
+        next(model.stream_generate(PROMPT))
+    model.generation_config.num_beams = 1
     for given in ({"num_beams": 3}, {"generation_config": GenerationConfig(num_beams=3)}, {"streamer": object()}):
         with pytest.raises(ValueError, match="call generate"):
             next(model.stream_generate(PROMPT, **given))
