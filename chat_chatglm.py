@@ -2,7 +2,7 @@
 
 import bisect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from transformers import LogitsProcessorList
@@ -40,16 +40,17 @@ class ChatMixin:
             history: rounds so far, (query, response); not changed. The oldest are left out of the prompt where it
                 would fill `max_length` or the model's `max_sequence_length`.
             max_length: tokens of prompt and answer together.
-            num_beams, do_sample, top_p, temperature, **kwargs: arguments of `generate`.
+            num_beams, do_sample, top_p, temperature, **kwargs: arguments of `generate`. A temperature of 0 is greedy.
             logits_processor: further processors of the scores.
 
         Returns:
             The response, and the history with this round at its end.
 
         Raises:
-            ValueError: an empty query, one that is too long by itself, or another model's tokenizer.
+            ValueError: a query that is no text, empty, or too long by itself; a history of another form; another
+                model's tokenizer.
         """
-        history = list(history or [])
+        history = _rounds(history)
         inputs = self.build_inputs(tokenizer, query, history, None if kwargs.get("max_new_tokens") else max_length)
         settings = _chat_settings(tokenizer, max_length, do_sample, top_p, temperature, logits_processor, kwargs)
         output_ids = self.generate(**inputs, num_beams=num_beams, **settings)
@@ -76,7 +77,7 @@ class ChatMixin:
             the response so far and the history that goes with it, after each token of `stream_generate`. A character
             whose bytes are spread over tokens appears with its last one.
         """
-        history = list(history or [])
+        history = _rounds(history)
         inputs = self.build_inputs(tokenizer, query, history, None if kwargs.get("max_new_tokens") else max_length)
         settings = _chat_settings(tokenizer, max_length, do_sample, top_p, temperature, logits_processor, kwargs)
         decoder = tokenizer.decode_stream()
@@ -114,15 +115,13 @@ class ChatMixin:
             `input_ids` and `attention_mask`, int64 [1, S] on the model's device.
 
         Raises:
-            ValueError: an empty query, one that is too long by itself, a history of another form, or another model's
-                tokenizer.
+            ValueError: as of `chat`.
         """
-        history = list(history or [])
+        history = _rounds(history)
+        if not isinstance(query, str):
+            raise ValueError(f"The query must be a string, got {type(query).__name__}: {query!r}.")
         if not query.strip():
             raise ValueError(f"The query is empty: got {query!r}. Ask something.")
-        for round_ in history:
-            if isinstance(round_, str | Mapping) or len(round_) != 2:
-                raise ValueError(f"history is a list of rounds, (query, response) each; got a round {round_!r}.")
         config = self.config
         marks = tokenizer.convert_tokens_to_ids(["[gMASK]", "<sop>"])
         if marks != [config.gmask_token_id, config.bos_token_id]:
@@ -161,6 +160,17 @@ class ChatMixin:
         return {name: torch.tensor([inputs[name]], device=self.device) for name in ("input_ids", "attention_mask")}
 
 
+def _rounds(history: list[tuple[str, str]] | None) -> list[tuple[str, str]]:
+    """A copy of the history; a ValueError if it is something else."""
+    expected = "history is a list of rounds, (query, response) each, two strings"
+    if history and not isinstance(history, list | tuple):
+        raise ValueError(f"{expected}; got {history!r}.")
+    for round_ in history or ():
+        if not isinstance(round_, list | tuple) or [isinstance(text, str) for text in round_] != [True, True]:
+            raise ValueError(f"{expected}; got a round {round_!r}.")
+    return list(history or ())
+
+
 def _chat_settings(
     tokenizer,
     max_length: int,
@@ -177,6 +187,8 @@ def _chat_settings(
         settings["max_length"] = max_length
     if settings.get("stop_strings"):
         settings["tokenizer"] = tokenizer
-    if do_sample:
+    if temperature == 0:
+        settings["do_sample"] = False
+    elif do_sample:
         settings.update(top_p=top_p, temperature=temperature)
     return settings

@@ -295,11 +295,48 @@ def test_stop_strings(embedded):
     assert answer.startswith(streamed)
 
 
-@pytest.mark.parametrize("rounds", [[{"role": "user", "content": "a"}], ["ab"], [("a", "b", "c")]])
+@pytest.mark.parametrize(
+    "rounds",
+    [
+        [{"role": "user", "content": "a"}],
+        ["ab"],
+        [("a", "b", "c")],
+        [("a", None)],
+        [(1, "b")],
+        [None],
+        ("a", "b"),
+        "a: b",
+        {"a": "b"},
+        5,
+    ],
+)
 def test_a_history_of_another_form(rounds, embedded):
     model, tokenizer = embedded
-    with pytest.raises(ValueError, match=r"history is a list of rounds, \(query, response\) each"):
-        model.chat(tokenizer, "你好", history=rounds)
+    for call in (model.chat, lambda *args, **kwargs: next(model.stream_chat(*args, **kwargs)), model.build_inputs):
+        with pytest.raises(ValueError, match=r"history is a list of rounds, \(query, response\) each"):
+            call(tokenizer, "你好", history=rounds)
+
+
+@pytest.mark.parametrize("query", [None, 5, b"hello", ["hello"], {"role": "user", "content": "hello"}])
+def test_a_query_that_is_no_string(query, embedded):
+    model, tokenizer = embedded
+    for call in (model.chat, lambda *args, **kwargs: next(model.stream_chat(*args, **kwargs)), model.build_inputs):
+        with pytest.raises(ValueError, match=f"query must be a string, got {type(query).__name__}"):
+            call(tokenizer, query)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 0.0}, {"top_p": 0}, {"top_k": 1}])
+def test_settings_that_leave_one_choice_are_greedy(settings, embedded):
+    model, tokenizer = embedded
+    greedy, _ = model.chat(tokenizer, "你好", do_sample=False)
+    assert model.chat(tokenizer, "你好", **settings)[0] == greedy
+    *_, (streamed, _) = model.stream_chat(tokenizer, "你好", **settings)
+    assert streamed == greedy
+
+
+def test_settings_of_none_are_the_models(embedded):
+    model, tokenizer = embedded
+    assert model.chat(tokenizer, "你好", temperature=None, top_p=None, max_length=None, top_k=0, max_new_tokens=2)[0]
 
 
 def test_text_generation_pipeline(embedded):
