@@ -34,6 +34,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from .caches import CACHE, GrowingLayer, one_cache
@@ -192,6 +193,10 @@ class ChatGLMAttention(nn.Module):
         self.query_key_value = _linear(config, config.hidden_size, 3 * config.hidden_size)
         self.dense = _linear(config, config.hidden_size, config.hidden_size)
 
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        state_dict.pop(f"{prefix}rotary_emb.inv_freq", None)  # stored by the published files, computed here
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -319,6 +324,34 @@ def _first_linear(module: nn.Module) -> tuple[nn.Module, nn.Module | None]:
     return module, getattr(module, names.get(type(module), ""), None)
 
 
+# What transformers 4 knew and transformers 5 does not; the published scripts and those of its time pass it.
+_IDLE_ARGUMENTS = ("resume_download", "code_revision", "torchscript", "use_flash_attention_2")
+
+
+def _translate_arguments(kwargs: dict) -> None:
+    """Bring arguments of transformers 4's `from_pretrained` into the form of transformers 5, in place."""
+    for name in _IDLE_ARGUMENTS:
+        kwargs.pop(name, None)
+    token = kwargs.pop("use_auth_token", None)
+    if token is not None:
+        kwargs.setdefault("token", token)
+    for bits in (8, 4):
+        if kwargs.pop(f"load_in_{bits}bit", False):
+            raise ValueError(
+                f"load_in_{bits}bit=True asks for bitsandbytes, which is not used here: leave it out. Weights "
+                f"that are stored in {bits} bits load so by themselves; for float weights call model.quantize({bits})."
+            )
+
+
+def _with_head_at_embedding(device_map: dict, base_prefix: str) -> dict:
+    """The device map with the LM head where the embedding is, if one of them is on the disk: they are one tensor."""
+    names = ("", base_prefix, f"{base_prefix}.word_embeddings")
+    places = [device_map[name] for name in names if name in device_map]
+    if "lm_head" in device_map and places and "disk" in (device_map["lm_head"], places[-1]):
+        return {**device_map, "lm_head": places[-1]}
+    return device_map
+
+
 class ChatGLMPreTrainedModel(PreTrainedModel):
     """What the two model classes share: how weights are loaded, and masks and positions of a sequence of ids."""
 
@@ -337,13 +370,16 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         """Load a model; arguments and return value as of `PreTrainedModel.from_pretrained`.
 
-        A local folder is looked over first, without reading its weights.
+        A local folder is looked over first, without reading its weights. Arguments of transformers 4 that ask for
+        nothing, such as `load_in_8bit=False`, are taken.
 
         Raises:
             OSError: a weight file that is missing, cut short or a Git LFS pointer.
-            ValueError: tensors that are missing, or whose shape or dtype disagree with the configuration.
+            ValueError: tensors that are missing, or whose shape or dtype disagree with the configuration; an argument
+                that asks for bitsandbytes.
         """
         folder = pretrained_model_name_or_path
+        _translate_arguments(kwargs)
         if folder is not None and os.path.isdir(folder):
             shape = copy.deepcopy(config)
             if not isinstance(config, PreTrainedConfig):
@@ -360,11 +396,22 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
                     shape.tie_word_embeddings,
                     cls.base_model_prefix,
                 )
+        device_map = kwargs.get("device_map")
+        if isinstance(device_map, dict):
+            kwargs["device_map"] = _with_head_at_embedding(device_map, cls.base_model_prefix)
         loaded = super().from_pretrained(folder, *model_args, config=config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._freeze()
         model._keep_embeddings_half()
         return loaded
+
+    @property
+    def device(self) -> torch.device:
+        """The device of inputs; where accelerate offloads the embedding, the one that it is brought to for a call."""
+        device = super().device
+        hook = getattr(self.get_input_embeddings(), "_hf_hook", None) if device.type == "meta" else None
+        execution_device = getattr(hook, "execution_device", None)
+        return device if execution_device is None else torch.device(execution_device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -432,9 +479,12 @@ _OWN_PREFIX = "use this model's own P-Tuning v2 instead (config.pre_seq_len, mod
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
-    """Embedding, L GLM blocks and the final LayerNorm."""
+    """Embedding, L GLM blocks and the final LayerNorm.
 
-    def __init__(self, config: ChatGLMConfig):
+    `empty_init` is the published argument. It changes nothing: weights that will be loaded are not initialised.
+    """
+
+    def __init__(self, config: ChatGLMConfig, empty_init: bool = True):
         super().__init__(config)
         self.word_embeddings = HalfEmbedding(config.vocab_size, config.hidden_size)
         self.word_embeddings.stays_half = bool(config.quantization_bit)
@@ -687,12 +737,16 @@ def _is_whole(
 _LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
 
+# What the published `quantize` took beside its bits.
+_PUBLISHED_QUANTIZE = {"kernel_file", "use_quantization_cache", "compile_parallel_kernel", "parallel_num", "empty_init"}
+
+
 class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, ChatGLMGenerationMixin):
     """ChatGLM: the network with its LM head, `generate`, `chat` and `stream_chat`."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "transformer.word_embeddings.weight"}
 
-    def __init__(self, config: ChatGLMConfig):
+    def __init__(self, config: ChatGLMConfig, empty_init: bool = True):
         super().__init__(config)
         self.transformer = ChatGLMModel(config)
         self.lm_head = HalfLinear(config.hidden_size, config.vocab_size)
@@ -836,13 +890,26 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, ChatGLM
         """Scores [B, S, V] of hidden states [B, S, hidden]."""
         return apply_linear(self.lm_head, hidden_states)
 
-    def quantize(self, bits: int) -> "ChatGLMForConditionalGeneration":
+    def quantize(self, bits: int, quantize_embeddings: bool = False, **published) -> "ChatGLMForConditionalGeneration":
         """Quantise the blocks' linears to 8 or 4 bits in place, layer by layer, wherever they are; returns the model.
 
+        Args:
+            bits: 8 or 4.
+            quantize_embeddings: must be False, as in the configuration.
+            **published: arguments of the published method that chose its kernels and buffers (`kernel_file`,
+                `use_quantization_cache`, `compile_parallel_kernel`, `parallel_num`, `empty_init`): without effect.
+
         Raises:
-            ValueError: other bits, a model that is quantised to other bits already, or one with adapters of PEFT.
+            ValueError: other bits, a model that is quantised to other bits already, one with adapters of PEFT, or
+                weights that are offloaded.
+            TypeError: other arguments.
         """
         check_bits(bits)
+        unknown = published.keys() - _PUBLISHED_QUANTIZE
+        if unknown:
+            raise TypeError(f"quantize got unexpected arguments: {', '.join(sorted(unknown))}.")
+        if quantize_embeddings:
+            raise ValueError("quantize_embeddings must be False: embedding and LM head stay in floating point.")
         if any(hasattr(module, "base_layer") for module in self.transformer.layers.modules()):
             raise ValueError(
                 "The model has PEFT's adapters in its blocks, which would be quantised with them: call quantize before "
@@ -853,6 +920,8 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, ChatGLM
                 f"The model is quantised to {self.config.quantization_bit} bits already and can't go to {bits}: "
                 "load the float weights and quantise those."
             )
+        if any(parameter.is_meta for parameter in self.transformer.layers.parameters()):
+            raise ValueError("Weights of the model are offloaded: quantise it first, then save and offload it.")
         quantize_linears(self.transformer.layers, bits)
         self.config.quantization_bit = bits
         self._keep_embeddings_half()
@@ -872,10 +941,9 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, ChatGLM
         found = {"pre_seq_len": len(state["embedding.weight"]), "prefix_projection": "trans.0.weight" in state}
         config = copy.deepcopy(self.config)
         config.update(found)
-        embeddings = self.get_input_embeddings().weight
         with torch.device("meta"):
             encoder = PrefixEncoder(config).to(self.dtype)
-        encoder.to_empty(device=embeddings.device)
+        encoder.to_empty(device=self.device)
         try:
             encoder.load_state_dict(state)
         except RuntimeError as error:
@@ -893,3 +961,5 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, ChatGLM
 
 
 ChatGLMForConditionalGeneration.register_for_auto_class("AutoModel")
+# By the class names here, Trainer knows whose labels to shift when it smooths them.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ChatGLMConfig.model_type] = ChatGLMForConditionalGeneration.__name__

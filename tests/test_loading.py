@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from transformers.models.auto import auto_factory
 
 import chatglm_int8
-from chatglm_int8 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
+from chatglm_int8 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMModel, ChatGLMTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM)
@@ -635,6 +635,83 @@ def test_loading_says_nothing_of_missing_or_unexpected_tensors(release, out):
     facts = fresh_process(code, release, out, package=True)
     for word in ("MISSING", "UNEXPECTED", "newly initialized", "inv_freq", "tie_word_embeddings", "deprecated"):
         assert word not in facts["stderr"], facts["stderr"]
+
+
+# What published scripts and transformers 4 pass
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"empty_init": False},
+        {"empty_init": True},
+        {"load_in_8bit": False, "load_in_4bit": False},
+        {"resume_download": True, "use_auth_token": None, "mirror": "tuna", "force_download": False, "proxies": None},
+        {"use_auth_token": True, "revision": "main", "code_revision": "main", "local_files_only": True},
+        {"low_cpu_mem_usage": True, "_fast_init": False, "offload_state_dict": True, "torchscript": False},
+        {"use_flash_attention_2": False, "use_safetensors": None, "from_tf": False, "from_flax": False},
+    ],
+)
+@pytest.mark.parametrize("loader", ["AutoModel", "class", "base"])
+def test_arguments_of_old_scripts(release, given, loader):
+    source = {"AutoModel": AutoModel, "class": ChatGLMForConditionalGeneration, "base": ChatGLMModel}[loader]
+    before = dict(given)
+    model = source.from_pretrained(release, **given)
+    assert given == before
+    weight = model.base_model.layers[1].attention.query_key_value.weight
+    assert torch.equal(weight, stored(release)[f"{QKV}.weight"])
+    config = ChatGLMConfig.from_pretrained(release)
+    if given.keys() == {"empty_init"}:
+        made = source.from_config(config, **given) if loader == "AutoModel" else source(config, **given)
+        assert type(made) is type(model)
+
+
+def test_arguments_that_ask_for_bitsandbytes_or_are_unknown(release):
+    for bits in (8, 4):
+        with pytest.raises(ValueError, match=rf"load_in_{bits}bit=True asks for bitsandbytes.*quantize\({bits}\)"):
+            load(release, **{f"load_in_{bits}bit": True})
+    with pytest.raises(TypeError, match="bogus"):
+        load(release, bogus=1)
+
+
+def test_arguments_of_the_published_quantize(make_folder):
+    folder = make_folder(0)
+    given = {"use_quantization_cache": True, "empty_init": True, "kernel_file": "k.so", "quantize_embeddings": False}
+    model = load(folder).quantize(bits=8, compile_parallel_kernel=True, parallel_num=2, **given)
+    assert torch.equal(logits_of(model, folder), logits_of(load(folder).quantize(8), folder))
+    with pytest.raises(ValueError, match="quantize_embeddings must be False"):
+        load(folder).quantize(8, quantize_embeddings=True)
+    with pytest.raises(TypeError, match="unexpected arguments: bogus"):
+        load(folder).quantize(8, bogus=1)
+
+
+@pytest.mark.parametrize("bits", [0, 8, 4])
+def test_published_tensors_fill_a_model_strictly(make_folder, bits):
+    """They hold the rotary frequencies of each block, which are computed here."""
+    folder = make_folder(bits)
+    files = stored(folder)
+    assert any("inv_freq" in name for name in files)
+    before = dict(files)
+    config = ChatGLMConfig.from_pretrained(folder)
+    model = ChatGLMForConditionalGeneration(config).eval()
+    assert str(model.load_state_dict(files, strict=True)) == "<All keys matched successfully>"
+    assert files.keys() == before.keys()
+    assert torch.equal(logits_of(model.half(), folder), logits_of(load(folder), folder))
+    base = ChatGLMModel(config)
+    of_base = {name.removeprefix("transformer."): files[name] for name in files if name != "lm_head.weight"}
+    base.load_state_dict(of_base, strict=True)
+    assert torch.equal(base.word_embeddings.weight.half(), files["lm_head.weight"])
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*other\.inv_freq"):
+        model.load_state_dict({**files, "transformer.layers.0.attention.other.inv_freq": torch.ones(1)})
+
+
+def test_auto_model_loads_a_base_models_folder_with_its_head(release, tmp_path):
+    whole = load(release)
+    whole.transformer.save_pretrained(tmp_path)
+    for auto_class in MODEL_CLASSES:
+        model = auto_class.from_pretrained(tmp_path)
+        assert type(model) is ChatGLMForConditionalGeneration
+        assert torch.equal(logits_of(model, release), logits_of(whole, release))
 
 
 # Memory

@@ -574,3 +574,24 @@ def test_gradients_over_int8_against_float64(method, root):
 
     assert error(wrap(copy.deepcopy(model))) < 1e-5
     assert error(wrap(model.half())) < 1.25 * error(wrap(wide.half()))
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["model", "lora"])
+def test_trainer_smooths_shifted_labels(adapter, golden_model, tmp_path):
+    """Trainer shifts them for the classes that it knows by name."""
+    from transformers import Trainer, TrainingArguments
+
+    model = golden_model("base")
+    ids = torch.tensor([[7, 8, 501, 504, 9, 11, 505]])
+    labels = ids.masked_fill(torch.arange(7) < 4, -100)
+    with torch.no_grad():
+        logprobs = model(ids).logits[0, 3:6].log_softmax(dim=-1)
+    expected = 0.9 * -logprobs.gather(1, ids[0, 4:, None]).mean() + 0.1 * -logprobs.mean()
+    if adapter:
+        peft = pytest.importorskip("peft", reason="needs peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query_key_value"], task_type="CAUSAL_LM"))
+    arguments = TrainingArguments(
+        output_dir=tmp_path, label_smoothing_factor=0.1, report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    loss = Trainer(model, arguments).compute_loss(model, {"input_ids": ids, "labels": labels.clone()})
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
