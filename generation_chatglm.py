@@ -303,7 +303,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
         """What `forward` gets in a step of `generate`: the ids [B, S] that are not in the cache yet, and their
         positions, derived from all ids so far [B, T]."""
         past_key_values = one_cache(past_key_values, cache)
-        own = ("position_ids", "is_first_iteration")
+        own = ("position_ids", "is_first_iteration", "return_dict")  # ours, or the caller's to say
         others = {name: value for name, value in kwargs.items() if name not in own}
         if next_sequence_length is None and cache_position is not None:
             next_sequence_length = cache_position.shape[0]  # how early transformers 5 says it

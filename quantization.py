@@ -311,6 +311,10 @@ class StoredIntegers(torch.Tensor):
 
     _is_param = True  # for isinstance(…, nn.Parameter)
 
+    def __new__(cls, integers: torch.Tensor, requires_grad: bool = False) -> nn.Parameter:
+        """The parameter again: accelerate makes new ones of the class of what it has read."""
+        return nn.Parameter(unguarded(integers), requires_grad=requires_grad)
+
     @staticmethod
     def of(integers: torch.Tensor) -> "StoredIntegers":
         """The same tensor, guarded."""

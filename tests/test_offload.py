@@ -27,7 +27,9 @@ def answers(model) -> list[torch.Tensor]:
     """What the ways of using a model give."""
     given = {"input_ids": IDS, "attention_mask": MASK, "do_sample": False, "max_new_tokens": 4}
     with torch.no_grad():
-        outputs = [model(IDS, attention_mask=MASK).logits, model(IDS, labels=IDS.masked_fill(IDS > 500, -100)).loss]
+        answered = torch.cat((IDS, IDS[:, 1:2]), dim=1)
+        labels = answered.masked_fill(torch.arange(6) < 5, -100)
+        outputs = [model(IDS, attention_mask=MASK).logits, model(answered, labels=labels).loss]
     outputs += [model.generate(**given), model.generate(**given, num_beams=2), [*model.stream_generate(**given)][-1]]
     return [*outputs, model.generate(**given, cache_implementation="static")]
 
