@@ -1,9 +1,9 @@
 """Serve a model with Ray Serve, by replicas on one machine or many.
 
 Each replica is a whole server, as `chatglm serve` starts it, with its own model and batch. Ray Serve spreads requests
-over them, adds replicas while more than `--target` answers are under way in each and takes idle ones away, and replaces
-those that die or whose model fails. It runs on the cluster that RAY_ADDRESS names, else on this machine; every machine
-needs this package installed and the model's folder at the same place. Ctrl-C or SIGTERM ends it.
+over them, adds replicas while more than `--target` answers are under way in each, takes idle ones away, and replaces
+dead ones and those with a model that fails. It runs on the cluster that RAY_ADDRESS names, else on this machine; every
+machine needs this package installed and the model's folder at the same place. Ctrl-C or SIGTERM ends it.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def application(
             "initial_replicas": min_replicas,
             "target_ongoing_requests": target or settings.max_batch,
         },
-        # One more than a replica queues: so that the one who says that it is busy is the replica, in OpenAI's form.
+        # One more than a replica queues: so the replica says that it is busy, in OpenAI's form.
         max_ongoing_requests=settings.max_batch + settings.max_queue + 1,
         graceful_shutdown_timeout_s=settings.time_limit,
         health_check_period_s=5,

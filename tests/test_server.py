@@ -659,6 +659,15 @@ def test_scores_of_a_prompt(server, reference):
         mine = [part["logprobs"] for part in parts if part["index"] == index and part["logprobs"]]
         for name in ("tokens", "text_offset"):
             assert [value for logprobs in mine for value in logprobs[name]] == choice["logprobs"][name]
+    ended = (
+        tokenizer("Hello")["input_ids"]
+        + tokenizer("Hello! Ask me something simple.", add_special_tokens=False).input_ids
+    )
+    scored = server.http.post("/v1/completions", json={**body, "prompt": ended}).json()["choices"][0]
+    assert scored["finish_reason"] == "stop"
+    assert len(scored["logprobs"]["tokens"]) == len(ended) + 1  # <eop>: harnesses drop the last one
+    assert scored["logprobs"]["tokens"][-1] == ""
+    assert scored["text"].startswith("Hello[gMASK]<sop>Hello!")
     for prompt in ("Hello", prompts[0][:-1][: prompts[0].index(bos)], tokenizer("Hello")["input_ids"]):
         response = server.http.post("/v1/completions", json={**body, "prompt": prompt})
         assert response.status_code == 400

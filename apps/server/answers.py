@@ -35,8 +35,8 @@ class Sampling:
         presence_penalty, frequency_penalty: subtracted from the score of each token that the answer has already, once
             and once for each time.
         top_logprobs: None, or report the log-probability of each token and of this many likeliest ones.
-        prompt_logprobs: report the prompt's tokens too. Those behind its first `<sop>` have log-probabilities, if
-            `top_logprobs` is given; the others see each other, so a score would not be a prediction.
+        prompt_logprobs: report the prompt's tokens and `<eop>`, too. If `top_logprobs` is given, those behind the first
+            `<sop>` have log-probabilities; the others see each other, so a score would not be a prediction.
     """
 
     max_new_tokens: int
@@ -72,10 +72,10 @@ class Token:
 class Answer:
     """One answer in the making: iterate over it, in the event loop that submitted it, to get its `Token`s.
 
-    To follow several at once, wait for the `arrival` of any and `take` from each. `<eop>` is not among the tokens. Both
-    ways raise TimeLimit or Failed; in the end, `finish_reason` is "stop" (the model ended), "length" or "cancelled".
-    Call `cancel` when nobody wants the rest: the answer leaves before the next step. `prompt_tokens` are there, if they
-    were asked for, as soon as anything has arrived.
+    To follow several at once, wait for the `arrival` of any and `take` from each. `<eop>` is not among the tokens,
+    but for `prompt_logprobs`. Both ways raise TimeLimit or Failed; in the end, `finish_reason` is "stop" (the model
+    ended), "length" or "cancelled". Call `cancel` when the rest is not wanted: the answer leaves before the next step.
+    `prompt_tokens` are there, if they were asked for, as soon as anything has arrived.
     """
 
     def __init__(self, prompt: list[int], sampling: Sampling, deadline: float):
@@ -123,7 +123,7 @@ class Answer:
 
 
 async def arrival(answers: list[Answer]) -> None:
-    """Wait until `take` has something to give for one of the answers, which nobody else may be waiting for."""
+    """Wait until `take` has something to give for one of the answers. One waiter at a time for each answer."""
     if any(answer._events for answer in answers):
         return
     waiter = asyncio.get_running_loop().create_future()

@@ -42,7 +42,7 @@ class RowCache:
         self._graphs: dict[int, StepGraph] | None = {} if can_record(model) else None  # by the number of rows
 
     def append(self, prefilled, index: int, length: int) -> None:
-        """Copy in sequence `index` of a `DynamicCache`, of which the last `length` columns are no padding."""
+        """Copy in the last `length` columns, which are not padding, of sequence `index` of a `DynamicCache`."""
         row, end = len(self.lengths), self.prefix + length
         self._reserve(end)
         for store, layer in zip(self._stores, prefilled.layers, strict=True):
@@ -59,7 +59,7 @@ class RowCache:
         last = len(self.lengths) - 1
         old, new = self.lengths[row], self.lengths[last]
         for store in self._stores:
-            if row != last:  # whose columns after its own are zero
+            if row != last:  # columns behind a row's own are zero
                 store[:, row, :, : max(old, new)] = store[:, last, :, : max(old, new)]
             store[:, last, :, :new] = 0
         self.lengths[row] = new
@@ -71,7 +71,7 @@ class RowCache:
 
     @torch.no_grad()
     def step(self, model, ids: list[int], positions: list[list[int]]) -> torch.Tensor:
-        """Scores [B, V] of the tokens that follow the rows' next ones, of which ids and positions, B of R, are given.
+        """Scores [B, V] behind the rows' next tokens, given their ids, B, and positions, B lists of one or two.
 
         On a GPU a step is recorded for each number of rows and replayed; its scores last until the next.
         """

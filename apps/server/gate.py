@@ -17,7 +17,7 @@ BODY_SECONDS = 30  # for a client to send its body
 class Gate:
     """ASGI middleware around everything: the key, the size of bodies, and the count of requests.
 
-    HEAD is answered as GET, whose body the HTTP server leaves out, and a slash at the end of a path is dropped.
+    HEAD is answered as GET; the HTTP server leaves out the body. A slash at the end of a path is dropped.
     """
 
     def __init__(self, app, settings: Settings, requests: prometheus.Counter):

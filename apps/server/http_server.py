@@ -9,7 +9,7 @@ from fastapi import FastAPI
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn, whose second Ctrl-C breaks off the answers and still ends the application; a third kills the process."""
+    """uvicorn with a clean second Ctrl-C: it breaks off answers and ends the application. A third kills the process."""
 
     def handle_exit(self, sig: int, frame) -> None:
         if self.force_exit:

@@ -33,14 +33,14 @@ async def pieces(
 ) -> AsyncIterator[Piece]:
     """The parts of all answers as they come. Leaving the iteration cancels them.
 
-    What has come while the last part was being sent is one part: who falls behind catches up.
+    What has come while the last part was being sent is one part: a slow client catches up.
 
     Args:
         answers, texts: what is decoded, and its text.
-        echoes: make what is given before each answer, of its index and itself, if anything is.
+        echoes: for each answer, a function of its index and itself that makes the piece before it; None: no echo.
         reported: cut the text where tokens end, and name each token's part of it.
     """
-    unreported = [0] * len(answers)  # tokens whose text is still kept back
+    unreported = [0] * len(answers)  # tokens with text that is still held back
     tokens = [TokenTexts(text.length) for text in texts]
     unfinished = list(range(len(answers)))
     to_echo = {} if echoes is None else dict(enumerate(echoes))

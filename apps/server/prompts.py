@@ -6,6 +6,7 @@ import itertools
 import logging
 import re
 
+from ...tokenization_chatglm import DecodeStream
 from .answers import Answer
 from .forms import ChatForm, CompletionForm
 from .pieces import Piece
@@ -87,7 +88,7 @@ class Prompts:
         if isinstance(given, str) and not form.scores_prompt:
             return Prompt(ids, given, begun=begun)
         # An answer's text starts anew behind <sop>.
-        context, answer = self._tokenizer.decode_stream(), self._tokenizer.decode_stream()
+        context, answer = DecodeStream(self._tokenizer, control_names=True), self._tokenizer.decode_stream()
         texts = [context.step(token_id) for token_id in own[:start]]
         texts[-1] += context.flush()
         texts += [answer.step(token_id) for token_id in begun]

@@ -79,7 +79,7 @@ class Reply:
             used = {"usage": self._usage(count) if counts else None} if options.include_usage else {}
             return event({**self._frame, **used, "choices": [choice]})
 
-        # Most parts of a choice differ in nothing but the text, of which NUL takes the place here.
+        # Most parts of a choice differ in their text only: NUL takes its place in a template.
         around: dict[int, tuple[bytes, bytes]] = {}
         lengths = collections.Counter()
         try:
@@ -141,7 +141,7 @@ class Reply:
         return {"content": content, "refusal": None}
 
     def _text_logprobs(self, tokens: list[Token], offset: int) -> dict:
-        """Null stands for the log-probabilities of a context, whose tokens see each other."""
+        """Log-probabilities of a context are null: its tokens see each other."""
         likeliest = []
         for token in tokens:
             names: dict[str, float] = {}

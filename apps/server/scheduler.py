@@ -34,7 +34,7 @@ PREFILL_TOKENS = 2048  # prompts read together have this many tokens at most, pa
 PREFILL_WASTE = 1.5  # and this many times the tokens that they have without padding
 GPU_PREFILL_TOKENS = 512  # or this many on a GPU, where reading fewer takes no less time
 SMALL_MODEL = 1 << 28  # bytes of weights: on a CPU, threads would wait for each other longer than they compute
-SCORED_ROWS = 64  # tokens of a prompt whose scores, a vocabulary each, are in memory at a time
+SCORED_ROWS = 64  # tokens of a prompt scored at a time: the scores of each are a row of the whole vocabulary
 
 
 class Scheduler:
@@ -186,7 +186,7 @@ class Scheduler:
             self._send(answer, error)
 
     def _drop(self) -> None:
-        """Let go of answers that nobody waits for any more, or that took too long."""
+        """Drop answers that were cancelled or took too long."""
         now = time.monotonic()
 
         def drops(answer: Answer) -> bool:
@@ -286,6 +286,8 @@ class Scheduler:
                 ended.append(True)
                 continue
             if token == eos:
+                if answer.sampling.prompt_logprobs and row in reports:
+                    self._send(answer, reports[row])
                 self._send(answer, "stop")
                 ended.append(True)
                 continue

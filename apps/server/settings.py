@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from ..arguments import EMBEDDED, add_model_arguments, port, positive
 
-MAX_BATCH = 16  # answers decoded together, unless somebody says otherwise
+MAX_BATCH = 16  # answers decoded together, by default
 KEEP_ALIVE = 75  # seconds: longer than the 60 of proxies and the pauses of a person
 
 

@@ -1,7 +1,7 @@
 """Chat with a model in the browser.
 
-Everybody who opens the page has a conversation of their own, answers are decoded together, and the interface is Chinese
-or English as the browser is. Nothing comes from the internet.
+Each tab has its own conversation, answers are decoded together, and the interface is Chinese or English as the browser
+is. Nothing comes from the internet.
 """
 
 import argparse
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all networks")
     parser.add_argument("--port", type=port, default=7860, help="0 for any that is free")
-    parser.add_argument("--root-path", metavar="PATH", help="under which a proxy shows the page, such as /chat")
+    parser.add_argument("--root-path", metavar="PATH", help="path or URL of the page behind a proxy, such as /chat")
     add_memory_arguments(parser)
 
 

@@ -90,7 +90,7 @@ class Chat:
             turn.stop()
 
     def leave(self, request: gr.Request) -> None:
-        """End the answer of this tab, of which nothing is wanted any more."""
+        """End the answer of this tab and forget it."""
         if turn := self._turns.pop(request.session_hash, None):
             turn.stop()
 
