@@ -105,8 +105,8 @@ def test_products_on_hopper_are_not_serialised(major, monkeypatch, fresh_librari
         list(pool.map(compile_one, HOPPER))
     assert logs
     assert not any("serialized" in log for log in logs)
-    file, touched = "kernels/cuda/hopper/linear_large_m.cuh", "sums[0] += 1; load_fragments(stage, 1, a[1]);"
-    changed = cuda_runtime.SOURCES[file].replace("load_fragments(stage, 1, a[1]);", touched)
+    file, touched = "kernels/cuda/hopper/linear_large_m.cuh", "sums[0] += 1; load_fragments(stage, 1, fragments[1]);"
+    changed = cuda_runtime.SOURCES[file].replace("load_fragments(stage, 1, fragments[1]);", touched)
     monkeypatch.setitem(cuda_runtime.SOURCES, file, changed)
     compile_one("linear_large_m_8_64_1")
     assert "serialized" in logs[-1]  # so the test could fail

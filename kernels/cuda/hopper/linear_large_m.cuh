@@ -1,8 +1,7 @@
 // y = epilogue(x * weight^T) of many rows x [M, K] on Hopper; TRANSPOSED: the input gradient y = (x * scale) * weight.
 // Modules: linear_large_m_BITS_TILE_M_SPLIT_K, input_gradient_TILE_M_SPLIT_K.
 //
-// Shapes: quantised weight [N, K]; N % 8 == 0; K has a step of 64 for each of SPLIT_K blocks. Output tile: TILE_M x
-//   128.
+// Shapes: quantised weight [N, K], N % 8 == 0; K has a step of 64 for each of SPLIT_K blocks. Tile of y: TILE_M x 128.
 // Grid: SPLIT_K == 1: at most a block for each tile, persistent; else SPLIT_K blocks (a cluster) a tile. Block: 384.
 // Shared memory: STAGES of x and weights, scales, STAGING for each warp. Aligned to 1024 bytes here.
 // Tensor maps: bytes, swizzled. Boxes: x TILE_M rows of 128; weight 128 rows of 64 (INT4: 32), TRANSPOSED 64 of 128.
@@ -51,26 +50,26 @@ struct LargeM {
                 fragments[i * 2] = mul2(out[0], pair);
                 fragments[i * 2 + 1] = mul2(out[1], pair);
             }
-            return;
-        }
+        } else {
 #pragma unroll
-        for (int r = 0; r < 2; r++) {  // rows g, g + 8
-            const u32 row = weights + (warp * 16 + r * 8 + g) * ROW_BYTES;
-            if (BITS == 8) {
+            for (int r = 0; r < 2; r++) {  // rows g, g + 8
+                const u32 row = weights + (warp * 16 + r * 8 + g) * ROW_BYTES;
+                if (BITS == 8) {
 #pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    const u32 p = row + ((half * 2 + j) ^ (g / 2)) * 16 + t * 2;
-                    dequantize_int8(ld_shared_u16(p) | ld_shared_u16(p + 8) << 16, out);
-                    fragments[j * 4 + r] = out[0];
-                    fragments[j * 4 + r + 2] = out[1];
+                    for (int j = 0; j < 2; j++) {
+                        const u32 p = row + ((half * 2 + j) ^ (g / 2)) * 16 + t * 2;
+                        dequantize_int8(ld_shared_u16(p) | ld_shared_u16(p + 8) << 16, out);
+                        fragments[j * 4 + r] = out[0];
+                        fragments[j * 4 + r + 2] = out[1];
+                    }
+                } else {
+                    const u32 p = row + (half ^ (g / 4)) * 16 + t;
+                    dequantize_int4(ld_shared_u8(p) | ld_shared_u8(p + 4) << 8 | ld_shared_u8(p + 8) << 16 |
+                                        ld_shared_u8(p + 12) << 24,
+                                    out);
+#pragma unroll
+                    for (int i = 0; i < 4; i++) fragments[i / 2 * 4 + r + i % 2 * 2] = out[i];
                 }
-            } else {
-                const u32 p = row + (half ^ (g / 4)) * 16 + t;
-                dequantize_int4(
-                    ld_shared_u8(p) | ld_shared_u8(p + 4) << 8 | ld_shared_u8(p + 8) << 16 | ld_shared_u8(p + 12) << 24,
-                    out);
-#pragma unroll
-                for (int i = 0; i < 4; i++) fragments[i / 2 * 4 + r + i % 2 * 2] = out[i];
             }
         }
     }
