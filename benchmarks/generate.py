@@ -17,29 +17,10 @@ from pathlib import Path
 
 import torch
 from linear import SHAPES, medians, reader
+from random_model import random_model
 from transformers import AutoModel, LogitsProcessor
 
-from chatglm_int8 import ChatGLMConfig, ChatGLMForConditionalGeneration
-from chatglm_int8.quantization import QuantizedLinear
-
-
-def random_model(layers: int, device: str = "cpu") -> ChatGLMForConditionalGeneration:
-    """A half model of the 6B shape with random weights, INT8 in the blocks."""
-    with torch.device("meta"):
-        model = ChatGLMForConditionalGeneration(ChatGLMConfig(num_layers=layers)).half()
-    model = model.to_empty(device=device)
-    model.tie_weights()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, QuantizedLinear):
-                module.weight.view(torch.int64).random_()
-                module.weight_scale.fill_(0.02 * 3**0.5 / 127)
-                module.bias.zero_()
-            elif isinstance(module, torch.nn.LayerNorm):
-                module.weight.fill_(1)
-                module.bias.zero_()
-        model.get_input_embeddings().weight.normal_(std=0.02)
-    return model.eval()
+from chatglm_int8 import ChatGLMForConditionalGeneration
 
 
 class Clock(LogitsProcessor):

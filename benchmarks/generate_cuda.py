@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from random_model import random_model
 from torch import nn
 from torch._inductor import config as inductor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -29,26 +30,6 @@ from chatglm_int8.cuda_graphs import StepCache
 from chatglm_int8.quantization import QuantizedLinear
 
 NO_END = {"eos_token_id": 130527}  # random weights never say it
-
-
-def build(layers: int, device: str = "cuda", **fields) -> ChatGLMForConditionalGeneration:
-    """INT8 with random weights, 6B's shape unless fields of the configuration say otherwise."""
-    with torch.device("meta"):
-        model = ChatGLMForConditionalGeneration(ChatGLMConfig(num_layers=layers, **fields))
-    model = model.half().to_empty(device=device).eval()
-    model.tie_weights()
-    for name, parameter in model.named_parameters():
-        if parameter.dtype == torch.int8:
-            parameter.data.random_(-128, 128)
-        elif name.endswith("weight_scale"):
-            parameter.data.fill_(0.02 * 3**0.5 / 127)
-        elif name.endswith("layernorm.weight"):
-            parameter.data.fill_(1)
-        elif name.endswith("bias"):
-            parameter.data.zero_()
-        else:
-            parameter.data.normal_(0, 0.02)
-    return model
 
 
 def replace_linears(model: nn.Module, make: Callable[[QuantizedLinear], nn.Module]) -> None:
@@ -206,7 +187,7 @@ def without_kernels(model) -> None:
 
 def on_cuda(layers: int, compiled: bool) -> dict:
     """Print and return the numbers; `compiled`: that of torch.compile's INT8, too."""
-    model = build(layers)
+    model = random_model(layers, "cuda")
     sampled = {"do_sample": True, "top_p": 0.7, "temperature": 0.95}
     ids = prompts(model.config, 512)
     result: dict[str, float] = {}
@@ -237,7 +218,7 @@ def on_cuda(layers: int, compiled: bool) -> dict:
 
     if compiled:
         start = time.perf_counter()
-        rival = compiled_speed(build(layers), ids)
+        rival = compiled_speed(random_model(layers, "cuda"), ids)
         note("INT8 by torch.compile", rival, "tokens/s")
         note("greedy, over that", greedy, "tokens/s", rival)
         note("compiling and timing that", time.perf_counter() - start, "s")

@@ -42,7 +42,7 @@ def serve_random(layers: int, device: str | None, dtype: str, port: int) -> None
     """What `chatglm serve` does, for a model of random weights and a vocabulary that has a text for each of its ids."""
     import torch
     import uvicorn
-    from generate import random_model
+    from random_model import random_model
 
     from chatglm_int8 import ChatGLMTokenizer
     from chatglm_int8.apps.server.app import create_app

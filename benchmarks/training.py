@@ -21,7 +21,8 @@ from collections.abc import Callable
 import peft
 import torch
 import torch.distributed as dist
-from generate_cuda import build, widen
+from generate_cuda import widen
+from random_model import random_model
 from torch import nn
 
 STEPS, WARM_UP = 10, 3
@@ -158,12 +159,12 @@ def memory(name: str, model: nn.Module, arguments) -> tuple[float, float]:
 
 def on_one(arguments, fields: dict) -> None:
     torch.manual_seed(2)
-    fp16 = build(arguments.layers, arguments.device, **fields)
+    fp16 = random_model(arguments.layers, arguments.device, **fields)
     int8_peaks = memory("INT8", fp16, arguments)
     widen(fp16)
     fp16_peaks = memory("FP16", fp16, arguments)
     torch.manual_seed(2)
-    int8 = build(arguments.layers, arguments.device, **fields)
+    int8 = random_model(arguments.layers, arguments.device, **fields)
     steps = [prepare(model, arguments)[1] for model in (int8, fp16)]
     times = in_turns(steps, arguments.device)
     tokens = arguments.batch * arguments.length
@@ -182,7 +183,7 @@ def on_several(arguments, fields: dict) -> None:
     if on_gpu:
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if on_gpu else "gloo")
-    model = build(arguments.layers, arguments.device, **fields).to(arguments.dtype)
+    model = random_model(arguments.layers, arguments.device, **fields).to(arguments.dtype)
     tuned = with_lora(model, arguments)
     torch.manual_seed(rank)
     inputs = batch(arguments, tuned.config)
