@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from .cuda_plans import HEAD_DIMS, parts_of_keys
 from .cuda_runtime import new_arrivals, own_arrivals
 from .kernels_cuda import attend, available, begin_step, end_step, split_rotate
+from .sequences import rotary_frequencies
 
 _GROWTH = 512  # places that are added to a cache at a time
 # A model's last cache is kept for its next answer, with its graph, if it is not larger than this or than this share of
@@ -151,9 +152,7 @@ class StepGraph:
         self.logits: torch.Tensor | None = None
         self.stream: torch.cuda.Stream | None = None  # where it was replayed last
         self._arrivals = new_arrivals(device)
-        exponents = torch.arange(0, self._head_dim // rows, 2, device=device, dtype=torch.float32)
-        exponents = exponents / (self._head_dim // rows)
-        self._frequencies = (1.0 / 10000.0**exponents).half().float()  # as `rotary_embedding` rounds them
+        self._frequencies = rotary_frequencies(self._head_dim // rows, device).float()
         self._graph: torch.cuda.CUDAGraph | None = None
         self._weights: tuple | None = None  # whose addresses the graph has
 
@@ -185,16 +184,14 @@ class StepGraph:
         given = (self.slots, self.padding, self._prefix, self.positions.shape[1], parts)
         return attend(qkv[:, 0].contiguous(), cosines, sines, keys, values, *given)[:, None]
 
-    def run(self, model: nn.Module) -> torch.Tensor:
-        """The step's kernels, launched one by one: scores [B, 1, V]."""
-        transformer = model.transformer
-        hidden, cosines, sines = begin_step(
-            self.ids, transformer.word_embeddings.weight, self.positions, self._frequencies, self._head_dim
-        )
-        hidden = transformer.run_blocks(hidden[:, None], (cosines, sines), self)
-        logits = model.score(hidden)
+    def begin(self, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Embeddings [B, 1, hidden] of the ids, and cosines and sines of their positions, for `attend`."""
+        hidden, cosines, sines = begin_step(self.ids, embedding, self.positions, self._frequencies, self._head_dim)
+        return hidden[:, None], cosines, sines
+
+    def end(self, hidden: torch.Tensor) -> None:
+        """Move positions and slots on to the next token; `hidden` is a tensor of the step."""
         end_step(hidden, self.positions, self.advance, self.slots, self._head_dim)
-        return logits
 
     def _record(self, model: nn.Module) -> None:
         device = self.ids.device
@@ -202,14 +199,14 @@ class StepGraph:
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.device(device), torch.cuda.stream(stream), own_arrivals(self._arrivals):
-            self.run(model)  # what libraries set up at their first call is not for a graph
+            model.run_step(self)  # what libraries set up at their first call is not for a graph
             self.positions.copy_(positions)
             self.slots.copy_(slots)
             recorded = torch.cuda.CUDAGraph()
             with _recording_lock:
                 recorded.capture_begin(capture_error_mode="thread_local")
                 try:
-                    self.logits = self.run(model)
+                    self.logits = model.run_step(self)
                 finally:
                     recorded.capture_end()
         torch.cuda.current_stream(device).wait_stream(stream)
@@ -279,13 +276,18 @@ class StepCache(Cache):
         self._graph.advance.copy_(advance)
         self._placed = self.layers[0].length
 
-    def takes_prompt(self, qkv: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> bool:
-        """Whether `write_prompt` can store a prompt: its kernel is for one half precision, without gradients."""
-        same = qkv.dtype == cosines.dtype == sines.dtype  # autocast may have given the product another
-        return same and qkv.dtype in (torch.float16, torch.bfloat16) and not torch.is_grad_enabled()
+    def store_prompt(
+        self, layer_idx: int, qkv: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """Rotate qkv [B, S, H, 3·D] and store its keys and values, by one kernel.
 
-    def write_prompt(self, layer_idx: int, qkv, cosines, sines) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries [B, H, S, D], and keys and values so far, from qkv [B, S, H, 3·D]; the new ones are stored."""
+        Returns:
+            the queries [B, H, S, D], and keys and values so far; None where that kernel can't: with gradients, or
+            unless all are of one half precision (autocast may give the product another).
+        """
+        same = qkv.dtype == cosines.dtype == sines.dtype
+        if not same or qkv.dtype not in (torch.float16, torch.bfloat16) or torch.is_grad_enabled():
+            return None
         layer = self.layers[layer_idx]
         batch, length, heads, _ = qkv.shape
         layer.reserve(batch, heads, self._head_dim, layer.length + length + 1, qkv)  # and a first step

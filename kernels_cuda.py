@@ -25,7 +25,6 @@ _REMEDY = (
     "go on without: PyTorch computes the same, more slowly."
 )
 _lock = threading.RLock()
-_local = threading.local()
 
 
 # --- Arguments of the kernels ---
@@ -301,16 +300,9 @@ def product(
     if is_wide and not (on_hopper and m > MAX_SMALL_M and residual.dtype == torch.float32):
         return product(x, weight, scale, bias, bits).add(residual, alpha=alpha)
     scale, bias = _of_dtype(scale, x.dtype), _of_dtype(bias, x.dtype)
-    norm, _local.norm = getattr(_local, "norm", None), None
-    if norm is not None and norm[0].data_ptr() != x.data_ptr():
-        norm = None  # an error came between the two
     shape = (*x.shape[:-1], n)
     if m == 0:
         return x.new_empty(shape)
-    if norm is not None:
-        normed, x, *others = norm
-        plan = _aligned_plan(m, x, weight, bits)
-        return _launch_linear(plan, m, x, weight, scale, bias, residual, alpha, gelu, (*others, normed))
     if on_hopper:
         kernel = "linear_small_m" if m <= MAX_SMALL_M else "linear_large_m"
         y = torch.empty_like(residual) if is_wide else x.new_empty(shape)
@@ -380,18 +372,10 @@ def input_gradient(grad_y: torch.Tensor, weight: torch.Tensor, scale: torch.Tens
 # --- LayerNorm ---
 
 
-def layer_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilon: float, deferred: bool = False
-) -> torch.Tensor:
-    """LayerNorm over the last of x's dimensions, K; K ≤ 16384 and a multiple of 8.
-
-    deferred: a `product` of the result comes next, for which `takes_norm` is true; that computes it.
-    """
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """LayerNorm over the last of x's dimensions, K; K ≤ 16384 and a multiple of 8."""
     x = x.contiguous()
     y = torch.empty_like(x)
-    if deferred:
-        _local.norm = (y, x, weight, bias, epsilon)
-        return y
     k = x.shape[-1]
     arguments = LayerNorm(**_addresses(x=x, weight=weight, bias=bias, y=y), epsilon=epsilon, K=k)
     launch(x, MODULES["prompt"], "layer_norm", (x.numel() // k, 1, 1), 512, k * 2, arguments)
@@ -519,18 +503,6 @@ def split_rotate(qkv, cosines, sines, keys, values, place: int) -> torch.Tensor:
     blocks = -(-qkv.numel() // 3 // 8 // 256)
     launch(qkv, MODULES["prompt"], "split_rotate", (blocks, 1, 1), 256, 0, SplitRotate(**given, place=place))
     return queries.transpose(1, 2)
-
-
-def can_rotate(qkv: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> bool:
-    """Whether `rotate` takes these."""
-    return (
-        qkv.is_cuda
-        and not torch.compiler.is_compiling()
-        and cosines.device == qkv.device
-        and cosines.dtype == sines.dtype == qkv.dtype
-        and cosines.shape[-1] % 16 == 0
-        and available(qkv.device, qkv.dtype)
-    )
 
 
 def rotate(qkv: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, back: bool = False) -> torch.Tensor:

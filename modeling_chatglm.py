@@ -49,20 +49,16 @@ from .cuda_runtime import launch  # noqa: F401
 from .generation_chatglm import ChatGLMGenerationMixin
 from .kernel_cache import keep  # noqa: F401
 from .kernel_sources import FILES  # noqa: F401
-from .kernels_cpu import library as cpu_library
-from .kernels_cuda import can_rotate, rotate
+from .kernels_cpu import library  # noqa: F401
+from .kernels_cuda import available  # noqa: F401
+from .ops import Path, attend, has_hooks, layer_norm, linear, norm_linear, path, rotate
 from .quantization import (
     HalfEmbedding,
     HalfLinear,
     QuantizedLinear,
-    apply_layer_norm,
-    apply_linear,
     autocast_dtype,
     check_bits,
-    has_cpu_kernels,
-    is_plain_cpu,
     is_traced,
-    may_keep_output,
     quantize_linears,
 )
 from .sequences import (
@@ -78,6 +74,7 @@ from .sequences import (
     get_masks,
     get_position_ids,
     next_in_view,
+    rotary_frequencies,
 )
 from .training_loss import TrainingOutput, causal_loss, has_label
 
@@ -124,9 +121,7 @@ def rotary_embedding(
     Row r turns the r-th of R equal parts of the head. The frequencies are rounded to fp16 in every dtype, and in fp16
     their product with the position is too: the model was trained so, and far positions tell the difference.
     """
-    part_dim = head_dim // position_ids.shape[1]
-    exponents = torch.arange(0, part_dim, 2, device=position_ids.device, dtype=torch.float32) / part_dim
-    frequencies = (1.0 / 10000.0**exponents).half()
+    frequencies = rotary_frequencies(head_dim // position_ids.shape[1], position_ids.device)
     rounded_to = torch.float16 if dtype == torch.float16 else torch.float32
     angles = position_ids.transpose(1, 2)[..., None].to(rounded_to) * frequencies.to(rounded_to)
     angles = angles.float()  # first: autocast in bfloat16 does not concatenate halves
@@ -139,19 +134,6 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     parts = x.unflatten(-1, cos.shape[-2:])
     first, second = parts.chunk(2, dim=-1)
     return (parts * cos + torch.cat((-second, first), dim=-1) * sin).flatten(-2)
-
-
-class _Rotation(torch.autograd.Function):
-    """`apply_rotary` to the queries and keys of qkv [B, S, H, 3·D] by one kernel, and its gradient likewise."""
-
-    @staticmethod
-    def forward(ctx, qkv, cos, sin, back):  # a setup_context beside it would take longer than the launch
-        ctx.angles, ctx.back = (cos, sin), back
-        return rotate(qkv, cos, sin, back)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _Rotation.apply(grad, *ctx.angles, not ctx.back), None, None, None
 
 
 def eager_attention_forward(
@@ -209,50 +191,49 @@ class ChatGLMAttention(nn.Module):
         residual: torch.Tensor | None = None,
         alpha: float = 1.0,
         cache: Cache | None = None,
+        qkv: torch.Tensor | None = None,
+        step: StepGraph | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, S, hidden] → [B, S, hidden] and the probabilities [B, H, S, T], None unless asked for.
 
-        `prefix` [2, B, H, P, D] are keys and values that stand before the sequence, given once, with the prompt.
-        alpha · `residual` is added to the output.
+        Args:
+            prefix: [2, B, H, P, D], keys and values that stand before the sequence, given once, with the prompt.
+            residual: alpha · residual is added to the output.
+            qkv: `query_key_value(hidden_states)`, if it is known.
+            step: the recorded step that this is part of. It has keys and values of its own.
         """
         past_key_values = one_cache(past_key_values, cache)
         batch, length, _ = hidden_states.shape
-        # Per head: D queries, then D keys, then D values.
-        qkv = apply_linear(self.query_key_value, hidden_states)
-        if isinstance(past_key_values, StepGraph):
-            context = past_key_values.attend(self.layer_idx, qkv, *position_embeddings)
-            return apply_linear(self.dense, context, residual=residual, alpha=alpha), None
-        qkv = qkv.view(batch, length, -1, 3 * self.head_dim)
-        stored = (
-            isinstance(past_key_values, StepCache)
-            and prefix is None
-            and past_key_values.takes_prompt(qkv, *position_embeddings)
-        )
-        if stored:
-            query, key, value = past_key_values.write_prompt(self.layer_idx, qkv, *position_embeddings)
-        else:
-            if has_cpu_kernels(self, qkv) and cpu_library().can_rotate(qkv, *position_embeddings):
-                qkv = qkv.clone() if may_keep_output(self.query_key_value) else qkv
-                query, key, value = cpu_library().rotary_(qkv, *position_embeddings).chunk(3, dim=-1)
-            elif can_rotate(qkv, *position_embeddings):
-                query, key, value = _Rotation.apply(qkv, *position_embeddings, False).chunk(3, dim=-1)
-            else:
-                query, key, value = qkv.chunk(3, dim=-1)
-                query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
-            query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        if qkv is None:
+            qkv = linear(self.query_key_value, hidden_states)
+        if step is not None:
+            context = step.attend(self.layer_idx, qkv, *position_embeddings)
+            return linear(self.dense, context, residual=residual, alpha=alpha), None
+        qkv = qkv.view(batch, length, -1, 3 * self.head_dim)  # per head D queries, D keys, D values
+        stored = None
+        if isinstance(past_key_values, StepCache) and prefix is None:
+            stored = past_key_values.store_prompt(self.layer_idx, qkv, *position_embeddings)
+        query, key, value = stored or self._rotate(qkv, *position_embeddings)
         if prefix is not None:
             key = torch.cat((prefix[0].to(key.dtype), key), dim=2)  # autocast may have given them another dtype
             value = torch.cat((prefix[1].to(value.dtype), value), dim=2)
-        if past_key_values is not None and not stored:
-            # The static cache of early transformers 5 keeps no count of its own and reads the slots from here.
-            slots = {"cache_position": cache_position}
-            key, value = past_key_values.update(key, value, self.layer_idx, slots)
+        if past_key_values is not None and stored is None:
+            # The static cache of early transformers 5 keeps no count of its own.
+            key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
 
         context, probs = self._attend(query, key, value, attention_mask, output_attentions, **kwargs)
         context = context.reshape(batch, length, -1)
-        output = apply_linear(self.dense, context, residual=residual, alpha=alpha)
+        output = linear(self.dense, context, residual=residual, alpha=alpha)
         return output, probs if output_attentions else None
+
+    def _rotate(self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Rotated queries and keys, and values, [B, H, S, D] each, of qkv [B, S, H, 3·D]."""
+        rotated = rotate(self.query_key_value, qkv, cos, sin)
+        query, key, value = (qkv if rotated is None else rotated).chunk(3, dim=-1)
+        if rotated is None:
+            query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
     def _attend(
         self,
@@ -271,9 +252,10 @@ class ChatGLMAttention(nn.Module):
         # ALL_ATTENTION_FUNCTIONS.get_interface(…). What is called here exists in both.
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get(name, eager_attention_forward)
         dtype = query.dtype
-        if is_plain_cpu(self, query) and name in ("eager", "sdpa"):
-            if not output_attentions and cpu_library() and cpu_library().can_attend(query, key, value, mask):
-                return cpu_library().attention(query, key, value, mask, self.scaling), None
+        if name in ("eager", "sdpa") and path(self, query) is Path.CPU:
+            context = None if output_attentions else attend(query, key, value, mask, self.scaling)
+            if context is not None:
+                return context, None
             # PyTorch's attention in half is slow on a CPU, and rounds more.
             query, key, value = query.float(), key.float(), value.float()
             mask = None if mask is None else mask.float()
@@ -290,11 +272,19 @@ class ChatGLMMLP(nn.Module):
         self.dense_4h_to_h = _linear(config, config.inner_hidden_size, config.hidden_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None, alpha: float = 1.0
+        self,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        alpha: float = 1.0,
+        inner: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[B, S, hidden] → [B, S, hidden]; alpha · `residual` is added."""
-        inner = apply_linear(self.dense_h_to_4h, hidden_states, gelu=True)
-        return apply_linear(self.dense_4h_to_h, inner, residual=residual, alpha=alpha)
+        """[B, S, hidden] → [B, S, hidden]; alpha · `residual` is added.
+
+        `inner`: GELU of `dense_h_to_4h(hidden_states)`, if it is known.
+        """
+        if inner is None:
+            inner = linear(self.dense_h_to_4h, hidden_states, gelu=True)
+        return linear(self.dense_4h_to_h, inner, residual=residual, alpha=alpha)
 
 
 class GLMBlock(GradientCheckpointingLayer):
@@ -312,16 +302,23 @@ class GLMBlock(GradientCheckpointingLayer):
         self, hidden_states: torch.Tensor, prefix: torch.Tensor | None = None, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, S, hidden] → [B, S, hidden] and the attention probabilities; arguments as of `ChatGLMAttention`."""
-        normed = apply_layer_norm(self.input_layernorm, hidden_states, *_first_linear(self.attention))
-        hidden_states, probs = self.attention(normed, prefix, residual=normed, alpha=self.alpha, **kwargs)
-        normed = apply_layer_norm(self.post_attention_layernorm, hidden_states, *_first_linear(self.mlp))
-        return self.mlp(normed, residual=normed, alpha=self.alpha), probs
+        normed, qkv = _enter(self.input_layernorm, self.attention, hidden_states)
+        hidden_states, probs = self.attention(normed, prefix, residual=normed, alpha=self.alpha, qkv=qkv, **kwargs)
+        normed, inner = _enter(self.post_attention_layernorm, self.mlp, hidden_states)
+        return self.mlp(normed, residual=normed, alpha=self.alpha, inner=inner), probs
 
 
-def _first_linear(module: nn.Module) -> tuple[nn.Module, nn.Module | None]:
-    """The module, and the linear that it applies to its input before anything else; None if that isn't known."""
-    names = {ChatGLMAttention: "query_key_value", ChatGLMMLP: "dense_h_to_4h"}
-    return module, getattr(module, names.get(type(module), ""), None)
+def _enter(norm: nn.LayerNorm, module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`norm(x)`, and the first product that `module` makes of it, which one kernel may compute together.
+
+    None for the product of a module with hooks or of another class, which makes it when it is called.
+    """
+    if not has_hooks(module):
+        if type(module) is ChatGLMAttention:
+            return norm_linear(norm, module.query_key_value, x)
+        if type(module) is ChatGLMMLP:
+            return norm_linear(norm, module.dense_h_to_4h, x, gelu=True)
+    return layer_norm(norm, x), None
 
 
 # What transformers 4 knew and transformers 5 does not; the published scripts and those of its time pass it.
@@ -650,7 +647,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             hidden_states, probs = block(hidden_states, prefix, **block_kwargs)
             if output_attentions:
                 all_attentions += (probs,)
-        hidden_states = apply_layer_norm(self.final_layernorm, hidden_states)
+        hidden_states = layer_norm(self.final_layernorm, hidden_states)
         if output_hidden_states:
             all_hidden_states += (hidden_states,)
 
@@ -662,12 +659,12 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         )
         return output if return_dict else output.to_tuple()
 
-    def run_blocks(self, hidden_states: torch.Tensor, position_embeddings: tuple, graph: StepGraph) -> torch.Tensor:
-        """The blocks and the final LayerNorm in a step that `graph` records: [B, 1, hidden] → [B, 1, hidden]."""
+    def run_step(self, step: StepGraph) -> torch.Tensor:
+        """The blocks and the final LayerNorm in a recorded step: [B, 1, hidden]."""
+        hidden_states, *position_embeddings = step.begin(self.word_embeddings.weight)
         for block in self.layers:
-            given = {"position_embeddings": position_embeddings, CACHE: graph}
-            hidden_states, _ = block(hidden_states, **given)
-        return apply_layer_norm(self.final_layernorm, hidden_states)
+            hidden_states, _ = block(hidden_states, position_embeddings=position_embeddings, step=step)
+        return layer_norm(self.final_layernorm, hidden_states)
 
     def _positions_from_ids(
         self,
@@ -886,9 +883,16 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, ChatGLM
                 "with the chat template."
             )
 
+    def run_step(self, step: StepGraph) -> torch.Tensor:
+        """The kernels of a recorded step, launched one by one: scores [B, 1, V]."""
+        hidden_states = self.transformer.run_step(step)
+        logits = self.score(hidden_states)
+        step.end(hidden_states)
+        return logits
+
     def score(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Scores [B, S, V] of hidden states [B, S, hidden]."""
-        return apply_linear(self.lm_head, hidden_states)
+        return linear(self.lm_head, hidden_states)
 
     def quantize(self, bits: int, quantize_embeddings: bool = False, **published) -> "ChatGLMForConditionalGeneration":
         """Quantise the blocks' linears to 8 or 4 bits in place, layer by layer, wherever they are; returns the model.

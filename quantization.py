@@ -16,16 +16,11 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .cuda_plans import MAX_SMALL_M
 from .kernels_cpu import MAX_HALF_ROWS
 from .kernels_cpu import library as cpu_library
 from .kernels_cuda import available as cuda_available
 from .kernels_cuda import input_gradient as cuda_input_gradient
-from .kernels_cuda import layer_norm as cuda_layer_norm
 from .kernels_cuda import product as cuda_product
-from .kernels_cuda import takes_norm as cuda_takes_norm
-from .kernels_cuda import training_norm as cuda_training_norm
-from .kernels_cuda import training_norm_gradient as cuda_training_norm_gradient
 
 # On a CPU the float copy of a weight is made in slices of at most this many numbers: 8 MB of fp32 stay in the cache,
 # and are memory that the allocator has at hand. Elsewhere slices are 32 times as large, to keep launches few.
@@ -203,7 +198,7 @@ def _gradient(ctx, grad_y):
 _quantized_linear.register_autograd(_gradient, setup_context=_keep_for_gradient)
 
 
-def _check_first_derivative(grad: torch.Tensor) -> None:
+def check_first_derivative(grad: torch.Tensor) -> None:
     """Raise where somebody asks for gradients of gradients that kernels on a GPU compute: they would lack a part."""
     if torch.is_grad_enabled() and cuda_available(grad.device, grad.dtype):
         raise RuntimeError(
@@ -222,27 +217,9 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y):
-        _check_first_derivative(grad_y)
+        check_first_derivative(grad_y)
         weight, scale, _, bits = ctx.weights
         return _input_gradient(grad_y.contiguous(), weight, scale, bits), None
-
-
-class _ResidualProduct(torch.autograd.Function):
-    """The same of x [..., K] on a GPU, + alpha · residual, float32 [..., N]."""
-
-    @staticmethod
-    def forward(ctx, x, residual, weights, alpha):
-        ctx.weights, ctx.alpha, ctx.dtype = weights, alpha, x.dtype
-        return cuda_product(x, *weights, residual=residual, alpha=alpha)
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        weight, scale, _, bits = ctx.weights
-        needs_x, needs_residual, *_ = ctx.needs_input_grad
-        rounded = grad_y.to(ctx.dtype).contiguous()
-        _check_first_derivative(rounded)
-        grad_x = cuda_input_gradient(rounded, weight, scale, bits) if needs_x else None
-        return grad_x, grad_y * ctx.alpha if needs_residual else None, None, None
 
 
 def is_traced() -> bool:
@@ -258,36 +235,10 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return None
 
 
-# Of a tensor that `_TrainingNorm` has made: the same numbers rounded, and the version that they are of.
-_ROUNDED = "_chatglm_int8_rounded"
-
-
 def _autocast(x: torch.Tensor) -> torch.Tensor:
     """What torch's own linear would make of its input: autocast's dtype, but float64 stays."""
     dtype = autocast_dtype(x.device.type)
-    if dtype is None or x.dtype == torch.float64:
-        return x
-    if x.is_cuda and not is_traced():
-        rounded, version = x.__dict__.get(_ROUNDED, (None, 0))
-        if rounded is not None and rounded.dtype == dtype and version == x._version:
-            return rounded
-    return x.to(dtype)
-
-
-class _TrainingNorm(torch.autograd.Function):
-    """LayerNorm under autocast, in float32, and the same rounded for the product that follows."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, epsilon, dtype):
-        ctx.save_for_backward(x)
-        ctx.others = weight, epsilon
-        return cuda_training_norm(x, weight, bias, epsilon, dtype)
-
-    @staticmethod
-    def backward(ctx, grad_normed, grad_rounded):
-        _check_first_derivative(grad_rounded)
-        (x,) = ctx.saved_tensors
-        return cuda_training_norm_gradient(x, *ctx.others, grad_normed, grad_rounded), None, None, None, None
+    return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
 
 
 # Words in the names of arithmetic functions, which mean nothing with integers that lack their scales.
@@ -476,131 +427,6 @@ class QuantizedLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}"
-
-
-def is_plain_cpu(module: nn.Module, tensor: torch.Tensor) -> bool:
-    """Whether code that PyTorch does not see may work on the module's tensor, in float32.
-
-    Not in training, where checkpointing may compute without gradients what it computes again with them.
-    """
-    is_plain = not (module.training or torch.is_grad_enabled() or is_traced())
-    return is_plain and tensor.device.type == "cpu" and tensor.dtype != torch.float64
-
-
-def has_cpu_kernels(module: nn.Module, tensor: torch.Tensor) -> bool:
-    """Whether there are kernels for it that PyTorch does not see."""
-    return is_plain_cpu(module, tensor) and cpu_library() is not None
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody else sees the module's inputs or outputs."""
-    own = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-    return bool(own or nn.modules.module._has_any_global_hook())
-
-
-def may_keep_output(module: nn.Module) -> bool:
-    """Whether a hook may have kept what the module gave, so that it is not to be changed."""
-    return bool(module._forward_hooks or nn.modules.module._has_any_global_hook())
-
-
-def _is_only(module: nn.Module, kind: type) -> bool:
-    """Whether calling the module does nothing beyond the forward of `kind`, and nobody follows it."""
-    return type(module) is kind and not is_traced() and not has_hooks(module)
-
-
-def _is_plain(module: nn.Module, kind: type, x: torch.Tensor) -> bool:
-    """Whether the GPU's kernels can do what calling the module does, the forward of `kind` without gradients."""
-    return (
-        x.is_cuda
-        and not torch.is_grad_enabled()
-        and _is_only(module, kind)
-        # Checkpointing may compute without gradients what it computes again with them; autocast has its own dtypes.
-        and not module.training
-        and autocast_dtype("cuda") is None
-        and cuda_available(x.device, x.dtype)
-    )
-
-
-def _may_add(linear: nn.Module, x: torch.Tensor) -> bool:
-    """Whether `_ResidualProduct` can stand for `linear(x)` under autocast and what is added to it then."""
-    dtype = autocast_dtype("cuda") if x.is_cuda else None
-    return (
-        dtype is not None
-        and _is_only(linear, QuantizedLinear)
-        and not linear.trains_bias()
-        and x.dtype in (torch.float32, dtype)
-        and x.shape[-1] == linear.in_features
-        and cuda_available(x.device, dtype)
-    )
-
-
-def apply_linear(
-    linear: nn.Module, x: torch.Tensor, gelu: bool = False, residual: torch.Tensor | None = None, alpha: float = 1.0
-) -> torch.Tensor:
-    """`linear(x)`, then GELU (tanh form), or + alpha · residual: one kernel where there is one. [..., K] → [..., N]."""
-    weights = None
-    if _is_plain(linear, QuantizedLinear, x):
-        weights = linear.weights()
-    elif _is_plain(linear, HalfLinear, x) and x.numel() == x.shape[-1] and linear.weight.dtype == x.dtype:
-        weights = linear.weight, None, linear.bias, 16
-    if weights is not None:
-        return cuda_product(x, *weights, gelu, residual, alpha)
-    if residual is not None and residual.dtype == torch.float32 and _may_add(linear, x):
-        return _ResidualProduct.apply(_autocast(x), residual, linear.weights(), alpha)
-    y = linear(x)
-    if gelu and has_cpu_kernels(linear, y) and y.is_contiguous() and not may_keep_output(linear):
-        cpu_library().gelu_(y)
-    elif gelu:
-        y = nn.functional.gelu(y, approximate="tanh")
-    if residual is None:
-        return y
-    # Autocast may have given the product another dtype than activations have between blocks.
-    y = y if residual.dtype == torch.float32 else y.to(residual.dtype)
-    return torch.add(y, residual, alpha=alpha)
-
-
-def _may_round(norm: nn.Module, weight, bias, x: torch.Tensor, dtype: torch.dtype, before: nn.Module | None) -> bool:
-    """Whether `_TrainingNorm` can stand for `norm(x)` under autocast to `dtype`: a frozen LayerNorm, kernels for it,
-    and a quantised linear, maybe with an adapter around it, that takes the rounded result."""
-    return (
-        x.is_cuda
-        and _is_only(norm, nn.LayerNorm)
-        # The second is PEFT's name for what an adapter is around.
-        and (isinstance(before, QuantizedLinear) or isinstance(getattr(before, "base_layer", None), QuantizedLinear))
-        and not torch.is_inference_mode_enabled()  # whose tensors don't tell whether they were changed
-        and not (weight.requires_grad or bias.requires_grad)
-        and weight.device == bias.device == x.device
-        and x.dtype in (torch.float32, dtype)
-        and weight.dtype == bias.dtype
-        and weight.dtype in (torch.float32, dtype)
-        and (weight.data_ptr() | bias.data_ptr()) % 16 == 0
-        and cuda_available(x.device, dtype)
-    )
-
-
-def apply_layer_norm(
-    norm: nn.Module, x: torch.Tensor, within: nn.Module | None = None, before: nn.Module | None = None
-) -> torch.Tensor:
-    """`norm(x)` over the last dimension, by a kernel where there is one.
-
-    The module `within` takes the result next, and does nothing with it before it applies the linear `before` to it.
-    """
-    width, weight, bias = x.shape[-1], norm.weight, norm.bias
-    if width % 8 or width > 16384 or bias is None:
-        return norm(x)
-    rounded_to = autocast_dtype(x.device.type)
-    if rounded_to is not None and _may_round(norm, weight, bias, x, rounded_to, before):
-        normed, rounded = _TrainingNorm.apply(x, weight, bias, norm.eps, rounded_to)
-        setattr(normed, _ROUNDED, (rounded, normed._version))
-        return normed
-    if not _is_plain(norm, nn.LayerNorm, x) or weight.dtype != x.dtype:
-        return norm(x)
-    if (x.data_ptr() | weight.data_ptr() | bias.data_ptr()) % 16:
-        return norm(x)
-    # For few rows, the linear's kernel may do it.
-    deferred = before is not None and x.numel() <= MAX_SMALL_M * width and _is_plain(before, QuantizedLinear, x)
-    deferred = deferred and not has_hooks(within) and cuda_takes_norm(x, before.weights()[0], before.bits)
-    return cuda_layer_norm(x, weight, bias, norm.eps, deferred)
 
 
 def quantize_linears(module: nn.Module, bits: int) -> None:

@@ -295,3 +295,12 @@ def additive_mask(
             seen = seen & over_keys(attention_mask.bool(), True, True)[:, None]
         hidden = ~seen.view(-1, 1, *seen.shape[-2:])
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, lowest)
+
+
+def rotary_frequencies(width: int, device: torch.device) -> torch.Tensor:
+    """Angles of a rotation by one position, half [width / 2]: 10000^(-2j / width).
+
+    They are rounded to fp16 in every dtype, as the model was trained.
+    """
+    exponents = torch.arange(0, width, 2, device=device, dtype=torch.float32) / width
+    return (1.0 / 10000.0**exponents).half()

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from chatglm_int8 import cuda_plans, cuda_runtime, kernels_cuda
-from chatglm_int8.modeling_chatglm import _Rotation, apply_rotary, rotary_embedding
+from chatglm_int8.modeling_chatglm import apply_rotary, rotary_embedding
+from chatglm_int8.ops import _Rotation
 from chatglm_int8.quantization import dequantize_weight
 
 MODULES = cuda_plans.MODULES
@@ -382,13 +383,12 @@ def test_what_is_launched_on_hopper(launched):
     x = torch.zeros(2, 20, 256).half()
     assert kernels_cuda.product(x, weight, scale).shape == (2, 20, 64)
     assert kernels_cuda.product(x[:, :8], weight, scale, residual=torch.zeros(2, 8, 64).half()).shape == (2, 8, 64)
-    # A norm that was left to the product is not lost, as Hopper's own kernels would lose it.
+    # Hopper's own kernels take no norm, so that is computed before.
     assert not kernels_cuda.takes_norm(x[:, :8], weight, 8)
-    normed = kernels_cuda.layer_norm(x[:, :2], scale.repeat(4), scale.repeat(4), 1e-5, deferred=True)
-    kernels_cuda.product(normed, weight, scale)
-    names = ["linear_large_m_8_64_1", "linear_small_m_8_16_2", "linear_m16_8_8"]
+    kernels_cuda.norm_linear(x[:, :2], scale.repeat(4), scale.repeat(4), 1e-5, weight, scale)
+    names = ["linear_large_m_8_64_1", "linear_small_m_8_16_2", "prompt", "linear_small_m_8_8_2"]
     assert [launch[:2] for launch in launched] == list(
-        zip(names, ["linear_large_m", "linear_small_m", "linear_m16"], strict=True)
+        zip(names, ["linear_large_m", "linear_small_m", "layer_norm", "linear_small_m"], strict=True)
     )
 
 
@@ -601,15 +601,9 @@ class TestOperations:
                 x.double(), (k,), norm_weight.double(), norm_bias.double(), 1e-5
             )
             poison()
-            normed = kernels_cuda.layer_norm(x, norm_weight, norm_bias, 1e-5, deferred=True)
-            got = kernels_cuda.product(normed, weight, scale, bias)
+            normed, got = kernels_cuda.norm_linear(x, norm_weight, norm_bias, 1e-5, weight, scale, bias, 8)
             assert distance(normed, exact_norm) < TOLERANCE[dtype], m
             assert distance(got, normed.double() @ exact.T + bias.double()) < TOLERANCE[dtype], m
-            again = kernels_cuda.norm_linear(x, norm_weight, norm_bias, 1e-5, weight, scale, bias)
-            assert torch.equal(again[0], normed), m
-            assert torch.equal(again[1], got), m
-        other = kernels_cuda.product(x, weight, scale, bias)  # nothing is left over
-        assert distance(other, x.double() @ exact.T + bias.double()) < TOLERANCE[dtype]
 
     @pytest.mark.parametrize(
         ("head_dim", "heads", "batch", "length", "prefix", "most"),

@@ -250,26 +250,6 @@ def test_slices_change_nothing(monkeypatch, bits):
 # The layer
 
 
-def test_no_norm_is_left_to_a_linear_that_is_hooked_or_elsewhere(monkeypatch):
-    """As an offloaded one is, whose weight no kernel may be asked about."""
-    norm, before, within = nn.LayerNorm(16), quantization.QuantizedLinear(16, 8), nn.Identity()
-    monkeypatch.setattr(quantization, "_is_plain", lambda module, kind, x: not quantization.has_hooks(module))
-    monkeypatch.setattr(quantization, "cuda_layer_norm", lambda x, weight, bias, epsilon, deferred: deferred)
-    monkeypatch.setattr(quantization, "cuda_takes_norm", lambda x, weight, bits: True)
-    x = torch.zeros(2, 16)
-    assert quantization.apply_layer_norm(norm, x, within, before)
-    assert not quantization.apply_layer_norm(norm, x)
-    assert not quantization.apply_layer_norm(norm, torch.zeros(300, 16), within, before)
-    monkeypatch.setattr(quantization, "cuda_takes_norm", None)  # not called
-    for module in (within, before):
-        handle = module.register_forward_pre_hook(lambda module, args: None)
-        assert not quantization.apply_layer_norm(norm, x, within, before)
-        handle.remove()
-        module.forward = module.forward  # as accelerate does
-        assert not quantization.apply_layer_norm(norm, x, within, before)
-        del module.forward
-
-
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "k"), SHAPES)
