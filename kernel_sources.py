@@ -1898,12 +1898,10 @@ static __attribute__((noinline)) void add_rest(const struct job* j, const struct
 static void pairs_multiply_chunk(const struct job* j, int64_t n0, int64_t height, int64_t end, int64_t chunk,
                                  float (*sums)[TILE_N][PADDED_M], void* panel) {
     struct pairs_panel* panels = panel;
-    (void)chunk;
+    (void)end, (void)chunk;
     int64_t m_tiles = j->padded_M / PADDED_M, tiles = (height + TILE_N - 1) / TILE_N;
     for (int64_t block = 0; block * j->block < j->padded_K; block++) {
         const int64_t columns = block_columns(j, block);
-        int64_t next_n = n0, next_block = block + 1, fetched = 0; /* of weights prefetched meanwhile */
-        if (next_block * j->block >= j->padded_K) next_block = 0, next_n = n0 + PAIR_CHUNK;
         for (int64_t i = 0; i < tiles; i++) {
             pairs_fill_panel(j, n0 + i * TILE_N, min_i64(TILE_N, height - i * TILE_N), block, panels[i].bytes);
             widen_panel(j, panels + i, columns);
@@ -1911,8 +1909,6 @@ static void pairs_multiply_chunk(const struct job* j, int64_t n0, int64_t height
         for (int64_t m = 0; m < j->M; m += 2 * PADDED_M) {
             const char* next_x = (const char*)pairs_of(j, m + 2 * PADDED_M, block); /* prefetched meanwhile */
             int64_t next_bytes = columns * 4 * PADDED_M / tiles;
-            for (; fetched * j->M < (m + 2 * PADDED_M) * PAIR_CHUNK && next_n + fetched < end; fetched++)
-                prefetch_row(j, next_n + fetched, next_block);
             for (int64_t i = 0; i < tiles; i++) {
                 float (*tile)[TILE_N][PADDED_M] = sums + i * m_tiles + m / PADDED_M;
                 for (int64_t k = i * next_bytes; k < (i + 1) * next_bytes; k += CACHE_LINE)
@@ -1965,13 +1961,6 @@ static inline __attribute__((always_inline)) void unpack_row(const struct job* j
     for (; k < padded; k++) to[k] = 0;
 }
 
-/* Prefetch what fill_panel will read of weight row n, if it exists. */
-static void prefetch_row(const struct job* j, int64_t n, int64_t block) {
-    int64_t bytes = j->K * j->bits / 8, first = block * j->block % bytes, columns = min_i64(j->block, bytes - first);
-    if (n < j->N)
-        for (int64_t k = 0; k < columns; k += CACHE_LINE) __builtin_prefetch(j->weight + n * bytes + first + k, 0, 2);
-}
-
 /* multiply_chunk of engines that fill one panel at a time. */
 static inline __attribute__((always_inline)) void multiply_by_panels(const struct job* j, int64_t n0, int64_t height,
                                                                      int64_t chunk, float (*sums)[TILE_N][PADDED_M],
@@ -1982,13 +1971,11 @@ static inline __attribute__((always_inline)) void multiply_by_panels(const struc
         for (int64_t group = 0; group < j->M; group += GROUP)
             for (int64_t n = n0; n < n0 + height; n += tile_n) {
                 int64_t rows = min_i64(tile_n, n0 + height - n), stride = BLOCK, step = 64;
-                int64_t last = min_i64(group + GROUP, j->M), next_n = n + tile_n, next_block = block, fetched = 0;
+                int64_t last = min_i64(group + GROUP, j->M);
                 const panel_t* weights = panel;
                 /* Stored weights of the next chunk are prefetched in the order of memory, not in many streams. */
                 const int8_t* ahead =
                     j->weight + (n0 + chunk) * j->K + block * j->block * chunk + (n - n0) * block_columns(j, block);
-                if (next_n >= n0 + height) next_block++, next_n = n0;
-                if (next_block * j->block >= j->K) next_block = 0, next_n = n0 + chunk;
                 if (STORED_M && j->M <= STORED_M && j->bits == 8 && rows == tile_n && j->K == j->padded_K) {
                     weights = (const panel_t*)j->weight + n * j->K + block * j->block;
                     stride = j->K;
@@ -1999,8 +1986,6 @@ static inline __attribute__((always_inline)) void multiply_by_panels(const struc
                 }
                 for (int64_t m = group; m < last; m += TILE_M) {
                     float (*tile)[PADDED_M] = sums[(n - n0) / tile_n * m_tiles + m / PADDED_M];
-                    for (; weights == panel && fetched * (last - group) < (m + TILE_M - group) * tile_n; fetched++)
-                        prefetch_row(j, next_n + fetched, next_block);
                     multiply(j, weights, stride, step, block, m, ahead, (float (*)[PADDED_M]) & tile[0][m % PADDED_M]);
                 }
             }

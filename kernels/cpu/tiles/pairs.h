@@ -151,12 +151,10 @@ static __attribute__((noinline)) void add_rest(const struct job* j, const struct
 static void pairs_multiply_chunk(const struct job* j, int64_t n0, int64_t height, int64_t end, int64_t chunk,
                                  float (*sums)[TILE_N][PADDED_M], void* panel) {
     struct pairs_panel* panels = panel;
-    (void)chunk;
+    (void)end, (void)chunk;
     int64_t m_tiles = j->padded_M / PADDED_M, tiles = (height + TILE_N - 1) / TILE_N;
     for (int64_t block = 0; block * j->block < j->padded_K; block++) {
         const int64_t columns = block_columns(j, block);
-        int64_t next_n = n0, next_block = block + 1, fetched = 0; /* of weights prefetched meanwhile */
-        if (next_block * j->block >= j->padded_K) next_block = 0, next_n = n0 + PAIR_CHUNK;
         for (int64_t i = 0; i < tiles; i++) {
             pairs_fill_panel(j, n0 + i * TILE_N, min_i64(TILE_N, height - i * TILE_N), block, panels[i].bytes);
             widen_panel(j, panels + i, columns);
@@ -164,8 +162,6 @@ static void pairs_multiply_chunk(const struct job* j, int64_t n0, int64_t height
         for (int64_t m = 0; m < j->M; m += 2 * PADDED_M) {
             const char* next_x = (const char*)pairs_of(j, m + 2 * PADDED_M, block); /* prefetched meanwhile */
             int64_t next_bytes = columns * 4 * PADDED_M / tiles;
-            for (; fetched * j->M < (m + 2 * PADDED_M) * PAIR_CHUNK && next_n + fetched < end; fetched++)
-                prefetch_row(j, next_n + fetched, next_block);
             for (int64_t i = 0; i < tiles; i++) {
                 float (*tile)[TILE_N][PADDED_M] = sums + i * m_tiles + m / PADDED_M;
                 for (int64_t k = i * next_bytes; k < (i + 1) * next_bytes; k += CACHE_LINE)

@@ -39,13 +39,6 @@ static inline __attribute__((always_inline)) void unpack_row(const struct job* j
     for (; k < padded; k++) to[k] = 0;
 }
 
-/* Prefetch what fill_panel will read of weight row n, if it exists. */
-static void prefetch_row(const struct job* j, int64_t n, int64_t block) {
-    int64_t bytes = j->K * j->bits / 8, first = block * j->block % bytes, columns = min_i64(j->block, bytes - first);
-    if (n < j->N)
-        for (int64_t k = 0; k < columns; k += CACHE_LINE) __builtin_prefetch(j->weight + n * bytes + first + k, 0, 2);
-}
-
 /* multiply_chunk of engines that fill one panel at a time. */
 static inline __attribute__((always_inline)) void multiply_by_panels(const struct job* j, int64_t n0, int64_t height,
                                                                      int64_t chunk, float (*sums)[TILE_N][PADDED_M],
@@ -56,13 +49,11 @@ static inline __attribute__((always_inline)) void multiply_by_panels(const struc
         for (int64_t group = 0; group < j->M; group += GROUP)
             for (int64_t n = n0; n < n0 + height; n += tile_n) {
                 int64_t rows = min_i64(tile_n, n0 + height - n), stride = BLOCK, step = 64;
-                int64_t last = min_i64(group + GROUP, j->M), next_n = n + tile_n, next_block = block, fetched = 0;
+                int64_t last = min_i64(group + GROUP, j->M);
                 const panel_t* weights = panel;
                 /* Stored weights of the next chunk are prefetched in the order of memory, not in many streams. */
                 const int8_t* ahead =
                     j->weight + (n0 + chunk) * j->K + block * j->block * chunk + (n - n0) * block_columns(j, block);
-                if (next_n >= n0 + height) next_block++, next_n = n0;
-                if (next_block * j->block >= j->K) next_block = 0, next_n = n0 + chunk;
                 if (STORED_M && j->M <= STORED_M && j->bits == 8 && rows == tile_n && j->K == j->padded_K) {
                     weights = (const panel_t*)j->weight + n * j->K + block * j->block;
                     stride = j->K;
@@ -73,8 +64,6 @@ static inline __attribute__((always_inline)) void multiply_by_panels(const struc
                 }
                 for (int64_t m = group; m < last; m += TILE_M) {
                     float (*tile)[PADDED_M] = sums[(n - n0) / tile_n * m_tiles + m / PADDED_M];
-                    for (; weights == panel && fetched * (last - group) < (m + TILE_M - group) * tile_n; fetched++)
-                        prefetch_row(j, next_n + fetched, next_block);
                     multiply(j, weights, stride, step, block, m, ahead, (float (*)[PADDED_M]) & tile[0][m % PADDED_M]);
                 }
             }
