@@ -1,26 +1,31 @@
-"""Generation: what `generate` adds to transformers' own, its decoding loop over recorded steps, and streaming.
+"""Generation: what `generate` adds to transformers' own, its decoding loop over recorded steps, streaming, pipelines.
 
 Letters as in `modeling_chatglm`.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 import torch
 from transformers import (
+    FeatureExtractionPipeline,
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteriaList,
     StopStringCriteria,
+    TextGenerationPipeline,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
+from transformers.pipelines.text_generation import ReturnType
 from transformers.utils import logging
 
 from .caches import CACHE, one_cache
+from .configuration_chatglm import ChatGLMConfig
 from .cuda_graphs import StepCache, can_record, draw
 from .sequences import answer_start, check_ids, check_mask, hidden_keys
 
@@ -415,3 +420,68 @@ def _stream_tokens(
         unfinished = unfinished & ~stopping_criteria(input_ids, None)
         if unfinished.any():
             yield input_ids
+
+
+# `pipeline(…)` picks its class before it loads a checkpoint's code, and takes no advice from model or tokenizer. So the
+# methods below stand in transformers' own classes; other models than ChatGLM get the usual ones.
+
+
+def _in_pipeline(pipeline_class: type) -> Callable[[Callable], Callable]:
+    """Put a function in the place of the method of its name. It is called with the usual method after `self`."""
+
+    def put(method: Callable) -> Callable:
+        usual = getattr(pipeline_class, method.__name__)
+
+        @functools.wraps(usual)
+        def adapted(self, *args, **kwargs):
+            if getattr(self.model.config, "model_type", None) != ChatGLMConfig.model_type:
+                return usual(self, *args, **kwargs)
+            return method(self, usual, *args, **kwargs)
+
+        adapted.of_chatglm = True
+        if not hasattr(usual, "of_chatglm"):  # this file runs once in the package and once as a checkpoint's code
+            setattr(pipeline_class, method.__name__, adapted)
+        return method
+
+    return put
+
+
+@_in_pipeline(FeatureExtractionPipeline)
+def _forward(self, usual: Callable, model_inputs):
+    """The hidden states [B, S, hidden] of the network below the head."""
+    return getattr(self.model, "transformer", self.model)(**model_inputs)
+
+
+@_in_pipeline(TextGenerationPipeline)
+def postprocess(
+    self,
+    usual: Callable,
+    model_outputs: dict,
+    return_type: ReturnType = ReturnType.FULL_TEXT,
+    clean_up_tokenization_spaces: bool | None = None,
+    **kwargs,
+) -> list[dict]:
+    """The usual records. Where the new tokens go on with a text, the space that they begin with is kept.
+
+    transformers decodes the new tokens alone, as if they began a text.
+    """
+    records = usual(self, model_outputs, return_type, clean_up_tokenization_spaces, **kwargs)
+    ids, prompt = model_outputs["input_ids"], model_outputs["prompt_text"]
+    before = prompt if isinstance(prompt, str) else prompt.messages[-1]["content"]
+    begins = int(ids[0, -1]) == self.model.config.bos_token_id
+    has_space = isinstance(before, str) and before.endswith(" ")  # which is no token, so the new ones bring it too
+    if return_type == ReturnType.TENSORS or begins or has_space:
+        return records
+    cleans = clean_up_tokenization_spaces
+    cleans = self.tokenizer.clean_up_tokenization_spaces if cleans is None else cleans
+    for record, sequence in zip(records, model_outputs["generated_sequence"][0].tolist(), strict=True):
+        first = sequence[ids.shape[1] : ids.shape[1] + 1]
+        if not "".join(self.tokenizer.convert_ids_to_tokens(first)).startswith("▁"):
+            continue
+        text = record["generated_text"]
+        old = before if return_type == ReturnType.FULL_TEXT else ""
+        whole = text if isinstance(text, str) else text[-1]["content"]
+        new = " " + whole[len(old) :]
+        whole = old + (self.tokenizer.clean_up_tokenization(new) if cleans else new)
+        record["generated_text"] = whole if isinstance(text, str) else [*text[:-1], {**text[-1], "content": whole}]
+    return records

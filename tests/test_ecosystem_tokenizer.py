@@ -23,7 +23,7 @@ from typing import Any
 import jinja2
 import pytest
 import torch
-from transformers import AutoTokenizer, DataCollatorWithPadding, TextStreamer, pipeline
+from transformers import AutoTokenizer, DataCollatorWithPadding, GPT2Config, GPT2LMHeadModel, TextStreamer, pipeline
 
 from chatglm_int8 import ChatGLMConfig, ChatGLMForConditionalGeneration
 from chatglm_int8.tokenization_chatglm import ChatGLMTokenizer
@@ -372,6 +372,61 @@ def test_a_rendered_prompt_in_a_pipeline(tokenizer, model):
     text = tokenizer.apply_chat_template([user("你好")], tokenize=False, add_generation_prompt=True)
     messages = generator([user("你好")], **settings)[0]["generated_text"]
     assert generator(text, **settings)[0]["generated_text"] == messages != ""
+
+
+CONTINUED = "I'm a very"
+NEXT = " small demonstration model"
+
+
+@pytest.mark.parametrize("return_full_text", [True, False])
+@pytest.mark.parametrize("written", [CONTINUED, CONTINUED + " "])
+def test_a_pipeline_goes_on_with_an_answer(tokenizer, model, written, return_full_text):
+    """The new text has the space between it and the old, unless the old ends in one."""
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    settings = {"do_sample": False, "max_new_tokens": 3, "return_full_text": return_full_text}
+    new = NEXT if written == CONTINUED else NEXT.lstrip()
+    messages = [user("hello"), {"role": "assistant", "content": written}]
+    text = generator(messages, **settings)[0]["generated_text"]
+    assert (text[-1]["content"] if return_full_text else text) == (written + new if return_full_text else new)
+    rendered = "hello[gMASK]<sop>" + written
+    assert generator(rendered, **settings)[0]["generated_text"] == (rendered + new if return_full_text else new)
+
+
+def test_a_pipeline_cleans_up_what_it_goes_on_with(tokenizer, model, monkeypatch):
+    new = torch.tensor([tokenizer.convert_tokens_to_ids(["▁", "."])])
+    monkeypatch.setattr(model, "generate", lambda input_ids, **_: torch.cat((input_ids, new), dim=1))
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    text = "hello[gMASK]<sop>I can chat"
+    for cleans, end in ((True, "."), (False, " ."), (None, ".")):
+        assert generator(text, clean_up_tokenization_spaces=cleans)[0]["generated_text"] == text + end
+
+
+def test_pipelines_of_an_answer_from_its_start_and_of_ids(tokenizer, model):
+    """Where nothing is gone on with, the pipeline's records are the usual ones."""
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    settings = {"do_sample": False, "max_new_tokens": 3}
+    ids = tokenizer("hello", return_tensors="pt")["input_ids"]
+    answer = tokenizer.decode(model.generate(ids, **settings)[0, ids.shape[1] :])
+    assert generator("hello", **settings)[0]["generated_text"] == "hello" + answer
+    assert not answer.startswith(" ")
+    ids = generator("hello[gMASK]<sop>" + CONTINUED, return_tensors=True, **settings)[0]["generated_token_ids"]
+    assert tokenizer.decode(ids).endswith(CONTINUED + NEXT)
+
+
+def test_features_are_hidden_states(tokenizer, model):
+    inputs = tokenizer("hello", return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**inputs, output_hidden_states=True).hidden_states[-1]
+    for each in (model, model.transformer):
+        extractor = pipeline("feature-extraction", model=each, tokenizer=tokenizer)
+        assert torch.equal(extractor("hello", return_tensors=True), expected)
+        assert torch.tensor(extractor("hello")).shape == (1, inputs["input_ids"].shape[1], model.config.hidden_size)
+
+
+def test_pipelines_of_other_models_are_the_usual_ones(tokenizer):
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=32, n_embd=8, n_layer=1, n_head=1)
+    extractor = pipeline("feature-extraction", model=GPT2LMHeadModel(config), tokenizer=tokenizer)
+    assert torch.tensor(extractor("hello")).shape[-1] == len(tokenizer)
 
 
 @dataclasses.dataclass

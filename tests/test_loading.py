@@ -235,7 +235,10 @@ tokenizer.save_pretrained(out / "saved")
 facts["package"] = sys.modules.get("chatglm_int8") is not None
 """
 RELOAD = """
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, pipeline
+# This picks the pipeline's class before any code of the folder is loaded.
+extractor = pipeline("feature-extraction", model=str(folder), trust_remote_code=True)
+facts["features"] = list(extractor("hello", return_tensors=True).shape)
 model = AutoModel.from_pretrained(folder, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 facts["class"] = [type(model).__name__, type(model).__module__.split(".")[0]]
@@ -296,6 +299,8 @@ def test_remote_code_in_a_release_folder(release, out):
     assert facts["class"] == ["ChatGLMForConditionalGeneration", "transformers_modules"]
     assert facts["bits"] == 8
     assert facts["ids"] == tokenizer("你好 hello")["input_ids"]
+    hidden_size = json.loads((release / "config.json").read_text())["hidden_size"]
+    assert facts["features"] == [1, len(tokenizer("hello")["input_ids"]), hidden_size]
     expected = torch.load(out / "logits.pt")
     assert torch.equal(torch.load(out / "reloaded.pt"), expected)
     assert torch.equal(expected, logits_of(load(release, dtype=torch.float32), release))
