@@ -220,3 +220,31 @@ def _check_tensor(where: str, stored: torch.Tensor, expected: torch.Tensor, bits
             f"{where} has shape {list(stored.shape)}, but by config.json it should be {list(expected.shape)}: "
             "configuration and weights belong to different models."
         )
+
+
+# What transformers 4 knew and transformers 5 does not; the published scripts and those of its time pass it.
+_IDLE_ARGUMENTS = ("resume_download", "code_revision", "torchscript", "use_flash_attention_2")
+
+
+def translate_arguments(kwargs: dict) -> None:
+    """Bring arguments of transformers 4's `from_pretrained` into the form of transformers 5, in place."""
+    for name in _IDLE_ARGUMENTS:
+        kwargs.pop(name, None)
+    token = kwargs.pop("use_auth_token", None)
+    if token is not None:
+        kwargs.setdefault("token", token)
+    for bits in (8, 4):
+        if kwargs.pop(f"load_in_{bits}bit", False):
+            raise ValueError(
+                f"load_in_{bits}bit=True asks for bitsandbytes, which is not used here: leave it out. Weights "
+                f"that are stored in {bits} bits load so by themselves; for float weights call model.quantize({bits})."
+            )
+
+
+def with_head_at_embedding(device_map: dict, base_prefix: str) -> dict:
+    """The device map with the LM head where the embedding is, if one of them is on the disk: they are one tensor."""
+    names = ("", base_prefix, f"{base_prefix}.word_embeddings")
+    places = [device_map[name] for name in names if name in device_map]
+    if "lm_head" in device_map and places and "disk" in (device_map["lm_head"], places[-1]):
+        return {**device_map, "lm_head": places[-1]}
+    return device_map

@@ -10,7 +10,6 @@ arXiv:2104.09864), P-Tuning v2 (Liu et al. 2021, arXiv:2110.07602), and the publ
 """
 
 import copy
-import functools
 import inspect
 import math
 import os
@@ -39,7 +38,7 @@ from transformers.utils import logging
 
 from .caches import CACHE, GrowingLayer, one_cache
 from .chat_chatglm import ChatMixin
-from .checkpoint import check_checkpoint, read_prefix
+from .checkpoint import check_checkpoint, read_prefix, translate_arguments, with_head_at_embedding
 from .configuration_chatglm import ChatGLMConfig
 from .cuda_graphs import StepCache, StepGraph, forget_steps
 
@@ -61,22 +60,16 @@ from .quantization import (
     is_traced,
     quantize_linears,
 )
-from .sequences import (
-    additive_mask,
-    answer_start,
-    check_counted,
-    check_ids,
-    check_mask,
-    check_not_packed,
-    check_one_piece,
-    check_positions,
-    check_targets,
-    get_masks,
-    get_position_ids,
-    next_in_view,
-    rotary_frequencies,
+from .sequences import check_ids, get_masks, get_position_ids, lay_out, next_in_view, refuse_packed, rotary_frequencies
+from .training_loss import (
+    LOSS_ARGUMENTS,
+    TrainingOutput,
+    causal_loss,
+    check_labels,
+    is_whole,
+    warn_of_scores,
+    with_checked_labels,
 )
-from .training_loss import TrainingOutput, causal_loss, has_label
 
 logger = logging.get_logger(__name__)
 
@@ -321,34 +314,6 @@ def _enter(norm: nn.LayerNorm, module: nn.Module, x: torch.Tensor) -> tuple[torc
     return layer_norm(norm, x), None
 
 
-# What transformers 4 knew and transformers 5 does not; the published scripts and those of its time pass it.
-_IDLE_ARGUMENTS = ("resume_download", "code_revision", "torchscript", "use_flash_attention_2")
-
-
-def _translate_arguments(kwargs: dict) -> None:
-    """Bring arguments of transformers 4's `from_pretrained` into the form of transformers 5, in place."""
-    for name in _IDLE_ARGUMENTS:
-        kwargs.pop(name, None)
-    token = kwargs.pop("use_auth_token", None)
-    if token is not None:
-        kwargs.setdefault("token", token)
-    for bits in (8, 4):
-        if kwargs.pop(f"load_in_{bits}bit", False):
-            raise ValueError(
-                f"load_in_{bits}bit=True asks for bitsandbytes, which is not used here: leave it out. Weights "
-                f"that are stored in {bits} bits load so by themselves; for float weights call model.quantize({bits})."
-            )
-
-
-def _with_head_at_embedding(device_map: dict, base_prefix: str) -> dict:
-    """The device map with the LM head where the embedding is, if one of them is on the disk: they are one tensor."""
-    names = ("", base_prefix, f"{base_prefix}.word_embeddings")
-    places = [device_map[name] for name in names if name in device_map]
-    if "lm_head" in device_map and places and "disk" in (device_map["lm_head"], places[-1]):
-        return {**device_map, "lm_head": places[-1]}
-    return device_map
-
-
 class ChatGLMPreTrainedModel(PreTrainedModel):
     """What the two model classes share: how weights are loaded, and masks and positions of a sequence of ids."""
 
@@ -376,7 +341,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
                 that asks for bitsandbytes.
         """
         folder = pretrained_model_name_or_path
-        _translate_arguments(kwargs)
+        translate_arguments(kwargs)
         if folder is not None and os.path.isdir(folder):
             shape = copy.deepcopy(config)
             if not isinstance(config, PreTrainedConfig):
@@ -395,7 +360,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
                 )
         device_map = kwargs.get("device_map")
         if isinstance(device_map, dict):
-            kwargs["device_map"] = _with_head_at_embedding(device_map, cls.base_model_prefix)
+            kwargs["device_map"] = with_head_at_embedding(device_map, cls.base_model_prefix)
         loaded = super().from_pretrained(folder, *model_args, config=config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._freeze()
@@ -470,11 +435,6 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         return get_position_ids(self.config, input_ids, mask_positions, device, use_gmasks, attention_mask)
 
 
-# Arguments of attention over packed sequences.
-_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
-_OWN_PREFIX = "use this model's own P-Tuning v2 instead (config.pre_seq_len, model.load_prefix)"
-
-
 class ChatGLMModel(ChatGLMPreTrainedModel):
     """Embedding, L GLM blocks and the final LayerNorm.
 
@@ -487,6 +447,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.word_embeddings.stays_half = bool(config.quantization_bit)
         self.layers = nn.ModuleList(GLMBlock(config, layer_idx) for layer_idx in range(config.num_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self._head_dim = config.hidden_size // config.num_attention_heads
         if config.pre_seq_len is not None:
             self.prefix_encoder = PrefixEncoder(config)
             self.dropout = nn.Dropout(0.1)
@@ -504,8 +465,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         config = self.config
         tokens = torch.arange(config.pre_seq_len, device=device).expand(batch_size, -1)
         prefix = self.prefix_encoder(tokens).to(dtype)
-        head_dim = config.hidden_size // config.num_attention_heads
-        prefix = prefix.view(batch_size, -1, config.num_layers, 2, config.num_attention_heads, head_dim)
+        prefix = prefix.view(batch_size, -1, config.num_layers, 2, config.num_attention_heads, self._head_dim)
         return self.dropout(prefix).permute(2, 3, 0, 4, 1, 5)
 
     def forward(
@@ -555,7 +515,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if inputs_embeds is None:
             check_ids(config, input_ids)
             inputs_embeds = self.word_embeddings(input_ids).to(self.dtype)
-        batch, length, _ = inputs_embeds.shape
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
         if type(past_key_values) is DynamicCache and inputs_embeds.device.type == "cpu":
@@ -565,76 +524,16 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             if past_key_values.layer_class_to_replicate is DynamicLayer:
                 past_key_values.layer_class_to_replicate = GrowingLayer
 
-        # Keys that are there already: an int, but a tensor (not to be waited for) in a static cache that is in use.
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        prefix_length = config.pre_seq_len or 0
-        is_known = isinstance(past_length, int) or (length > 1 and not is_traced())
-        is_start = is_known and int(past_length) == 0
-        stored = 0 if is_start else past_length - prefix_length  # ids
-        is_static = past_key_values is not None and past_key_values.is_compileable
-        # Caches of other classes may have more columns than tokens: their masks fit them.
-        is_usual = past_key_values is None or isinstance(past_key_values, Cache)
-        if attention_mask is not None and is_usual and isinstance(stored, int) and not is_traced():
-            widest = stored + length
-            if is_static:
-                widest = past_key_values.layers[0].max_cache_len - prefix_length
-            check_mask(attention_mask, batch, length, range(stored + length, widest + 1))
-        if any(name in kwargs for name in _PACKED):
-            raise ValueError(
-                f"Packed sequences ({', '.join(name for name in _PACKED if name in kwargs)}) can't be used, since each "
-                "prompt sees itself both ways: pad the batch."
-            )
-        if position_ids is not None and position_ids.ndim == 2 and config.position_encoding_2d:
-            check_counted(position_ids, batch, length, attention_mask, stored)
-            position_ids = None
-        known_ids = None
-        if position_ids is None:
-            position_ids, known_ids = self._positions_from_ids(
-                input_ids, attention_mask, past_key_values, stored if isinstance(stored, int) else None
-            )
-        else:
-            check_positions(config, position_ids, batch, length)
-            if position_ids.ndim == 2 and is_start:
-                check_not_packed(position_ids)
-            if hasattr(past_key_values, "chatglm_ids"):
-                del past_key_values.chatglm_ids  # would lack these
-        if length > 1 and not is_start and input_ids is not None and not is_traced():
-            check_one_piece(config, input_ids, position_ids, known_ids)
+        refuse_packed(kwargs)
+        layout = lay_out(config, input_ids, inputs_embeds, position_ids, attention_mask, past_key_values)
         prefixes = [None] * config.num_layers
-        if is_start and config.pre_seq_len is not None:
-            prefixes = self.get_prompt(batch, inputs_embeds.device, inputs_embeds.dtype)
-            past_length = config.pre_seq_len
-
-        context = None  # whose keys are seen by all: [B, S]
-        may_start = is_start or (not isinstance(past_length, int) and is_traced())
-        if may_start and length > 1 and (attention_mask is None or attention_mask.ndim == 2):
-            if input_ids is not None:
-                context = torch.arange(length, device=input_ids.device) < answer_start(config, input_ids)
-            elif config.position_encoding_2d:
-                context = position_ids[:, 1] == 0
-            else:
-                raise ValueError("With inputs_embeds and 1-D positions, pass a 4-D attention_mask: it needs the ids.")
-            if not is_start:
-                context = context & (past_length == 0)
-        key_length = past_key_values.layers[0].max_cache_len if is_static else past_length + length
-        if not is_usual and attention_mask is not None and attention_mask.ndim == 4:
-            key_length = attention_mask.shape[-1]
-        slots = torch.arange(length, device=inputs_embeds.device) + past_length
-        mask = None
-        if length > 1 or attention_mask is not None or is_static:
-            # As attention wants it: of the queries' dtype.
-            mask_dtype = autocast_dtype(inputs_embeds.device.type) or inputs_embeds.dtype
-            mask = additive_mask(config, attention_mask, context, slots, key_length, mask_dtype)
-        if is_start and config.pre_seq_len is not None:
-            slots = torch.arange(past_length + length, device=inputs_embeds.device)
-
-        head_dim = config.hidden_size // config.num_attention_heads
-        rows = position_ids if config.position_encoding_2d else position_ids[:, None]
+        if layout.is_start and config.pre_seq_len is not None:
+            prefixes = self.get_prompt(len(inputs_embeds), inputs_embeds.device, inputs_embeds.dtype)
         block_kwargs = {
-            "attention_mask": mask,
-            "position_embeddings": rotary_embedding(rows, head_dim, inputs_embeds.dtype),
+            "attention_mask": layout.mask,
+            "position_embeddings": rotary_embedding(layout.position_ids, self._head_dim, inputs_embeds.dtype),
             CACHE: past_key_values,
-            "cache_position": slots,
+            "cache_position": layout.cache_position,
             "output_attentions": output_attentions,
             **kwargs,
         }
@@ -666,73 +565,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             hidden_states, _ = block(hidden_states, position_embeddings=position_embeddings, step=step)
         return layer_norm(self.final_layernorm, hidden_states)
 
-    def _positions_from_ids(
-        self,
-        input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
-        stored: int | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions of the new ids, and the ids before them. Positions follow from all ids so far, which the cache
-        remembers for the next call.
-
-        `stored`: how many ids have keys in the cache; None for a static cache that is in use, which is not asked.
-        """
-        if input_ids is None:
-            raise ValueError(
-                "inputs_embeds need position_ids beside them, as positions come from the ids. PEFT's prompt tuning and "
-                f"P-tuning have none: {_OWN_PREFIX}."
-            )
-        batch, new = input_ids.shape
-        known = input_ids[:, :0]
-        if stored != 0:
-            known = getattr(past_key_values, "chatglm_ids", known)[:, :stored]  # it may have been cropped
-            if known.shape[0] != batch or known.shape[1] < (stored or 1):
-                raise ValueError(
-                    "A step on a cache that was filled with explicit position_ids, or has other sequences by now, "
-                    "needs position_ids again: pass model.get_position_ids(all_ids_so_far)[..., -new:]. If PEFT's "
-                    f"prefix tuning filled the cache: {_OWN_PREFIX}."
-                )
-        all_ids = torch.cat((known, input_ids), dim=1)
-        if past_key_values is not None:
-            past_key_values.chatglm_ids = all_ids
-        if attention_mask is not None and attention_mask.ndim == 4:
-            attention_mask = None  # does not tell padding from context
-        return self.get_position_ids(all_ids, attention_mask=attention_mask)[..., -new:], known
-
-
-def _with_checked_labels(forward: Callable) -> Callable:
-    """A forward of the model with the head that looks at labels first, as the model's own does."""
-    names = inspect.signature(ChatGLMForConditionalGeneration.forward)
-
-    @functools.wraps(forward)
-    def checked(self, *args, **kwargs):
-        given = names.bind_partial(self, *args, **kwargs).arguments
-        given.update(given.pop("kwargs", {}))
-        if given.get("labels") is not None and not is_traced():
-            cache = one_cache(given.get("past_key_values"), given.get("cache"))
-            inputs = {name: given.get(name) for name in ("input_ids", "position_ids", "attention_mask")}
-            if _is_whole(inputs["input_ids"], given.get("inputs_embeds"), cache):
-                for_loss = {name: given[name] for name in _LOSS_ARGUMENTS if name in given}
-                in_view = next_in_view(self.config, **inputs)
-                check_targets(self.config, has_label(given["labels"], **for_loss), in_view, inputs["input_ids"])
-        return forward(self, *args, **kwargs)
-
-    return checked
-
-
-def _is_whole(
-    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, past_key_values: Cache | None
-) -> bool:
-    """Whether these are sequences of several tokens from their start."""
-    given = input_ids if inputs_embeds is None else inputs_embeds
-    if given is None or given.ndim < 2 or given.shape[1] < 2:
-        return False
-    return past_key_values is None or int(past_key_values.get_seq_length()) == 0
-
-
-_LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
-
 
 # What the published `quantize` took beside its bits.
 _PUBLISHED_QUANTIZE = {"kernel_file", "use_quantization_cache", "compile_parallel_kernel", "parallel_num", "empty_init"}
@@ -754,7 +586,9 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, ChatGLM
     def __setattr__(self, name: str, value) -> None:
         # TRL and Liger put a forward here that fuses head and loss, and passes the labels by the one below.
         if name == "forward" and inspect.ismethod(value):
-            value = types.MethodType(_with_checked_labels(value.__func__), value.__self__)
+            value = types.MethodType(
+                with_checked_labels(value.__func__, inspect.signature(type(self).forward)), value.__self__
+            )
         super().__setattr__(name, value)
 
     def train(self, mode: bool = True) -> "ChatGLMForConditionalGeneration":
@@ -819,15 +653,15 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, ChatGLM
             # See `prepare_inputs_for_generation`.
             return CausalLMOutputWithPast(logits=past_key_values.step(input_ids), **{CACHE: past_key_values})
         # What the loss takes is not for the blocks.
-        for_loss = {name: kwargs.pop(name) for name in _LOSS_ARGUMENTS if name in kwargs}
+        for_loss = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if name in kwargs}
         is_own_loss = labels is not None and self.loss_function is not ForCausalLMLoss
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        if not is_traced() and not is_own_loss and _is_whole(input_ids, inputs_embeds, past_key_values):
-            in_view = next_in_view(self.config, input_ids, position_ids, attention_mask)
+        if not is_traced() and not is_own_loss and is_whole(input_ids, inputs_embeds, past_key_values):
             if labels is not None:
-                check_targets(self.config, has_label(labels, **for_loss), in_view, input_ids)
+                check_labels(self.config, labels, input_ids, position_ids, attention_mask, **for_loss)
             elif kept != slice(-1, None):
-                self._warn_of_scores(in_view, kept)
+                in_view = next_in_view(self.config, input_ids, position_ids, attention_mask)
+                warn_of_scores(self.config, in_view, kept, self.training and torch.is_grad_enabled())
         output = self.transformer(
             input_ids,
             position_ids,
@@ -842,46 +676,36 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, ChatGLM
         )
         hidden_states = output.last_hidden_state
         fields = {name: output[name] for name in (CACHE, "hidden_states", "attentions") if name in output}
-        vocab_size = self.config.vocab_size
         if labels is None:
             output = CausalLMOutputWithPast(logits=self.score(hidden_states[:, kept]), **fields)
-        elif is_own_loss or torch.compiler.is_compiling() or hasattr(self, "_is_replica"):
-            # A user's own loss; and neither a compiled graph nor DataParallel can hand out what is not computed yet.
-            logits = self.score(hidden_states)
-            loss = self.loss_function(logits, labels, vocab_size=vocab_size, **for_loss, **kwargs)
-            output = CausalLMOutputWithPast(loss=loss, logits=logits[:, kept], **fields)
-        elif torch.is_grad_enabled():
-            loss = causal_loss(self.score, hidden_states, labels, vocab_size, **for_loss)
-            kind = hidden_states.device.type
-            cast_to = autocast_dtype(kind)
-
-            def logits() -> torch.Tensor:
-                with torch.autocast(kind, dtype=cast_to, enabled=cast_to is not None):
-                    return self.score(hidden_states[:, kept])
-
-            output = TrainingOutput.make(logits, self.lm_head, loss, **fields)
         else:
-            logits = self.score(hidden_states)
-            loss = causal_loss(lambda scores: scores, logits, labels, vocab_size, **for_loss)
-            output = CausalLMOutputWithPast(loss=loss, logits=logits[:, kept], **fields)
+            output = self._with_loss(hidden_states, kept, labels, fields, for_loss, kwargs)
         return output if return_dict else output.to_tuple()
 
-    def _warn_of_scores(self, in_view: torch.Tensor | None, kept: slice | torch.Tensor) -> None:
-        """Say once that scores of the `kept` columns are of tokens in view, where a row is nothing but context.
+    def _with_loss(
+        self, hidden_states: torch.Tensor, kept, labels: torch.Tensor, fields: dict, for_loss: dict, others: dict
+    ) -> CausalLMOutputWithPast:
+        """The output with loss, and with logits of the `kept` columns."""
+        vocab_size = self.config.vocab_size
+        is_own = self.loss_function is not ForCausalLMLoss
+        # A user's own loss; and neither a compiled graph nor DataParallel can hand out what is not computed yet.
+        if is_own or torch.compiler.is_compiling() or hasattr(self, "_is_replica"):
+            logits = self.score(hidden_states)
+            loss = self.loss_function(logits, labels, vocab_size=vocab_size, **for_loss, **others)
+            return CausalLMOutputWithPast(loss=loss, logits=logits[:, kept], **fields)
+        if not torch.is_grad_enabled():
+            logits = self.score(hidden_states)
+            loss = causal_loss(lambda scores: scores, logits, labels, vocab_size, **for_loss)
+            return CausalLMOutputWithPast(loss=loss, logits=logits[:, kept], **fields)
+        loss = causal_loss(self.score, hidden_states, labels, vocab_size, **for_loss)
+        kind = hidden_states.device.type
+        cast_to = autocast_dtype(kind)
 
-        `in_view` [B, S]: see `next_in_view`. In training, scores of a prompt alone are of no use either.
-        """
-        last = 2 if self.training and torch.is_grad_enabled() else 1
-        if in_view is None or in_view.shape[1] <= last:
-            return
-        columns = torch.arange(in_view.shape[1], device=in_view.device)[kept]
-        if in_view[:, :-last].all(dim=1).any() & (columns < in_view.shape[1] - 1).any():
-            logger.warning_once(
-                f"A row has no <sop> (id {self.config.bos_token_id}) before its end, so its tokens see each other. "
-                "Scores of all its columns but the last are of tokens in view, and say nothing of how likely they are. "
-                "Build rows with tokenizer.build_inputs_with_special_tokens(prompt_ids, answer_ids), or from messages "
-                "with the chat template."
-            )
+        def logits() -> torch.Tensor:
+            with torch.autocast(kind, dtype=cast_to, enabled=cast_to is not None):
+                return self.score(hidden_states[:, kept])
+
+        return TrainingOutput.make(logits, self.lm_head, loss, **fields)
 
     def run_step(self, step: StepGraph) -> torch.Tensor:
         """The kernels of a recorded step, launched one by one: scores [B, 1, V]."""
@@ -959,9 +783,6 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, ChatGLM
         self.transformer.train(self.training)
         self._freeze()
         return self
-
-    # Beams were scored by their mean over prompt and answer when the model was published, its <eop> not counted;
-    # transformers 5 counts the answer alone, which prefers longer ones. These two keep the published answers.
 
 
 ChatGLMForConditionalGeneration.register_for_auto_class("AutoModel")

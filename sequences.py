@@ -5,10 +5,13 @@ Letters as in `modeling_chatglm`. The context sees itself both ways, everything 
 answer.
 """
 
+import dataclasses
+
 import torch
+from transformers.cache_utils import Cache
 
 from .configuration_chatglm import ChatGLMConfig
-from .quantization import is_traced
+from .quantization import autocast_dtype, is_traced
 
 
 def check_ids(config: ChatGLMConfig, input_ids: torch.Tensor) -> None:
@@ -231,32 +234,180 @@ def next_in_view(
     return torch.nn.functional.pad(in_view, (0, 1))
 
 
-def check_targets(
-    config: ChatGLMConfig, targets: torch.Tensor, in_view: torch.Tensor | None, input_ids: torch.Tensor | None
-) -> None:
-    """Raise a ValueError where the loss would be on tokens in view.
+# Arguments of attention over packed sequences.
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
-    `targets` bool [B, S]: whether a column's scores enter the loss. `in_view` [B, S]: see `next_in_view`.
+
+def refuse_packed(kwargs: dict) -> None:
+    """Raise a ValueError for arguments of attention over packed sequences."""
+    given = [name for name in _PACKED if name in kwargs]
+    if given:
+        raise ValueError(
+            f"Packed sequences ({', '.join(given)}) can't be used, since each prompt sees itself both ways: pad the "
+            "batch."
+        )
+
+
+_OWN_PREFIX = "use this model's own P-Tuning v2 instead (config.pre_seq_len, model.load_prefix)"
+
+
+class _Past:
+    """What a cache holds before S new tokens.
+
+    Attributes:
+        length: keys, with those of a prefix: an int, but a tensor (not to be waited for) in a static cache in use.
+        is_start: whether it is known to be empty.
+        ids: how many ids have keys.
+        is_static: whether the cache has all its columns from the start.
+        is_foreign: whether its class is not transformers'. It may have more columns than tokens; masks fit those.
     """
-    if in_view is None or targets.shape[1:] != in_view.shape[1:] or len(in_view) not in (1, len(targets)):
-        return  # the loss refuses labels of another shape
-    wrong = targets.to(in_view.device) & in_view
-    if not wrong.any():
-        return
-    row, column = wrong.nonzero()[0].tolist()
-    found = f"Row {row} has a label on column {column + 1}, "
-    start = None if input_ids is None else int(answer_start(config, input_ids)[row])
-    if start is not None and column + 1 >= start:
-        raise ValueError(f"{found}which its attention_mask lets column {column} see: hide it, or label it -100.")
-    if start == len(in_view[row]):
-        found += f"and has no <sop> (id {config.bos_token_id})"
+
+    def __init__(self, config: ChatGLMConfig, cache: Cache | None, new: int):
+        self.length = 0 if cache is None else cache.get_seq_length()
+        is_known = isinstance(self.length, int) or (new > 1 and not is_traced())
+        self.is_start = is_known and int(self.length) == 0
+        self.ids = 0 if self.is_start else self.length - (config.pre_seq_len or 0)
+        self.is_static = cache is not None and cache.is_compileable
+        self.is_foreign = cache is not None and not isinstance(cache, Cache)
+
+
+@dataclasses.dataclass
+class Layout:
+    """Where new tokens stand and what they see.
+
+    Attributes:
+        position_ids: int64 [B, R, S].
+        mask: what is added to the scores, [B or 1, 1, S, T]; None where all keys are seen.
+        cache_position: the columns of the cache that are written: int64 [S], with those of a prefix [P + S].
+        is_start: whether the sequences begin here.
+    """
+
+    position_ids: torch.Tensor
+    mask: torch.Tensor | None
+    cache_position: torch.Tensor
+    is_start: bool
+
+
+def lay_out(
+    config: ChatGLMConfig,
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    cache: Cache | None,
+) -> Layout:
+    """Positions and mask of new tokens; arguments and errors as of `ChatGLMModel.forward`.
+
+    `inputs_embeds` [B, S, hidden] are there beside ids, too.
+    """
+    batch, length, _ = inputs_embeds.shape
+    prefix_length = config.pre_seq_len or 0
+    past = _Past(config, cache, length)
+    columns = cache.layers[0].max_cache_len if past.is_static else None
+    if attention_mask is not None and not past.is_foreign and isinstance(past.ids, int) and not is_traced():
+        widest = past.ids + length if columns is None else columns - prefix_length
+        check_mask(attention_mask, batch, length, range(past.ids + length, widest + 1))
+    position_ids, known_ids = _positions(config, input_ids, inputs_embeds, position_ids, attention_mask, cache, past)
+    if length > 1 and not past.is_start and input_ids is not None and not is_traced():
+        check_one_piece(config, input_ids, position_ids, known_ids)
+
+    start = prefix_length if past.is_start else past.length
+    queries = torch.arange(length, device=inputs_embeds.device) + start
+    mask = None
+    if length > 1 or attention_mask is not None or past.is_static:
+        keys = start + length if columns is None else columns
+        if past.is_foreign and attention_mask is not None and attention_mask.ndim == 4:
+            keys = attention_mask.shape[-1]
+        context = _context(config, input_ids, position_ids, attention_mask, past, length)
+        # As attention wants it: of the queries' dtype.
+        dtype = autocast_dtype(inputs_embeds.device.type) or inputs_embeds.dtype
+        mask = additive_mask(config, attention_mask, context, queries, keys, dtype)
+    written = queries
+    if past.is_start and prefix_length:
+        written = torch.arange(start + length, device=inputs_embeds.device)
+    rows = position_ids if config.position_encoding_2d else position_ids[:, None]
+    return Layout(rows, mask, written, past.is_start)
+
+
+def _positions(
+    config: ChatGLMConfig,
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    cache: Cache | None,
+    past: _Past,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Positions of the new tokens, given or derived, and the ids before them where the cache knows those."""
+    batch, length, _ = inputs_embeds.shape
+    if position_ids is not None and position_ids.ndim == 2 and config.position_encoding_2d:
+        check_counted(position_ids, batch, length, attention_mask, past.ids)
+        position_ids = None
+    if position_ids is None:
+        stored = past.ids if isinstance(past.ids, int) else None
+        return _positions_from_ids(config, input_ids, attention_mask, cache, stored)
+    check_positions(config, position_ids, batch, length)
+    if position_ids.ndim == 2 and past.is_start:
+        check_not_packed(position_ids)
+    if hasattr(cache, "chatglm_ids"):
+        del cache.chatglm_ids  # would lack these
+    return position_ids, None
+
+
+def _positions_from_ids(
+    config: ChatGLMConfig,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    stored: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions of the new ids, and the ids before them. Positions follow from all ids so far, which the cache
+    remembers for the next call.
+
+    `stored`: how many ids have keys in the cache; None for a static cache that is in use, which is not asked.
+    """
+    if input_ids is None:
+        raise ValueError(
+            "inputs_embeds need position_ids beside them, as positions come from the ids. PEFT's prompt tuning and "
+            f"P-tuning have none: {_OWN_PREFIX}."
+        )
+    batch, new = input_ids.shape
+    known = input_ids[:, :0]
+    if stored != 0:
+        known = getattr(past_key_values, "chatglm_ids", known)[:, :stored]  # it may have been cropped
+        if known.shape[0] != batch or known.shape[1] < (stored or 1):
+            raise ValueError(
+                "A step on a cache that was filled with explicit position_ids, or has other sequences by now, "
+                "needs position_ids again: pass model.get_position_ids(all_ids_so_far)[..., -new:]. If PEFT's "
+                f"prefix tuning filled the cache: {_OWN_PREFIX}."
+            )
+    all_ids = torch.cat((known, input_ids), dim=1)
+    if past_key_values is not None:
+        past_key_values.chatglm_ids = all_ids
+    if attention_mask is not None and attention_mask.ndim == 4:
+        attention_mask = None  # does not tell padding from context
+    return get_position_ids(config, all_ids, attention_mask=attention_mask)[..., -new:], known
+
+
+def _context(
+    config: ChatGLMConfig,
+    input_ids: torch.Tensor | None,
+    position_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past: _Past,
+    length: int,
+) -> torch.Tensor | None:
+    """Whose keys are seen by all, bool [B, S]; None where there are none, or where a 4-D mask says it."""
+    may_start = past.is_start or (not isinstance(past.length, int) and is_traced())
+    if not may_start or length == 1 or (attention_mask is not None and attention_mask.ndim == 4):
+        return None
+    if input_ids is not None:
+        context = torch.arange(length, device=input_ids.device) < answer_start(config, input_ids)
+    elif config.position_encoding_2d:
+        context = position_ids[:, 1] == 0
     else:
-        found += "before its first <sop>" + ("" if start is None else f" (column {start})")
-    raise ValueError(
-        f"{found}. What stands there is a prompt, whose tokens see each other, so a loss on them teaches nothing but "
-        "to copy. Build rows with tokenizer.build_inputs_with_special_tokens(prompt_ids, answer_ids), or from "
-        "messages with the chat template, and label the answer alone: -100 on the prompt."
-    )
+        raise ValueError("With inputs_embeds and 1-D positions, pass a 4-D attention_mask: it needs the ids.")
+    return context if past.is_start else context & (past.length == 0)
 
 
 def additive_mask(

@@ -7,13 +7,26 @@ loss takes the LM head by a few hundred rows at a time, and computes them again 
 checkpointing: Chen et al. 2016, arXiv:1604.06174). Rows without a label are left out.
 """
 
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
+
+from .configuration_chatglm import ChatGLMConfig
+from .quantization import is_traced
+from .sequences import answer_start, next_in_view
+
+logger = logging.get_logger(__name__)
+
+# Arguments of `causal_loss` that the model's forward hands on.
+LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
 # Scores that exist at the same time: 128 MB in float32.
 _CHUNK_NUMEL = 1 << 25
@@ -132,3 +145,89 @@ class TrainingOutput(CausalLMOutputWithPast):
 
     def get(self, key, default=None):
         return self.logits if key == "logits" and key in self else super().get(key, default)
+
+
+def check_labels(
+    config: ChatGLMConfig,
+    labels: torch.Tensor,
+    input_ids: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    **for_loss,
+) -> None:
+    """Raise a ValueError where the loss of whole sequences would be on tokens in view; arguments as of the model."""
+    in_view = next_in_view(config, input_ids, position_ids, attention_mask)
+    _check_targets(config, has_label(labels, **for_loss), in_view, input_ids)
+
+
+def _check_targets(
+    config: ChatGLMConfig, targets: torch.Tensor, in_view: torch.Tensor | None, input_ids: torch.Tensor | None
+) -> None:
+    """Raise a ValueError where the loss would be on tokens in view.
+
+    `targets` bool [B, S]: whether a column's scores enter the loss. `in_view` [B, S]: see `next_in_view`.
+    """
+    if in_view is None or targets.shape[1:] != in_view.shape[1:] or len(in_view) not in (1, len(targets)):
+        return  # the loss refuses labels of another shape
+    wrong = targets.to(in_view.device) & in_view
+    if not wrong.any():
+        return
+    row, column = wrong.nonzero()[0].tolist()
+    found = f"Row {row} has a label on column {column + 1}, "
+    start = None if input_ids is None else int(answer_start(config, input_ids)[row])
+    if start is not None and column + 1 >= start:
+        raise ValueError(f"{found}which its attention_mask lets column {column} see: hide it, or label it -100.")
+    if start == len(in_view[row]):
+        found += f"and has no <sop> (id {config.bos_token_id})"
+    else:
+        found += "before its first <sop>" + ("" if start is None else f" (column {start})")
+    raise ValueError(
+        f"{found}. What stands there is a prompt, whose tokens see each other, so a loss on them teaches nothing but "
+        "to copy. Build rows with tokenizer.build_inputs_with_special_tokens(prompt_ids, answer_ids), or from "
+        "messages with the chat template, and label the answer alone: -100 on the prompt."
+    )
+
+
+def warn_of_scores(
+    config: ChatGLMConfig, in_view: torch.Tensor | None, kept: slice | torch.Tensor, in_training: bool
+) -> None:
+    """Say once that scores of the `kept` columns are of tokens in view, where a row is nothing but context.
+
+    `in_view` [B, S]: see `next_in_view`. In training, scores of a prompt alone are of no use either.
+    """
+    last = 2 if in_training else 1
+    if in_view is None or in_view.shape[1] <= last:
+        return
+    columns = torch.arange(in_view.shape[1], device=in_view.device)[kept]
+    if in_view[:, :-last].all(dim=1).any() & (columns < in_view.shape[1] - 1).any():
+        logger.warning_once(
+            f"A row has no <sop> (id {config.bos_token_id}) before its end, so its tokens see each other. Scores of "
+            "all its columns but the last are of tokens in view, and say nothing of how likely they are. Build rows "
+            "with tokenizer.build_inputs_with_special_tokens(prompt_ids, answer_ids), or from messages with the chat "
+            "template."
+        )
+
+
+def is_whole(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, cache: Cache | None) -> bool:
+    """Whether these are sequences of several tokens from their start."""
+    given = input_ids if inputs_embeds is None else inputs_embeds
+    if given is None or given.ndim < 2 or given.shape[1] < 2:
+        return False
+    return cache is None or int(cache.get_seq_length()) == 0
+
+
+def with_checked_labels(forward: Callable, names: inspect.Signature) -> Callable:
+    """A forward in the place of the model's own, whose signature is `names`, that checks labels first."""
+
+    @functools.wraps(forward)
+    def checked(self, *args, **kwargs):
+        given = names.bind_partial(self, *args, **kwargs).arguments
+        given.update(given.pop("kwargs", {}))
+        cache = given.get("past_key_values", given.get("cache"))
+        has_labels = given.get("labels") is not None and not is_traced()
+        if has_labels and is_whole(given.get("input_ids"), given.get("inputs_embeds"), cache):
+            taken = ("labels", "input_ids", "position_ids", "attention_mask", *LOSS_ARGUMENTS)
+            check_labels(self.config, **{name: given[name] for name in taken if name in given})
+        return forward(self, *args, **kwargs)
+
+    return checked

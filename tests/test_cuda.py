@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModel, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from chatglm_int8 import cuda_graphs, generation_chatglm, quantization
+from chatglm_int8 import cuda_graphs, generation_chatglm, ops
 from chatglm_int8.apps.server.answers import Sampling
 from chatglm_int8.apps.server.scheduler import Scheduler
 from chatglm_int8.cuda_graphs import StepCache, StepGraph
@@ -99,7 +99,7 @@ def unrecorded_step(self, input_ids):
     self._make_ready(self._model())
     graph.slots.fill_(length)
     graph.ids.copy_(input_ids[:, 0])
-    logits = graph.run(self._model())
+    logits = self._model().run_step(graph)
     for layer in self.layers:
         layer.length += 1
     self._slot = -1
@@ -350,8 +350,8 @@ def test_norms_in_training_give_what_the_product_takes(reentrant, golden_model, 
     peft = pytest.importorskip("peft")
     ids, labels = (cases[f"base_labels.{name}"].cuda() for name in ("input_ids", "labels"))
     count = []
-    norm = quantization.cuda_training_norm
-    monkeypatch.setattr(quantization, "cuda_training_norm", lambda *given: count.append(0) or norm(*given))
+    norm = ops.cuda_training_norm
+    monkeypatch.setattr(ops, "cuda_training_norm", lambda *given: count.append(0) or norm(*given))
 
     def gradients(stored: torch.dtype, autocast: bool, change=None) -> list[torch.Tensor]:
         torch.manual_seed(0)
