@@ -4,6 +4,7 @@ Nothing here reads more than the files' headers, except `read_prefix`. Formats: 
 length in 8 bytes), PyTorch's zip archives, and the index files that name the shard of each tensor.
 """
 
+import copy
 import json
 import os
 import pickle
@@ -11,6 +12,10 @@ import zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedConfig
+
+from .configuration_chatglm import ChatGLMConfig
 
 # In the order in which transformers looks for them.
 _WEIGHT_FILES = (
@@ -248,3 +253,70 @@ def with_head_at_embedding(device_map: dict, base_prefix: str) -> dict:
     if "lm_head" in device_map and places and "disk" in (device_map["lm_head"], places[-1]):
         return {**device_map, "lm_head": places[-1]}
     return device_map
+
+
+def check_folder(model_class: type, folder: str | os.PathLike, config, kwargs: dict) -> None:
+    """`check_checkpoint` of a local folder, before `model_class.from_pretrained(folder, config=config, **kwargs)`."""
+    if kwargs.get("ignore_mismatched_sizes"):
+        return
+    shape = copy.deepcopy(config)
+    if not isinstance(config, PreTrainedConfig):
+        fields = {name: value for name, value in kwargs.items() if name not in ("dtype", "torch_dtype")}
+        shape = model_class.config_class.from_pretrained(config or folder, **fields)
+    with torch.device("meta"):
+        expected = model_class(shape).state_dict()
+    check_checkpoint(
+        os.path.join(folder, kwargs.get("subfolder", "")),
+        expected,
+        shape.quantization_bit,
+        shape.tie_word_embeddings,
+        model_class.base_model_prefix,
+    )
+
+
+class PrefixEncoder(nn.Module):
+    """The learned keys and values of P-Tuning v2.
+
+    With `prefix_projection`, `embedding` is [P, hidden] and `trans` widens it; else it is [P, 2·L·hidden] itself.
+    """
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        width = 2 * config.num_layers * config.hidden_size
+        if config.prefix_projection:
+            self.embedding = nn.Embedding(config.pre_seq_len, config.hidden_size)
+            self.trans = nn.Sequential(
+                nn.Linear(config.hidden_size, config.hidden_size), nn.Tanh(), nn.Linear(config.hidden_size, width)
+            )
+        else:
+            self.embedding = nn.Embedding(config.pre_seq_len, width)
+            self.trans = nn.Identity()
+        for module in self.modules():
+            module.is_prefix = True  # for `_init_weights`, which sees each module alone
+
+    def forward(self, prefix_tokens: torch.Tensor) -> torch.Tensor:
+        """int64 [B, P] → float [B, P, 2·L·hidden]."""
+        return self.trans(self.embedding(prefix_tokens))
+
+
+def load_prefix_encoder(
+    path: str | os.PathLike, config: ChatGLMConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[PrefixEncoder, dict]:
+    """The prefix encoder in a file or folder, and the fields of the configuration that say its shape.
+
+    Raises:
+        OSError: no readable file there.
+        ValueError: a file without a prefix, or with one of another model's shape.
+    """
+    state = read_prefix(path)
+    found = {"pre_seq_len": len(state["embedding.weight"]), "prefix_projection": "trans.0.weight" in state}
+    config = copy.deepcopy(config)
+    config.update(found)
+    with torch.device("meta"):
+        encoder = PrefixEncoder(config).to(dtype)
+    encoder.to_empty(device=device)
+    try:
+        encoder.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"The prefix in {path} was made for a model of another shape: {error}") from None
+    return encoder, found

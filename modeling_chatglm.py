@@ -9,7 +9,6 @@ context and then counts the answer. Sources: GLM (Du et al. 2022, arXiv:2103.103
 arXiv:2104.09864), P-Tuning v2 (Liu et al. 2021, arXiv:2110.07602), and the published checkpoint.
 """
 
-import copy
 import inspect
 import math
 import os
@@ -24,7 +23,6 @@ import torch
 from torch import nn
 from transformers import (
     DynamicCache,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers import initialization as init
@@ -38,7 +36,7 @@ from transformers.utils import logging
 
 from .caches import CACHE, GrowingLayer, one_cache
 from .chat_chatglm import ChatMixin
-from .checkpoint import check_checkpoint, read_prefix, translate_arguments, with_head_at_embedding
+from .checkpoint import PrefixEncoder, check_folder, load_prefix_encoder, translate_arguments, with_head_at_embedding
 from .configuration_chatglm import ChatGLMConfig
 from .cuda_graphs import StepCache, StepGraph, forget_steps
 
@@ -56,7 +54,7 @@ from .quantization import (
     HalfLinear,
     QuantizedLinear,
     autocast_dtype,
-    check_bits,
+    check_quantizable,
     is_traced,
     quantize_linears,
 )
@@ -79,31 +77,6 @@ def _linear(config: ChatGLMConfig, in_features: int, out_features: int) -> nn.Li
     if config.quantization_bit:
         return QuantizedLinear(in_features, out_features, bits=config.quantization_bit)
     return nn.Linear(in_features, out_features)
-
-
-class PrefixEncoder(nn.Module):
-    """The learned keys and values of P-Tuning v2.
-
-    With `prefix_projection`, `embedding` is [P, hidden] and `trans` widens it; else it is [P, 2·L·hidden] itself.
-    """
-
-    def __init__(self, config: ChatGLMConfig):
-        super().__init__()
-        width = 2 * config.num_layers * config.hidden_size
-        if config.prefix_projection:
-            self.embedding = nn.Embedding(config.pre_seq_len, config.hidden_size)
-            self.trans = nn.Sequential(
-                nn.Linear(config.hidden_size, config.hidden_size), nn.Tanh(), nn.Linear(config.hidden_size, width)
-            )
-        else:
-            self.embedding = nn.Embedding(config.pre_seq_len, width)
-            self.trans = nn.Identity()
-        for module in self.modules():
-            module.is_prefix = True  # for `_init_weights`, which sees each module alone
-
-    def forward(self, prefix_tokens: torch.Tensor) -> torch.Tensor:
-        """int64 [B, P] → float [B, P, 2·L·hidden]."""
-        return self.trans(self.embedding(prefix_tokens))
 
 
 def rotary_embedding(
@@ -343,21 +316,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         folder = pretrained_model_name_or_path
         translate_arguments(kwargs)
         if folder is not None and os.path.isdir(folder):
-            shape = copy.deepcopy(config)
-            if not isinstance(config, PreTrainedConfig):
-                fields = {name: value for name, value in kwargs.items() if name not in ("dtype", "torch_dtype")}
-                shape = cls.config_class.from_pretrained(config or folder, **fields)
-            with torch.device("meta"):
-                expected = cls(shape).state_dict()
-            folder_of_weights = os.path.join(folder, kwargs.get("subfolder", ""))
-            if not kwargs.get("ignore_mismatched_sizes"):
-                check_checkpoint(
-                    folder_of_weights,
-                    expected,
-                    shape.quantization_bit,
-                    shape.tie_word_embeddings,
-                    cls.base_model_prefix,
-                )
+            check_folder(cls, folder, config, kwargs)
         device_map = kwargs.get("device_map")
         if isinstance(device_map, dict):
             kwargs["device_map"] = with_head_at_embedding(device_map, cls.base_model_prefix)
@@ -414,25 +373,13 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
             return
         super()._init_weights(module)
 
-    def get_masks(
-        self,
-        input_ids: torch.Tensor,
-        device: torch.device | str | None = None,
-        attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """See `sequences.get_masks`."""
-        return get_masks(self.config, input_ids, device, attention_mask)
+    def get_masks(self, input_ids: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """See `sequences.get_masks`, which takes the configuration first."""
+        return get_masks(self.config, input_ids, *args, **kwargs)
 
-    def get_position_ids(
-        self,
-        input_ids: torch.Tensor,
-        mask_positions: list[int] | torch.Tensor | None = None,
-        device: torch.device | str | None = None,
-        use_gmasks: list[bool] | None = None,
-        attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """See `sequences.get_position_ids`."""
-        return get_position_ids(self.config, input_ids, mask_positions, device, use_gmasks, attention_mask)
+    def get_position_ids(self, input_ids: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """See `sequences.get_position_ids`, which takes the configuration first."""
+        return get_position_ids(self.config, input_ids, *args, **kwargs)
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
@@ -564,10 +511,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         for block in self.layers:
             hidden_states, _ = block(hidden_states, position_embeddings=position_embeddings, step=step)
         return layer_norm(self.final_layernorm, hidden_states)
-
-
-# What the published `quantize` took beside its bits.
-_PUBLISHED_QUANTIZE = {"kernel_file", "use_quantization_cache", "compile_parallel_kernel", "parallel_num", "empty_init"}
 
 
 class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, ChatGLMGenerationMixin):
@@ -732,24 +675,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, ChatGLM
                 weights that are offloaded.
             TypeError: other arguments.
         """
-        check_bits(bits)
-        unknown = published.keys() - _PUBLISHED_QUANTIZE
-        if unknown:
-            raise TypeError(f"quantize got unexpected arguments: {', '.join(sorted(unknown))}.")
-        if quantize_embeddings:
-            raise ValueError("quantize_embeddings must be False: embedding and LM head stay in floating point.")
-        if any(hasattr(module, "base_layer") for module in self.transformer.layers.modules()):
-            raise ValueError(
-                "The model has PEFT's adapters in its blocks, which would be quantised with them: call quantize before "
-                "get_peft_model, or after merge_and_unload."
-            )
-        if self.config.quantization_bit not in (0, bits):
-            raise ValueError(
-                f"The model is quantised to {self.config.quantization_bit} bits already and can't go to {bits}: "
-                "load the float weights and quantise those."
-            )
-        if any(parameter.is_meta for parameter in self.transformer.layers.parameters()):
-            raise ValueError("Weights of the model are offloaded: quantise it first, then save and offload it.")
+        check_quantizable(self, bits, quantize_embeddings, published)
         quantize_linears(self.transformer.layers, bits)
         self.config.quantization_bit = bits
         self._keep_embeddings_half()
@@ -765,17 +691,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, ChatGLM
             OSError: no readable file there.
             ValueError: a file without a prefix, or with one of another model's shape.
         """
-        state = read_prefix(path)
-        found = {"pre_seq_len": len(state["embedding.weight"]), "prefix_projection": "trans.0.weight" in state}
-        config = copy.deepcopy(self.config)
-        config.update(found)
-        with torch.device("meta"):
-            encoder = PrefixEncoder(config).to(self.dtype)
-        encoder.to_empty(device=self.device)
-        try:
-            encoder.load_state_dict(state)
-        except RuntimeError as error:
-            raise ValueError(f"The prefix in {path} was made for a model of another shape: {error}") from None
+        encoder, found = load_prefix_encoder(path, self.config, self.device, self.dtype)
         forget_steps(self)  # recorded without the prefix
         self.config.update(found)
         self.transformer.prefix_encoder = encoder

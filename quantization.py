@@ -429,6 +429,32 @@ class QuantizedLinear(nn.Linear):
         return f"{super().extra_repr()}, bits={self.bits}"
 
 
+# What the published `quantize` took beside its bits.
+_PUBLISHED_QUANTIZE = {"kernel_file", "use_quantization_cache", "compile_parallel_kernel", "parallel_num", "empty_init"}
+
+
+def check_quantizable(model: nn.Module, bits: int, quantize_embeddings: bool, published: dict) -> None:
+    """Raise what `ChatGLMForConditionalGeneration.quantize` says; arguments as of it."""
+    check_bits(bits)
+    unknown = published.keys() - _PUBLISHED_QUANTIZE
+    if unknown:
+        raise TypeError(f"quantize got unexpected arguments: {', '.join(sorted(unknown))}.")
+    if quantize_embeddings:
+        raise ValueError("quantize_embeddings must be False: embedding and LM head stay in floating point.")
+    if any(hasattr(module, "base_layer") for module in model.transformer.layers.modules()):
+        raise ValueError(
+            "The model has PEFT's adapters in its blocks, which would be quantised with them: call quantize before "
+            "get_peft_model, or after merge_and_unload."
+        )
+    if model.config.quantization_bit not in (0, bits):
+        raise ValueError(
+            f"The model is quantised to {model.config.quantization_bit} bits already and can't go to {bits}: "
+            "load the float weights and quantise those."
+        )
+    if any(parameter.is_meta for parameter in model.transformer.layers.parameters()):
+        raise ValueError("Weights of the model are offloaded: quantise it first, then save and offload it.")
+
+
 def quantize_linears(module: nn.Module, bits: int) -> None:
     """Replace every `nn.Linear` below `module` by a `QuantizedLinear`, one at a time, freeing each float weight.
 
