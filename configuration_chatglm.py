@@ -2,7 +2,13 @@
 
 from typing import ClassVar
 
-from .transformers_version import NEEDED  # noqa: F401  first: it raises before the names that version 4 lacks
+import transformers
+
+if int(transformers.__version__.split(".")[0]) < 5:  # before names that version 4 lacks
+    raise ImportError(
+        f"This code needs transformers 5 or newer, but version {transformers.__version__} is installed: "
+        "pip install -U 'transformers>=5'."
+    )
 
 # isort: split
 from transformers import PreTrainedConfig

@@ -24,9 +24,8 @@ from transformers.generation import GenerationMode
 from transformers.pipelines.text_generation import ReturnType
 from transformers.utils import logging
 
-from .caches import CACHE, one_cache
 from .configuration_chatglm import ChatGLMConfig
-from .cuda_graphs import StepCache, can_record, draw
+from .cuda_graphs import CACHE, StepCache, can_record, draw, one_cache
 from .sequences import answer_start, check_ids, check_mask, hidden_keys
 
 logger = logging.get_logger(__name__)

@@ -16,15 +16,12 @@ import types
 from collections.abc import Callable
 from typing import ClassVar
 
-from .transformers_version import NEEDED  # noqa: F401  first: it raises before the names that version 4 lacks
+from .configuration_chatglm import ChatGLMConfig  # first: it raises where transformers is too old for what follows
 
 # isort: split
 import torch
 from torch import nn
-from transformers import (
-    DynamicCache,
-    PreTrainedModel,
-)
+from transformers import DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -32,13 +29,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging
 
-from .caches import CACHE, GrowingLayer, one_cache
 from .chat_chatglm import ChatMixin
 from .checkpoint import PrefixEncoder, check_folder, load_prefix_encoder, translate_arguments, with_head_at_embedding
-from .configuration_chatglm import ChatGLMConfig
-from .cuda_graphs import StepCache, StepGraph, forget_steps
+from .cuda_graphs import CACHE, GrowingLayer, StepCache, StepGraph, forget_steps, one_cache
 
 # Early transformers 5 brings along only what this very file imports, so the kernels of the others stand here.
 from .cuda_plans import MODULES  # noqa: F401
@@ -68,8 +62,6 @@ from .training_loss import (
     warn_of_scores,
     with_checked_labels,
 )
-
-logger = logging.get_logger(__name__)
 
 
 def _linear(config: ChatGLMConfig, in_features: int, out_features: int) -> nn.Linear:

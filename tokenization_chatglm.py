@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import transformers
 from sentencepiece import SentencePieceProcessor
 
-if int(transformers.__version__.split(".")[0]) < 5:  # as transformers_version.py says; this file stands alone
+if int(transformers.__version__.split(".")[0]) < 5:  # as in configuration_chatglm; this file stands alone
     raise ImportError(
         f"This code needs transformers 5 or newer, but version {transformers.__version__} is installed: "
         "pip install -U 'transformers>=5'."

@@ -266,7 +266,7 @@ def main() -> int:
     if arguments.random:
         command = [__file__, "--random", str(arguments.random), *options]
     else:
-        command = ["-m", "chatglm_int8", "serve", "--model", arguments.model, *options]
+        command = ["-m", "chatglm_int8.apps", "serve", "--model", arguments.model, *options]
         command += ["--max-batch", str(BATCH), "--max-queue", str(QUEUE)]
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores: {' '.join(command)}")
     server = Server(command)

@@ -30,7 +30,7 @@ for folder in ("examples", "benchmarks"):
 import make_checkpoint  # noqa: E402
 import make_vocabulary  # noqa: E402
 
-CHAT = [sys.executable, "-m", "chatglm_int8", "chat"]
+CHAT = [sys.executable, "-m", "chatglm_int8.apps", "chat"]
 MODULES = {"checkpoint.py", "configuration_chatglm.py", "modeling_chatglm.py", "quantization.py"}
 TINY = {"vocab_size": 1024, "hidden_size": 32, "num_layers": 2, "num_attention_heads": 2, "max_sequence_length": 2048}
 

@@ -37,7 +37,7 @@ class Cluster:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "chatglm_int8", "ray", "--port", str(port), "--dtype", "float32"]
+        command = [sys.executable, "-m", "chatglm_int8.apps", "ray", "--port", str(port), "--dtype", "float32"]
         command += ["--min-replicas", "2", "--max-replicas", "2", "--cpus", "0.5", "--device", "cpu"]
         self.log = log
         with open(log, "wb") as file:

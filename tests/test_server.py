@@ -897,7 +897,7 @@ def test_command_and_sigterm(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "chatglm_int8", "serve", "--port", str(port), "--device", "cpu"]
+    command = [sys.executable, "-m", "chatglm_int8.apps", "serve", "--port", str(port), "--device", "cpu"]
     with open(tmp_path / "log", "wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
