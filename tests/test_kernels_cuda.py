@@ -15,7 +15,7 @@ import torch
 
 from chatglm_int8 import cuda_plans, cuda_runtime, kernels_cuda
 from chatglm_int8.modeling_chatglm import apply_rotary, rotary_embedding
-from chatglm_int8.ops import _Rotation
+from chatglm_int8.ops import rotate
 from chatglm_int8.quantization import dequantize_weight
 
 MODULES = cuda_plans.MODULES
@@ -681,8 +681,7 @@ class TestOperations:
         qkv = torch.randn(batch, length, heads, 3 * head_dim, device="cuda", requires_grad=True).to(dtype)
         qkv.retain_grad()
         angles = rotary_embedding(torch.randint(0, 2000, (batch, rows, length), device="cuda"), head_dim, dtype)
-        assert kernels_cuda.can_rotate(qkv, *angles)
-        got = _Rotation.apply(qkv, *angles, False)
+        got = rotate(torch.nn.Identity(), qkv, *angles)
         upstream = torch.randn_like(got)
         got.backward(upstream)
 
@@ -697,8 +696,9 @@ class TestOperations:
     def test_what_is_not_rotated(self, dtype):
         angles = torch.zeros(1, 2, 1, 2, 8, device="cuda", dtype=dtype)
         qkv = torch.zeros(1, 2, 3, 48, device="cuda", dtype=dtype)
-        assert not kernels_cuda.can_rotate(qkv, angles, angles)  # parts of 8
+        made_by = torch.nn.Identity()
+        assert rotate(made_by, qkv, angles, angles) is None  # parts of 8
         angles = angles.repeat(1, 1, 1, 1, 2)
-        assert kernels_cuda.can_rotate(qkv, angles, angles)
-        assert not kernels_cuda.can_rotate(qkv, angles.float(), angles)
-        assert not kernels_cuda.can_rotate(qkv.float(), angles.float(), angles.float())
+        assert rotate(made_by, qkv, angles, angles) is not None
+        assert rotate(made_by, qkv, angles.float(), angles) is None
+        assert rotate(made_by, qkv.float(), angles.float(), angles.float()) is None
