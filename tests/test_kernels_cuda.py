@@ -698,7 +698,7 @@ class TestOperations:
         qkv = torch.zeros(1, 2, 3, 48, device="cuda", dtype=dtype)
         made_by = torch.nn.Identity()
         assert rotate(made_by, qkv, angles, angles) is None  # parts of 8
-        angles = angles.repeat(1, 1, 1, 1, 2)
+        qkv, angles = qkv.repeat(1, 1, 1, 2), angles.repeat(1, 1, 1, 1, 2)
         assert rotate(made_by, qkv, angles, angles) is not None
         assert rotate(made_by, qkv, angles.float(), angles) is None
         assert rotate(made_by, qkv.float(), angles.float(), angles.float()) is None
