@@ -473,6 +473,34 @@ def quantize_linears(module: nn.Module, bits: int) -> None:
             raise ValueError(f"{name}: {error}") from None
 
 
+# Of a half weight: what gives another half weight, and what computes with it. PEFT puts trained rows in by index_copy.
+_KEPT = {"T", "mT", "t", "transpose", "permute", "index_copy"}
+_PRODUCTS = {"linear", "matmul", "mm", "mv", "bmm", "addmm", "addmv", "einsum", "tensordot", "inner", "index_copy"}
+
+
+class _Half(torch.Tensor):
+    """A half weight that PyTorch's products take as float32 beside float32, where they would refuse half."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        name, given = getattr(func, "__name__", ""), (args, kwargs or {})
+        name = func.__self__.__name__ if name == "__get__" else name.strip("_").removeprefix("r")
+        with torch._C.DisableTorchFunctionSubclass():
+            if name in _PRODUCTS and any(_is_float(value) for value in tree_leaves(given)):
+                given = tree_map(lambda value: value.float() if isinstance(value, _Half) else value, given)
+            result = func(*given[0], **given[1])
+            is_half = name in _KEPT and result.dtype in (torch.float16, torch.bfloat16)
+            return result.as_subclass(_Half) if is_half else result
+
+
+class _HalfParameter(_Half, nn.Parameter):
+    """The parameter of such a weight."""
+
+
+def _is_float(value) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype == torch.float32
+
+
 class _StaysHalf(nn.Module):
     """A layer whose half weight stays half in memory when a model on the CPU is made float32, and becomes float32 when
     that model leaves the CPU.
@@ -499,12 +527,21 @@ class _StaysHalf(nn.Module):
             weight.data = half
             for layer in layers:
                 layer._should_be_float |= layer.weight is weight
+            self._mark()
+
+    def _mark(self) -> None:
+        """Make the weight a `_HalfParameter` as long as it stays half beside float32 on the CPU."""
+        weight = self.weight
+        if type(weight) in (nn.Parameter, _HalfParameter):
+            is_half = weight.device.type == "cpu" and weight.dtype in (torch.float16, torch.bfloat16)
+            weight.__class__ = _HalfParameter if self._should_be_float and is_half else nn.Parameter
 
     def train(self, mode: bool = True):
         """As every module's; but a weight that is to be trained beside float32 becomes float32, as an optimizer's steps
         would be lost in half."""
         if mode and self._should_be_float and self.weight.requires_grad:
             self.weight.data = self.weight.data.float()
+            self._mark()
         return super().train(mode)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -513,6 +550,7 @@ class _StaysHalf(nn.Module):
         is_wider = given is not None and given.dtype == torch.float32 != weight.dtype
         if self._should_be_float and is_wider and not torch.equal(given.to(weight.dtype).float(), given):
             weight.data = weight.data.float()
+            self._mark()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn, recurse=True):
@@ -530,7 +568,9 @@ class _StaysHalf(nn.Module):
             stays = self._should_be_float and becomes.dtype != tensor.dtype
             return tensor.to("cpu") if stays and tensor.device.type != "meta" else fn(tensor)
 
-        return super()._apply(keep_half, recurse)
+        super()._apply(keep_half, recurse)
+        self._mark()
+        return self
 
 
 class HalfEmbedding(_StaysHalf, nn.Embedding):

@@ -808,3 +808,43 @@ def test_second_derivatives_are_refused_by_kernels_that_lack_them(monkeypatch):
     torch.testing.assert_close(expected, grad.detach())
     with pytest.raises(RuntimeError, match=r"no second derivatives.*create_graph"):
         torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize(
+    "multiply",
+    [
+        lambda h, w: h @ w.T,
+        lambda h, w: (w @ h.T).T,
+        nn.functional.linear,
+        lambda h, w: torch.einsum("mk,nk->mn", h, w),
+        lambda h, w: torch.matmul(h, w.transpose(0, 1)),
+    ],
+)
+def test_a_half_head_can_be_multiplied_beside_float32(golden_model, multiply):
+    model = golden_model("int8")
+    model._keep_embeddings_half()
+    weight = model.lm_head.weight
+    assert weight.dtype == torch.float16
+    assert isinstance(weight, nn.Parameter)
+    assert weight is model.transformer.word_embeddings.weight
+    h = torch.randn(3, weight.shape[1])
+    torch.testing.assert_close(multiply(h, weight), multiply(h, weight.detach().float()), rtol=1e-5, atol=1e-5)
+    assert multiply(h.half(), weight).dtype == torch.float16  # half beside half stays half
+    assert type(model.state_dict()["lm_head.weight"]) is torch.Tensor
+
+
+def test_new_tokens_are_trained_over_a_half_embedding(golden_model, cases):
+    peft = pytest.importorskip("peft", reason="needs peft, of the extra `train`")
+    ids, labels = cases["base_labels.input_ids"], cases["base_labels.labels"]
+    model = golden_model("int8")
+    model._keep_embeddings_half()
+    expected = model(input_ids=ids, labels=labels).loss.item()
+    token = int(ids[0, 0])
+    config = peft.LoraConfig(target_modules=["query_key_value"], trainable_token_indices=[token])
+    tuned = peft.get_peft_model(model, config)
+    loss = tuned(input_ids=ids, labels=labels).loss
+    torch.testing.assert_close(loss.item(), expected, rtol=1e-5, atol=1e-5)
+    loss.backward()
+    (delta,) = [parameter for name, parameter in tuned.named_parameters() if "trainable_tokens_delta" in name]
+    assert delta.grad.dtype == delta.dtype
+    assert delta.grad.abs().sum() > 0
