@@ -14,7 +14,7 @@ import weakref
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cuda_plans import HEAD_DIMS, parts_of_keys
@@ -93,6 +93,17 @@ class GrowingLayer(DynamicLayer):
         buffer.memory[:, :, start:end] = new
         buffer.filled = end
         return buffer, buffer.memory[:, :, :end]
+
+
+def let_grow(cache: Cache | None, device: torch.device) -> None:
+    """Give a `DynamicCache` on a CPU that is still empty layers in which a step copies nothing."""
+    if type(cache) is not DynamicCache or device.type != "cpu":
+        return
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and not layer.is_initialized:
+            cache.layers[index] = GrowingLayer()
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = GrowingLayer
 
 
 _GROWTH = 512  # places that are added to a cache at a time

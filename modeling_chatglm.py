@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -32,7 +32,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .chat_chatglm import ChatMixin
 from .checkpoint import PrefixEncoder, check_folder, load_prefix_encoder, translate_arguments, with_head_at_embedding
-from .cuda_graphs import CACHE, GrowingLayer, StepCache, StepGraph, forget_steps, one_cache
+from .cuda_graphs import CACHE, StepCache, StepGraph, forget_steps, let_grow, one_cache
 
 # Early transformers 5 brings along only what this very file imports, so the kernels of the others stand here.
 from .cuda_plans import MODULES  # noqa: F401
@@ -440,8 +440,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             `hidden_states` (L + 1 of [B, S, hidden], the last one normalised) and `attentions` (L of [B, H, S, T]).
 
         Raises:
-            ValueError: no ids or both forms of them, empty sequences, ids outside the vocabulary, positions or masks
-                of another shape, positions that can't be derived, packed sequences, a prompt in several pieces.
+            ValueError: ids, positions or masks in none of these forms, packed sequences, a prompt in several pieces.
         """
         config = self.config
         past_key_values = one_cache(past_key_values, cache)
@@ -456,13 +455,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             inputs_embeds = self.word_embeddings(input_ids).to(self.dtype)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
-        if type(past_key_values) is DynamicCache and inputs_embeds.device.type == "cpu":
-            for index, layer in enumerate(past_key_values.layers):
-                if type(layer) is DynamicLayer and not layer.is_initialized:
-                    past_key_values.layers[index] = GrowingLayer()
-            if past_key_values.layer_class_to_replicate is DynamicLayer:
-                past_key_values.layer_class_to_replicate = GrowingLayer
-
+        let_grow(past_key_values, inputs_embeds.device)
         refuse_packed(kwargs)
         layout = lay_out(config, input_ids, inputs_embeds, position_ids, attention_mask, past_key_values)
         prefixes = [None] * config.num_layers
@@ -476,15 +469,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             "output_attentions": output_attentions,
             **kwargs,
         }
-        hidden_states = inputs_embeds
+        hidden_states, attentions = inputs_embeds, []
         all_hidden_states = () if output_hidden_states else None
-        all_attentions = () if output_attentions else None
         for block, prefix in zip(self.layers, prefixes, strict=True):
             if output_hidden_states:
                 all_hidden_states += (hidden_states,)
             hidden_states, probs = block(hidden_states, prefix, **block_kwargs)
-            if output_attentions:
-                all_attentions += (probs,)
+            attentions.append(probs)
         hidden_states = layer_norm(self.final_layernorm, hidden_states)
         if output_hidden_states:
             all_hidden_states += (hidden_states,)
@@ -492,7 +483,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             hidden_states=all_hidden_states,
-            attentions=all_attentions,
+            attentions=tuple(attentions) if output_attentions else None,
             **{CACHE: past_key_values if use_cache else None},
         )
         return output if return_dict else output.to_tuple()

@@ -24,8 +24,9 @@ from torch import nn
 from transformers import DynamicCache
 
 from chatglm_int8 import ChatGLMForConditionalGeneration, cuda_graphs, kernel_cache, kernels_cpu, quantization
+from chatglm_int8.cuda_graphs import GrowingLayer
 from chatglm_int8.kernels_cpu import FLAGS, OPENMP, WITHOUT_AMX, Library
-from chatglm_int8.modeling_chatglm import GrowingLayer, apply_rotary, rotary_embedding
+from chatglm_int8.modeling_chatglm import apply_rotary, rotary_embedding
 from chatglm_int8.quantization import HalfEmbedding, HalfLinear, QuantizedLinear, pack_int4, unpack_int4
 
 # Half a unit in the last place of 1: the relative error of one rounding.
