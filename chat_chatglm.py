@@ -108,7 +108,7 @@ class ChatMixin:
 
         Args:
             tokenizer, query, history: as of `chat`.
-            max_length: tokens of prompt and answer together, of which at least one is the answer's; None: the model's
+            max_length: tokens of prompt and answer together, at least one for the answer; None: the model's
                 `max_sequence_length`, which is a limit in any case.
 
         Returns:

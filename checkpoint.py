@@ -40,7 +40,7 @@ def check_checkpoint(
         folder: a checkpoint folder. One without any weight file passes: the loader has a message for that.
         expected: the model's state dict, which may be on the meta device.
         bits: the configuration's `quantization_bit`.
-        tied: its `tie_word_embeddings`: LM head and embedding are one tensor, of which one name is enough.
+        tied: its `tie_word_embeddings`: LM head and embedding are one tensor, and one name is enough.
         base_prefix: the class's `base_model_prefix`. As in transformers, the files may be those of the base model or
             of a model around it, whichever the class is; a head that is not in a base model's files is a new one.
 

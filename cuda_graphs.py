@@ -113,7 +113,7 @@ _KEPT_BYTES, _KEPT_SHARE = 1 << 30, 1 / 8
 
 
 class _Layer(DynamicLayer):
-    """Keys and values [B, H, T, D] of one block, of which the first `length` of T places are filled."""
+    """Keys and values [B, H, T, D] of one block. The first `length` of T places are filled."""
 
     def __init__(self):
         self.length = 0
@@ -216,7 +216,7 @@ class StepGraph:
         ids: int64 [B], the tokens to read.
         positions, advance: int64 [B, R]: the tokens' positions, and how they change from token to token.
         slots: int32 [B]: the tokens' places in the buffers. Places before them are filled.
-        padding: int32 [B]: so many of those places, after the prefix, are seen by nobody.
+        padding: int32 [B]: so many of those places, after the prefix, are masked.
         buffers: for each block, keys and values, [B, H, T, D] each; None before the first recording.
         logits: scores [B, 1, V], until the next step.
 

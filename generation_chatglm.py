@@ -208,7 +208,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
         **model_kwargs,
     ):
         """Greedy decoding and sampling. With recorded steps the next one is on its way before this one's token is
-        looked at, so that the GPU waits for nobody; processors, criteria and streamer see what they always see."""
+        looked at, so that the GPU never waits; processors, criteria and streamer see what they always see."""
         cache = model_kwargs.get(CACHE)
         if not isinstance(cache, StepCache) or generation_config.return_dict_in_generate or synced_gpus:
             return super()._sample(
@@ -220,7 +220,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
         ended = torch.cuda.Event()
         # The end is looked for beside the next step; criteria of the user's own may expect the stream that they know.
         own = any(not type(criterion).__module__.startswith("transformers.") for criterion in stopping_criteria)
-        # The streams that PyTorch hands out are shared; nobody records on those of this priority.
+        # The streams that PyTorch hands out are shared; none of this priority records.
         side = torch.cuda.current_stream(input_ids.device) if own else torch.cuda.Stream(input_ids.device, priority=-1)
         before_top, top = logits_processor, None
         if generation_config.do_sample and [type(processor) for processor in logits_processor[-2:]] == [

@@ -16,7 +16,7 @@ logger = logging.get_logger(__name__)
 
 
 def cache_folder() -> Path:
-    """The folder of compiled kernels: this user's alone, so that nobody else can put code there.
+    """The folder of compiled kernels: this user's alone, so that no other user can put code there.
 
     `$XDG_CACHE_HOME/chatglm_int8` or `~/.cache/chatglm_int8`; where that can't be written, or is open to others, a
     temporary folder that lives as long as this process.

@@ -121,7 +121,7 @@ def eager_attention_forward(
 class ChatGLMAttention(nn.Module):
     """Self-attention of one block, with 2-D rotary positions."""
 
-    is_causal = False  # the mask always says who sees whom
+    is_causal = False  # the mask always says what is seen
 
     def __init__(self, config: ChatGLMConfig, layer_idx: int):
         super().__init__()

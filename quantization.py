@@ -199,7 +199,7 @@ _quantized_linear.register_autograd(_gradient, setup_context=_keep_for_gradient)
 
 
 def check_first_derivative(grad: torch.Tensor) -> None:
-    """Raise where somebody asks for gradients of gradients that kernels on a GPU compute: they would lack a part."""
+    """Raise on double backward: the CUDA kernels have no second derivative."""
     if torch.is_grad_enabled() and cuda_available(grad.device, grad.dtype):
         raise RuntimeError(
             "The CUDA kernels have no second derivatives: leave out create_graph=True, or set CHATGLM_CUDA_KERNEL=0 in "
@@ -223,7 +223,7 @@ class _Product(torch.autograd.Function):
 
 
 def is_traced() -> bool:
-    """Whether somebody beside autograd follows what PyTorch does: kernels are called behind its back."""
+    """True under torch.compile, jit tracing or a dispatch mode, which cannot see the kernels' launches."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
 
 
@@ -397,7 +397,7 @@ class QuantizedLinear(nn.Linear):
             return _linear(x, *weights)
         if cuda_available(x.device, x.dtype):
             return _Product.apply(x, weights)
-        # Others make rows, whose view must not come out of an autograd function: nobody could change it in place.
+        # Others make rows, whose view must not come out of an autograd function: it could not be changed in place.
         return _Product.apply(x.reshape(-1, self.in_features), weights).view(*x.shape[:-1], self.out_features)
 
     def __getattr__(self, name: str):
@@ -515,7 +515,7 @@ class _StaysHalf(nn.Module):
     def halve(self, layers: list["_StaysHalf"]) -> None:
         """If this layer stays half, make a float32 weight on the CPU half, unless that would change it.
 
-        `layers`: all such layers of the model, of which others may have the same weight.
+        `layers`: all such layers of the model; others may have the same weight.
         """
         weight = self.weight
         if self.stays_half and weight.dtype == torch.float32 and weight.device.type == "cpu":

@@ -53,7 +53,7 @@ def get_masks(
     """Who is hidden from whom: bool [B, 1, S, S], True = hidden, for ids [B, S].
 
     Key j is seen by query i if j stands before the first `<sop>` or j ≤ i. Padding, known from `attention_mask`
-    [B, S] (1 = real), is seen by nobody.
+    [B, S] (1 = real), is masked.
     """
     columns = torch.arange(input_ids.shape[1], device=input_ids.device)
     seen = (columns < answer_start(config, input_ids))[:, None, :] | (columns <= columns[:, None])
@@ -420,7 +420,7 @@ def additive_mask(
 ) -> torch.Tensor:
     """What is added to the scores, [B or 1, 1, S, T]: 0 where seen, the dtype's lowest number where hidden.
 
-    `slots` [S] are the queries' own places among the T keys, of which the P prefix keys come first, seen by all;
+    `slots` [S] are the queries' own places among the T keys. The P prefix keys come first, seen by all;
     keys after the last query are places of a static cache that are not filled yet.
     """
     prefix_length = config.pre_seq_len or 0

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 def imports(extra: str | None = None) -> Iterator[None]:
     """For the imports at the beginning of a program's `run`: of other packages and of this one's modules.
 
-    Ctrl-C ends the process at once. As an exception it would be lost or printed in the midst of somebody's import.
+    Ctrl-C ends the process at once. As an exception it would be lost or printed in the midst of a library's import.
 
     Args:
         extra: of this distribution, which brings the packages.

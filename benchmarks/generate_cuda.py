@@ -105,7 +105,7 @@ class CompiledLinear(nn.Module):
 
 
 class BlockCache:
-    """Keys and values of one block, [1, H, T, D] each, of which a step writes one column."""
+    """Keys and values of one block, [1, H, T, D] each. A step writes one column."""
 
     def __init__(self, *shape: int, **options):
         # Not two views of one tensor: torch.compile takes them for places of the same memory.

@@ -47,7 +47,7 @@ def _parsed(place: str, line: bytes) -> object:
 
 
 class Conversations:
-    """Reads rows as conversations of messages, each of which ends with an answer to learn.
+    """Reads rows as conversations of messages that end with an answer to learn.
 
     Attributes:
         unused: how many rows have something in a column that is not read, by the column's name.

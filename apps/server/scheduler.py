@@ -6,7 +6,7 @@ it is read in one piece; prompts that wait together are read together if they ar
 The same seed gives the same answer as `torch.manual_seed(seed)` and `model.chat`: scores go through transformers' own
 processors in the order of `generate`, and each row draws its random numbers from a generator of its own, as
 `torch.multinomial` would. What remains is rounding: a matrix product of many rows may differ from that of one in the
-last bits (1e-6 of the scores in fp32), which changes an answer only where two choices are as close as that.
+last bits (1e-6 of the scores in fp32), which changes an answer only where two choices are equally close.
 
 Letters: B rows of the batch, S tokens of a prompt, V vocabulary.
 """
