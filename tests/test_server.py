@@ -310,7 +310,9 @@ def test_a_body_that_does_not_arrive(small_server, monkeypatch):
     monkeypatch.setattr(gate, "BODY_SECONDS", 0.2)
     host, port = small_server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
-        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+        head = (
+            f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+        )
         connection.sendall(head.encode() + b'{"model"')
         assert b" 408 " in connection.recv(1000).split(b"\r\n")[0]
 
@@ -516,6 +518,23 @@ def test_cors():
         assert allowed not in other.headers
 
 
+def test_pages_of_other_sites_reach_nothing(server):
+    """DNS rebinding, and requests across origins that need no preflight: nothing is generated."""
+    before = server.http.get("/metrics").text
+    body = json.dumps({"messages": user("Hello")})
+    for headers in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Origin": "null"}):
+        for content_type in ("application/json", "text/plain"):
+            response = server.http.post(CHAT, content=body, headers={**headers, "Content-Type": content_type})
+            assert response.status_code == 403
+            assert body_of(response)["code"] == "untrusted_page"
+        assert server.http.get("/v1/models", headers=headers).status_code == 403
+    after = server.http.get("/metrics").text
+    tokens = [line for line in before.splitlines() if "tokens_total" in line]
+    assert all(line in after for line in tokens)
+    with Running(allowed_host=["chat.example.org"], max_length=40) as running:
+        assert running.http.get("/v1/models", headers={"Host": "chat.example.org"}).status_code == 200
+
+
 def test_no_cors_without_the_option(server):
     assert "access-control-allow-origin" not in server.http.get("/health", headers={"Origin": "https://a.org"}).headers
 
@@ -546,7 +565,7 @@ def test_upgrades_are_ignored(server):
     """A client that offers h2c still gets its answer."""
     body = json.dumps({"messages": user("Hello"), "max_tokens": 1}).encode()
     host, port = server.url.removeprefix("http://").split(":")
-    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head += "Connection: Upgrade, HTTP2-Settings, close\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n"
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
@@ -713,7 +732,7 @@ def test_hanging_up_frees_the_place(server):
         content = json.dumps({**body, **fields}).encode()
         host, port = server.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as connection:
-            head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             connection.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(content) + content)
             end = time.monotonic() + 20
             while server.scheduler.running < fields.get("n", 1):

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from .. import loading
+from ..trusted_hosts import TrustedHosts
 from .answer_text import AnswerText
 from .answers import Busy, Failed, Sampling, TimeLimit
 from .errors import ApiError, ErrorReply, as_api_error, json_response
@@ -55,6 +56,7 @@ def create_app(settings: Settings, scheduler: Scheduler | None = None) -> FastAP
         responses={"default": {"model": ErrorReply, "description": "An error"}},
     )
     app.add_middleware(Gate, settings=settings, requests=metrics.requests)
+    app.add_middleware(TrustedHosts, host=settings.host, allowed=settings.allowed_host, origins=settings.cors_origin)
     if settings.cors_origin:  # outside of the gate: a preflight has no key
         everything: dict[str, list[str]] = {"allow_methods": ["*"], "allow_headers": ["*"]}
         app.add_middleware(CORSMiddleware, allow_origins=list(settings.cors_origin), **everything)

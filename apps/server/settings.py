@@ -7,6 +7,7 @@ import urllib.parse
 from collections.abc import Sequence
 
 from ..arguments import EMBEDDED, add_model_arguments, port, positive
+from ..trusted_hosts import add_allowed_host_argument
 
 MAX_BATCH = 16  # answers decoded together, by default
 KEEP_ALIVE = 75  # seconds: longer than the 60 of proxies and the pauses of a person
@@ -27,10 +28,12 @@ class Settings:
     max_body: int = 1 << 18
     time_limit: float = 300.0
     cors_origin: Sequence[str] = ()
+    host: str = "127.0.0.1"
+    allowed_host: Sequence[str] = ()
 
 
 def add_settings_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `Settings`."""
+    """The arguments of `Settings`, but for `host`, which is among those of the address."""
     default = Settings()
     add_model_arguments(parser)
     parser.add_argument("--name", default=default.name, help="the model's name in the API")
@@ -53,6 +56,7 @@ def add_settings_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ORIGIN",
         help='let pages of these origins use the API, such as https://chat.example.org, or "*" (default: none)',
     )
+    add_allowed_host_argument(parser)
 
 
 def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
