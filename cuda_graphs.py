@@ -17,6 +17,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .configuration_chatglm import ChatGLMConfig
 from .cuda_plans import HEAD_DIMS, parts_of_keys
 from .cuda_runtime import new_arrivals, own_arrivals
 from .kernels_cuda import attend, available, begin_step, end_step, split_rotate
@@ -38,88 +39,31 @@ def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | Non
     return past_key_values if cache is None else cache
 
 
-class _Buffer:
-    """Memory [B, H, room for T, D] that grows to the right; `filled` of its columns belong to some view."""
-
-    def __init__(self, memory: torch.Tensor):
-        self.memory = memory
-        self.filled = 0
-
-    def takes(self, states: torch.Tensor, end: int) -> bool:
-        """Whether columns up to `end` can be written behind `states`.
-
-        Not if those are other tensors (beam search and users put some in the place of views), or if a fork of the cache
-        or keys from before a crop have columns there.
-        """
-        if self.memory.is_inference() and not torch.is_inference_mode_enabled():
-            return False
-        is_view = (states.data_ptr(), states.stride()) == (self.memory.data_ptr(), self.memory.stride())
-        fits = end <= self.memory.shape[-2] and states.shape[0] == self.memory.shape[0]
-        return is_view and fits and states.shape[-2] == self.filled
+# Columns that are added to a cache at a time.
+_GROWTH = 512
+# A model's last cache is kept for its next answer, with its graph, if it is not larger than this or than this share of
+# the device's memory.
+_KEPT_BYTES, _KEPT_SHARE = 1 << 30, 1 / 8
 
 
 class GrowingLayer(DynamicLayer):
     """Keys and values of a block in buffers with room for more, so that a step writes one column and copies nothing.
 
     Attributes:
-        keys, values: [B, H, T, D], views of the buffers.
+        buffers: keys and values, [B, H, room for T, D] each; None while there are none.
+        length: T, how many columns are filled.
+        keys, values: [B, H, T, D], views of the buffers. transformers replaces both to reorder or to crop a cache.
     """
 
-    _room = 256  # columns
-
-    def lazy_initialization(self, *args) -> None:
-        """Called before the first keys are stored."""
-        super().lazy_initialization(*args)
-        self._key_buffer = self._value_buffer = None
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Append [B, H, S, D] to each; returns all keys and values, [B, H, T + S, D]."""
-        if key_states.requires_grad or is_traced():
-            return super().update(key_states, value_states, *args, **kwargs)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self._key_buffer, self.keys = self._append(self._key_buffer, self.keys, key_states)
-        self._value_buffer, self.values = self._append(self._value_buffer, self.values, value_states)
-        return self.keys, self.values
-
-    def _append(self, buffer: _Buffer | None, states: torch.Tensor, new: torch.Tensor) -> tuple[_Buffer, torch.Tensor]:
-        start = states.shape[-2] if states.numel() else 0
-        end = start + new.shape[-2]
-        if buffer is None or not buffer.takes(states, end):
-            batch, heads, _, width = new.shape
-            buffer = _Buffer(new.new_empty(batch, heads, end + self._room, width))
-            if start:
-                buffer.memory[:, :, :start] = states
-        buffer.memory[:, :, start:end] = new
-        buffer.filled = end
-        return buffer, buffer.memory[:, :, :end]
-
-
-def let_grow(cache: Cache | None, device: torch.device) -> None:
-    """Give a `DynamicCache` on a CPU that is still empty layers in which a step copies nothing."""
-    if type(cache) is not DynamicCache or device.type != "cpu":
-        return
-    for index, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer and not layer.is_initialized:
-            cache.layers[index] = GrowingLayer()
-    if cache.layer_class_to_replicate is DynamicLayer:
-        cache.layer_class_to_replicate = GrowingLayer
-
-
-_GROWTH = 512  # places that are added to a cache at a time
-# A model's last cache is kept for its next answer, with its graph, if it is not larger than this or than this share of
-# the device's memory.
-_KEPT_BYTES, _KEPT_SHARE = 1 << 30, 1 / 8
-
-
-class _Layer(DynamicLayer):
-    """Keys and values [B, H, T, D] of one block. The first `length` of T places are filled."""
-
     def __init__(self):
-        self.length = 0
-        self.buffers: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._half: torch.Tensor | None = None
+        self.adopt(None)
+        self._new_keys: torch.Tensor | None = None  # set before the values that belong to them
         super().__init__()
+
+    def adopt(self, buffers: tuple[torch.Tensor, torch.Tensor] | None, length: int = 0) -> None:
+        """Use these buffers, whose first `length` columns are filled."""
+        self.buffers, self.length = buffers, length
+        self._written = [length]  # columns of the buffers that are in use; a list, for copies of this layer to share
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -127,7 +71,7 @@ class _Layer(DynamicLayer):
 
     @keys.setter
     def keys(self, value: torch.Tensor | None) -> None:
-        self._half = value  # keys and values are replaced one after the other, by transformers' reordering and cropping
+        self._new_keys = value
 
     @property
     def values(self) -> torch.Tensor | None:
@@ -135,39 +79,71 @@ class _Layer(DynamicLayer):
 
     @values.setter
     def values(self, value: torch.Tensor | None) -> None:
-        if value is None or self._half is None:
-            self.buffers, self.length = None, 0
+        if value is None or self._new_keys is None:
+            self.adopt(None)
         else:
-            self.buffers, self.length = (self._half.contiguous(), value.contiguous()), value.shape[2]
-        self._half = None
+            self.adopt((self._new_keys, value), value.shape[2])  # no room: the next update makes buffers of its own
+        self._new_keys = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
+        """Called before the first keys are stored."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
-    def reserve(self, batch: int, heads: int, head_dim: int, places: int, like: torch.Tensor) -> None:
-        """Make room for that many places, keeping what is there."""
-        if not self.is_initialized:
-            self.lazy_initialization(like)
-        shape = (batch, heads, -(-places // _GROWTH) * _GROWTH, head_dim)
-        if self.buffers is not None and self.buffers[0].shape[2] >= places and self.buffers[0].shape[0] == batch:
-            return
-        old, self.buffers = self.buffers, (like.new_empty(shape), like.new_empty(shape))
-        if old is not None and self.length:
-            for new, buffer in zip(self.buffers, old, strict=True):
-                new[:, :, : self.length] = buffer[:, :, : self.length]
+    def has_room(self, batch: int, columns: int) -> bool:
+        """Whether columns behind `length`, up to so many, can be written.
 
-    def update(self, key_states, value_states, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
-        batch, heads, new, head_dim = key_states.shape
-        self.reserve(batch, heads, head_dim, self.length + new, key_states)
-        place = slice(self.length, self.length + new)
-        self.buffers[0][:, :, place] = key_states
-        self.buffers[1][:, :, place] = value_states
-        self.length += new
+        Not if a copy of this layer has written there: it shares the buffers.
+        """
+        if self.buffers is None or self._written[0] != self.length:
+            return False
+        return self.buffers[0].shape[0] == batch and self.buffers[0].shape[2] >= columns
+
+    def reserve(self, columns: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Make room for so many columns of the batch, heads, width and dtype of these, [B, H, any, D] each."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        if self.has_room(len(keys), columns):
+            return
+        columns = -(-columns // _GROWTH) * _GROWTH
+        old, length = self.buffers, self.length
+        self.adopt(tuple(like.new_empty(*like.shape[:2], columns, like.shape[3]) for like in (keys, values)), length)
+        if length:
+            for new, buffer in zip(self.buffers, old, strict=True):
+                new[:, :, :length] = buffer[:, :, :length]
+
+    def fill(self, length: int) -> None:
+        """Count the columns up to `length` as filled: they have been written."""
+        self.length = self._written[0] = length
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Append [B, H, S, D] to each; returns all keys and values, [B, H, T + S, D]."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.length
+        if key_states.requires_grad or is_traced():  # what autograd or a graph has seen is not overwritten
+            self.keys = torch.cat((self.keys, key_states), dim=2) if start else key_states
+            self.values = torch.cat((self.values, value_states), dim=2) if start else value_states
+            return self.keys, self.values
+        if start and self.buffers[0].is_inference() and not torch.is_inference_mode_enabled():
+            self.adopt((self.keys, self.values), start)  # which PyTorch lets nothing be written to
+        end = start + key_states.shape[2]
+        self.reserve(end, key_states, value_states)
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:end] = states
+        self.fill(end)
         return self.keys, self.values
 
     def get_seq_length(self, *args) -> int:
         return self.length
+
+
+def new_cache(config: ChatGLMConfig, device: torch.device) -> DynamicCache:
+    """An empty cache for a model on that device. On a CPU a step on it copies nothing."""
+    cache = DynamicCache(config=config)
+    if device.type == "cpu":
+        cache.layers = [GrowingLayer() for _ in cache.layers]
+    return cache
 
 
 # Of each model, what the last answer has left: at most one graph with its buffers.
@@ -311,7 +287,7 @@ class StepCache(Cache):
 
     def __init__(self, model: nn.Module, padding: torch.Tensor):
         config = model.config
-        super().__init__(layers=[_Layer() for _ in range(config.num_layers)])
+        super().__init__(layers=[GrowingLayer() for _ in range(config.num_layers)])
         self._model = weakref.ref(model)
         self._head_dim = config.hidden_size // config.num_attention_heads
         self._placed = -1  # the length of the cache at which the graph's positions are right
@@ -326,7 +302,7 @@ class StepCache(Cache):
             stream = torch.cuda.current_stream(padding.device)
             stream.wait_stream(graph.stream)  # a last step may still be running
             for layer, buffers in zip(self.layers, graph.buffers, strict=True):
-                layer.buffers = buffers
+                layer.adopt(buffers)
                 if stream != graph.stream:
                     for buffer in buffers:
                         buffer.record_stream(stream)
@@ -374,10 +350,11 @@ class StepCache(Cache):
         if not same or qkv.dtype not in (torch.float16, torch.bfloat16) or torch.is_grad_enabled():
             return None
         layer = self.layers[layer_idx]
-        batch, length, heads, _ = qkv.shape
-        layer.reserve(batch, heads, self._head_dim, layer.length + length + 1, qkv)  # and a first step
+        end = layer.length + qkv.shape[1]
+        like = qkv[..., : self._head_dim].transpose(1, 2)
+        layer.reserve(end + 1, like, like)  # and for a first step
         queries = split_rotate(qkv, cosines, sines, *layer.buffers, layer.length)
-        layer.length += length
+        layer.fill(end)
         return queries, layer.keys, layer.values
 
     @torch.no_grad()
@@ -390,7 +367,7 @@ class StepCache(Cache):
         graph.ids.copy_(input_ids[:, 0])
         logits = graph.replay(model)
         for layer in self.layers:
-            layer.length += 1
+            layer.fill(length + 1)
         self._slot = length + 1
         self._placed += 1
         return logits.clone()
@@ -398,9 +375,9 @@ class StepCache(Cache):
     def _make_ready(self, model: nn.Module) -> None:
         """Drop a graph that was recorded over other buffers or weights, and make room for one more token."""
         graph = self._graph
-        first = self.layers[0].buffers[0]
-        full = self.layers[0].length >= first.shape[2]
-        if self._checked and not full and graph.buffers is not None and graph.buffers[0] is self.layers[0].buffers:
+        first = self.layers[0]
+        full = not first.has_room(len(graph.ids), first.length + 1)
+        if self._checked and not full and graph.buffers is not None and graph.buffers[0] is first.buffers:
             return
         if not self._checked:
             if not graph.fits(model):
@@ -414,7 +391,7 @@ class StepCache(Cache):
             graph.forget()
             graph.buffers = None  # its memory is free for the new one
             for layer in self.layers:
-                layer.reserve(*first.shape[:2], first.shape[3], layer.length + 1, first)
+                layer.reserve(layer.length + 1, *layer.buffers)
             graph.buffers = [layer.buffers for layer in self.layers]
 
 

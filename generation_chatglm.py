@@ -25,7 +25,7 @@ from transformers.pipelines.text_generation import ReturnType
 from transformers.utils import logging
 
 from .configuration_chatglm import ChatGLMConfig
-from .cuda_graphs import CACHE, StepCache, can_record, draw, one_cache
+from .cuda_graphs import CACHE, StepCache, can_record, draw, new_cache, one_cache
 from .sequences import answer_start, check_ids, check_mask, hidden_keys
 
 logger = logging.get_logger(__name__)
@@ -173,6 +173,9 @@ class ChatGLMGenerationMixin(GenerationMixin):
                     padding = padding.repeat_interleave(repeated)
                 model_kwargs[CACHE] = StepCache(self, padding)
                 return None
+        if self._chooses_cache(generation_config, model_kwargs):
+            model_kwargs[CACHE] = new_cache(self.config, self.device)
+            return None
         # A static cache needs places for the prefix too.
         return super()._prepare_cache_for_generation(
             generation_config,
@@ -182,16 +185,23 @@ class ChatGLMGenerationMixin(GenerationMixin):
             max_cache_length + (self.config.pre_seq_len or 0),
         )
 
+    @staticmethod
+    def _chooses_cache(generation_config, model_kwargs: dict) -> bool:
+        """Whether there is to be a cache, and its kind is left to the model."""
+        return (
+            generation_config.use_cache is not False
+            and generation_config.cache_implementation is None
+            and model_kwargs.get(CACHE) is None
+        )
+
     def _can_step(self, generation_config, model_kwargs: dict, generation_mode) -> bool:
         """Whether a generation may use recorded steps: one token at a time, nothing but scores asked for."""
         return (
             generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-            and generation_config.use_cache is not False
-            and generation_config.cache_implementation is None
+            and self._chooses_cache(generation_config, model_kwargs)
             and not generation_config.output_attentions
             and not generation_config.output_hidden_states
             and not getattr(generation_config, "is_assistant", False)
-            and model_kwargs.get(CACHE) is None
             and model_kwargs.get("inputs_embeds") is None
             and can_record(self)
         )

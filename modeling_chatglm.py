@@ -21,7 +21,7 @@ from .configuration_chatglm import ChatGLMConfig  # first: it raises where trans
 # isort: split
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -32,7 +32,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .chat_chatglm import ChatMixin
 from .checkpoint import PrefixEncoder, check_folder, load_prefix_encoder, translate_arguments, with_head_at_embedding
-from .cuda_graphs import CACHE, StepCache, StepGraph, forget_steps, let_grow, one_cache
+from .cuda_graphs import CACHE, StepCache, StepGraph, forget_steps, new_cache, one_cache
 
 # Early transformers 5 brings along only what this very file imports, so the kernels of the others stand here.
 from .cuda_plans import MODULES  # noqa: F401
@@ -454,8 +454,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             check_ids(config, input_ids)
             inputs_embeds = self.word_embeddings(input_ids).to(self.dtype)
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=config)
-        let_grow(past_key_values, inputs_embeds.device)
+            past_key_values = new_cache(config, inputs_embeds.device)
         refuse_packed(kwargs)
         layout = lay_out(config, input_ids, inputs_embeds, position_ids, attention_mask, past_key_values)
         prefixes = [None] * config.num_layers

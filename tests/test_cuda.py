@@ -101,7 +101,7 @@ def unrecorded_step(self, input_ids):
     graph.ids.copy_(input_ids[:, 0])
     logits = self._model().run_step(graph)
     for layer in self.layers:
-        layer.length += 1
+        layer.fill(length + 1)
     self._slot = -1
     self._placed += 1
     return logits

@@ -22,6 +22,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from chatglm_int8 import ChatGLMForConditionalGeneration, cuda_graphs, kernel_cache, kernels_cpu, quantization
 from chatglm_int8.cuda_graphs import GrowingLayer
@@ -1248,27 +1249,25 @@ def test_numbers_that_half_cannot_hold_stay_float(golden_model):
 # The cache that grows in place
 
 
-class PlainCache(DynamicCache):
-    """Not exactly a DynamicCache, so the model leaves its layers alone."""
-
-
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}])
 @pytest.mark.parametrize("golden", ["base", "int8", "prefix"])
 def test_generate_with_a_growing_cache(golden_model, monkeypatch, settings, golden):
-    monkeypatch.setattr(GrowingLayer, "_room", 5)  # so that it must grow now and then
+    """It is the model's own choice; a caller's cache stays as it is."""
+    monkeypatch.setattr(cuda_graphs, "_GROWTH", 5)  # so that it must grow now and then
     model, ids = golden_model(golden), torch.tensor([[7, 8, 9, 501, 504], [9, 8, 7, 501, 504]])
+    settings = {"do_sample": False, "max_new_tokens": 20, "return_dict_in_generate": True, **settings}
     found = []
-    for cache in (DynamicCache(config=model.config), PlainCache(config=model.config)):
+    for cache, kind in ((None, GrowingLayer), (DynamicCache(config=model.config), DynamicLayer)):
         torch.manual_seed(3)
-        settings = {"do_sample": False, "max_new_tokens": 20, **settings}
-        found.append(model.generate(ids, past_key_values=cache, **settings))
-        assert all(isinstance(layer, GrowingLayer) == (type(cache) is DynamicCache) for layer in cache.layers)
+        output = model.generate(ids, past_key_values=cache, **settings)
+        assert {type(layer) for layer in output.past_key_values.layers} == {kind}
+        found.append(output.sequences)
     assert torch.equal(*found)
 
 
-def both_caches(kind: type = GrowingLayer):
+def both_caches():
     caches = DynamicCache(), DynamicCache()
-    caches[0].layers.append(kind())
+    caches[0].layers.append(GrowingLayer())
     return caches
 
 
@@ -1279,11 +1278,9 @@ def append(caches, count: int, seed: int, batch: int = 2) -> None:
     assert caches[0].get_seq_length() == caches[1].get_seq_length()
 
 
-@pytest.mark.parametrize("kind", [GrowingLayer, cuda_graphs._Layer])
-def test_growing_layers_do_what_a_dynamic_layer_does(kind, monkeypatch):
-    monkeypatch.setattr(GrowingLayer, "_room", 4)
+def test_a_growing_layer_does_what_a_dynamic_layer_does(monkeypatch):
     monkeypatch.setattr(cuda_graphs, "_GROWTH", 4)
-    caches = both_caches(kind)
+    caches = both_caches()
     for step, count in enumerate((5, 1, 1, 7, 1, 1, 1, 30, 1)):
         append(caches, count, seed=step)
     for change in (
@@ -1310,9 +1307,8 @@ def test_growing_layers_do_what_a_dynamic_layer_does(kind, monkeypatch):
 def test_copies_of_a_growing_cache_go_their_own_ways(golden_model):
     model = golden_model("base")
     prompt = torch.tensor([[7, 8, 9, 501, 504]])
-    cache = DynamicCache()
     with torch.no_grad():
-        model(prompt, past_key_values=cache)
+        cache = model(prompt, use_cache=True).past_key_values
         twin = copy.deepcopy(cache)
         for ids in ([[11, 12, 13]], [[21, 22, 23]]):
             ids = torch.tensor(ids)
