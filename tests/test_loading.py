@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-from transformers.models.auto import auto_factory
 
 import chatglm_int8
 from chatglm_int8 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMModel, ChatGLMTokenizer
@@ -357,8 +356,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 for trust in json.loads(sys.argv[3]):
     loaded = {}
     loaded["AutoConfig"] = AutoConfig.from_pretrained(folder, **trust)
-    if not trust.get("trust_remote_code"):  # AutoTokenizer, other than AutoModel, takes a trusted folder's class
-        loaded["AutoTokenizer"] = tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
+    loaded["AutoTokenizer"] = tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
     for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM):
         loaded[auto_class.__name__] = auto_class.from_pretrained(folder, **trust)
     facts[str(trust)] = {name: type(it).__module__.split(".")[0] for name, it in loaded.items()}
@@ -385,10 +383,7 @@ def test_the_package_wins_over_stale_code(release, out):
         (folder / f"{name}.py").write_text(
             f"import pathlib\npathlib.Path({str(out / 'executed')!r}).touch()\nraise ImportError('stale')\n"
         )
-    trusts = [{}, {"trust_remote_code": False}]
-    # Older versions let a folder's code win over registered classes, once it is trusted.
-    if "explicit_local_code" in Path(auto_factory.__file__).read_text():
-        trusts.append({"trust_remote_code": True})
+    trusts = [{}, {"trust_remote_code": False}, {"trust_remote_code": True}]
     facts = fresh_process(PACKAGE, folder, out, json.dumps(trusts), package=True)
     for trust in trusts:
         assert set(facts[str(trust)].values()) == {"chatglm_int8"}, trust
@@ -405,6 +400,23 @@ def test_the_package_wins_over_stale_code(release, out):
     assert reloaded["class"] == ["ChatGLMForConditionalGeneration", "transformers_modules"]
     assert reloaded["dtypes"] == ["torch.float16", "torch.int8"]
     assert torch.equal(torch.load(out / "reloaded.pt"), expected)
+
+
+FOREIGN = """
+import chatglm_int8
+from transformers import AutoConfig
+facts["config"] = type(AutoConfig.from_pretrained(folder, trust_remote_code=True)).__module__.split(".")[0]
+"""
+
+
+def test_code_of_other_models_runs_as_before(release, out):
+    folder = out / "other"
+    folder.mkdir()
+    fields = {"model_type": "other", "auto_map": {"AutoConfig": "configuration_other.OtherConfig"}}
+    (folder / "config.json").write_text(json.dumps(fields))
+    code = "from transformers import PreTrainedConfig\nclass OtherConfig(PreTrainedConfig): model_type = 'other'\n"
+    (folder / "configuration_other.py").write_text(code)
+    assert fresh_process(FOREIGN, folder, out, package=True)["config"] == "transformers_modules"
 
 
 def test_importing_the_package_is_quiet_and_does_little(release, out):
