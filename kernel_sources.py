@@ -312,7 +312,7 @@ int chatglm_attention(const void* q, int64_t q_b, int64_t q_h, int64_t q_s, cons
     threads = threads_for(threads, 2 * B * H * S * T * D);
     /* For each thread: scores; for several queries, transposed keys. */
     int64_t own_size = rows * padded_T + (S == 1 ? 0 : padded_T * D);
-    float* memory = aligned_alloc(64, (size_t)round_up(threads * own_size * 4, 64));
+    float* memory = allocate(threads * own_size * 4);
     if (!memory) return NO_MEMORY;
 #pragma omp parallel num_threads(threads)
     {
@@ -354,7 +354,7 @@ int chatglm_attention(const void* q, int64_t q_b, int64_t q_h, int64_t q_s, cons
             }
         }
     }
-    free(memory);
+    release(memory);
     return OK;
 }
 ''',
@@ -368,8 +368,8 @@ int chatglm_attention(const void* q, int64_t q_b, int64_t q_h, int64_t q_s, cons
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
+#ifdef _WIN32
+#include <malloc.h>
 #endif
 
 enum { FLOAT, HALF, BFLOAT }; /* dtypes, as the caller numbers them */
@@ -386,6 +386,15 @@ enum {
 
 static inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 static inline int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* `size` bytes, aligned to a cache line, or NULL; `release` frees them. */
+#ifdef _WIN32
+static inline void* allocate(int64_t size) { return _aligned_malloc((size_t)size + 1, CACHE_LINE); } /* of 0 bytes: NULL */
+static inline void release(void* memory) { _aligned_free(memory); }
+#else
+static inline void* allocate(int64_t size) { return aligned_alloc(CACHE_LINE, (size_t)round_up(size, CACHE_LINE)); }
+static inline void release(void* memory) { free(memory); }
+#endif
 
 static inline float float_of_bits(uint32_t bits) {
     float f;
@@ -446,6 +455,8 @@ static int on_amd(void) {
 }
 
 #ifdef _OPENMP
+int omp_get_thread_num(void); /* not every compiler with OpenMP has omp.h */
+int omp_get_num_threads(void);
 static int64_t thread_number(void) { return omp_get_thread_num(); }
 static int64_t thread_count(void) { return omp_get_num_threads(); }
 #else
@@ -524,7 +535,7 @@ static inline __attribute__((always_inline)) void half_dots(const uint16_t* w, i
 int chatglm_half_linear(const void* x, int x_dtype, const uint16_t* weight, int weight_dtype, void* y, int64_t M,
                         int64_t N, int64_t K, int threads) {
     threads = threads_for(threads, M * N * K);
-    float* rows = aligned_alloc(64, (size_t)round_up(M * K * 4, 64));
+    float* rows = allocate(M * K * 4);
     if (!rows) return NO_MEMORY;
     read_floats(x, x_dtype, M * K, rows);
 #pragma omp parallel num_threads(threads)
@@ -551,7 +562,7 @@ int chatglm_half_linear(const void* x, int x_dtype, const uint16_t* weight, int 
             }
         }
     }
-    free(rows);
+    release(rows);
     return OK;
 }
 ''',
@@ -690,7 +701,11 @@ static inline limbs broadcast4(const void* p) {
 static inline limbs broadcast8(const void* p) {
     int64_t eight;
     memcpy(&eight, p, 8);
-    return _mm512_set1_epi64(eight);
+    limbs v = _mm512_set1_epi64(eight);
+#ifdef __clang__
+    KEEP_IN_REGISTER(v); /* clang 16 crashes on a broadcast of 8 bytes that flip_signs follows */
+#endif
+    return v;
 }
 static inline sums add_products(sums s, limbs weights, limbs x) {
     return (sums)_mm512_dpbusd_epi32((__m512i)s, weights, x);
@@ -1085,7 +1100,7 @@ int chatglm_linear(const void* x, int x_dtype, const int8_t* weight, int bits, c
         size_t limbs_size = (size_t)(j.planes * j.padded_M * j.padded_K) * limb_size;
         size_t beyond = CACHE_LINE * sizeof(limb_t); /* read after one row's limbs, and multiplied by zeros */
         size_t all = all_own + scale_size + start_size + limbs_size + beyond;
-        char* memory = aligned_alloc(64, round_up((int64_t)all, 64));
+        char* memory = allocate((int64_t)all);
         if (!memory) return NO_MEMORY;
         j.limb_scale = (float*)(memory + all_own);
         j.start = (int32_t*)(memory + all_own + scale_size);
@@ -1116,7 +1131,7 @@ int chatglm_linear(const void* x, int x_dtype, const int8_t* weight, int bits, c
                 stop_tiles();
             }
         }
-        free(memory);
+        release(memory);
     }
     return OK;
 }
@@ -1516,6 +1531,14 @@ static void stop_tiles(void) { _tile_release(); }
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_dpbssd
+#undef _tile_loadconfig
+#undef _tile_release
+#define _tile_zero emulated_zero /* clang's header has functions of these names */
+#define _tile_loadd emulated_loadd
+#define _tile_stored emulated_stored
+#define _tile_dpbssd emulated_dpbssd
+#define _tile_loadconfig emulated_loadconfig
+#define _tile_release emulated_release
 static _Thread_local int32_t tile_memory[8][16][16];
 static void _tile_zero(int t) { memset(tile_memory[t], 0, sizeof tile_memory[t]); }
 static void _tile_loadd(int t, const void* from, int64_t stride) {

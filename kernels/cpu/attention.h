@@ -157,7 +157,7 @@ int chatglm_attention(const void* q, int64_t q_b, int64_t q_h, int64_t q_s, cons
     threads = threads_for(threads, 2 * B * H * S * T * D);
     /* For each thread: scores; for several queries, transposed keys. */
     int64_t own_size = rows * padded_T + (S == 1 ? 0 : padded_T * D);
-    float* memory = aligned_alloc(64, (size_t)round_up(threads * own_size * 4, 64));
+    float* memory = allocate(threads * own_size * 4);
     if (!memory) return NO_MEMORY;
 #pragma omp parallel num_threads(threads)
     {
@@ -199,6 +199,6 @@ int chatglm_attention(const void* q, int64_t q_b, int64_t q_h, int64_t q_s, cons
             }
         }
     }
-    free(memory);
+    release(memory);
     return OK;
 }

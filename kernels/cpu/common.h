@@ -8,8 +8,8 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
+#ifdef _WIN32
+#include <malloc.h>
 #endif
 
 enum { FLOAT, HALF, BFLOAT }; /* dtypes, as the caller numbers them */
@@ -26,6 +26,15 @@ enum {
 
 static inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 static inline int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* `size` bytes, aligned to a cache line, or NULL; `release` frees them. */
+#ifdef _WIN32
+static inline void* allocate(int64_t size) { return _aligned_malloc((size_t)size + 1, CACHE_LINE); } /* of 0 bytes: NULL */
+static inline void release(void* memory) { _aligned_free(memory); }
+#else
+static inline void* allocate(int64_t size) { return aligned_alloc(CACHE_LINE, (size_t)round_up(size, CACHE_LINE)); }
+static inline void release(void* memory) { free(memory); }
+#endif
 
 static inline float float_of_bits(uint32_t bits) {
     float f;
@@ -86,6 +95,8 @@ static int on_amd(void) {
 }
 
 #ifdef _OPENMP
+int omp_get_thread_num(void); /* not every compiler with OpenMP has omp.h */
+int omp_get_num_threads(void);
 static int64_t thread_number(void) { return omp_get_thread_num(); }
 static int64_t thread_count(void) { return omp_get_num_threads(); }
 #else

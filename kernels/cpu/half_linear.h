@@ -40,7 +40,7 @@ static inline __attribute__((always_inline)) void half_dots(const uint16_t* w, i
 int chatglm_half_linear(const void* x, int x_dtype, const uint16_t* weight, int weight_dtype, void* y, int64_t M,
                         int64_t N, int64_t K, int threads) {
     threads = threads_for(threads, M * N * K);
-    float* rows = aligned_alloc(64, (size_t)round_up(M * K * 4, 64));
+    float* rows = allocate(M * K * 4);
     if (!rows) return NO_MEMORY;
     read_floats(x, x_dtype, M * K, rows);
 #pragma omp parallel num_threads(threads)
@@ -67,6 +67,6 @@ int chatglm_half_linear(const void* x, int x_dtype, const uint16_t* weight, int 
             }
         }
     }
-    free(rows);
+    release(rows);
     return OK;
 }

@@ -76,7 +76,7 @@ int chatglm_linear(const void* x, int x_dtype, const int8_t* weight, int bits, c
         size_t limbs_size = (size_t)(j.planes * j.padded_M * j.padded_K) * limb_size;
         size_t beyond = CACHE_LINE * sizeof(limb_t); /* read after one row's limbs, and multiplied by zeros */
         size_t all = all_own + scale_size + start_size + limbs_size + beyond;
-        char* memory = aligned_alloc(64, round_up((int64_t)all, 64));
+        char* memory = allocate((int64_t)all);
         if (!memory) return NO_MEMORY;
         j.limb_scale = (float*)(memory + all_own);
         j.start = (int32_t*)(memory + all_own + scale_size);
@@ -107,7 +107,7 @@ int chatglm_linear(const void* x, int x_dtype, const int8_t* weight, int bits, c
                 stop_tiles();
             }
         }
-        free(memory);
+        release(memory);
     }
     return OK;
 }

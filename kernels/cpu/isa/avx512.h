@@ -48,7 +48,11 @@ static inline limbs broadcast4(const void* p) {
 static inline limbs broadcast8(const void* p) {
     int64_t eight;
     memcpy(&eight, p, 8);
-    return _mm512_set1_epi64(eight);
+    limbs v = _mm512_set1_epi64(eight);
+#ifdef __clang__
+    KEEP_IN_REGISTER(v); /* clang 16 crashes on a broadcast of 8 bytes that flip_signs follows */
+#endif
+    return v;
 }
 static inline sums add_products(sums s, limbs weights, limbs x) {
     return (sums)_mm512_dpbusd_epi32((__m512i)s, weights, x);

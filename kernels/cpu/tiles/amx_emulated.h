@@ -5,6 +5,14 @@
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_dpbssd
+#undef _tile_loadconfig
+#undef _tile_release
+#define _tile_zero emulated_zero /* clang's header has functions of these names */
+#define _tile_loadd emulated_loadd
+#define _tile_stored emulated_stored
+#define _tile_dpbssd emulated_dpbssd
+#define _tile_loadconfig emulated_loadconfig
+#define _tile_release emulated_release
 static _Thread_local int32_t tile_memory[8][16][16];
 static void _tile_zero(int t) { memset(tile_memory[t], 0, sizeof tile_memory[t]); }
 static void _tile_loadd(int t, const void* from, int64_t stride) {
