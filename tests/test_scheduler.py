@@ -3,12 +3,15 @@
 import asyncio
 import contextlib
 import random
+import threading
+import time
 
 import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from chatglm_int8.apps.server import cache_rows, sampling
+from chatglm_int8.apps.server import scheduler as scheduler_module
 from chatglm_int8.apps.server.answer_text import AnswerText
 from chatglm_int8.apps.server.answers import Answer, Busy, Failed, Sampling, TimeLimit, Token, arrival, deliver
 from chatglm_int8.apps.server.cache_rows import RowCache
@@ -296,13 +299,131 @@ def test_a_prompt_that_fails(error, counts, golden_model, monkeypatch):
         assert scheduler.healthy
 
 
-def test_broken_scores_give_a_fixed_id(golden_model):
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite(value, golden_model):
+    """No answer is made of them; those of prompts neither."""
     model = golden_model("base", attention="sdpa")
-    model.transformer.final_layernorm.weight.data[0] = float("nan")
+    weight = model.transformer.final_layernorm.weight.data[0].clone()
     with scheduling(model) as scheduler:
-        for temperature in (0, 1.0):
-            (ids,) = ids_of(answers_of(scheduler, [([7, 8, 501, 504], Sampling(3, temperature=temperature))]))
-            assert ids == [5, 5, 5]
+        model.transformer.final_layernorm.weight.data[0] = value
+        for options in ({"temperature": 0}, {}, {"top_logprobs": 2}, {"top_logprobs": 2, "prompt_logprobs": True}):
+            with pytest.raises(Failed, match="NaN or infinite"):
+                answers_of(scheduler, [([7, 8, 501, 504, 9], Sampling(3, **options))])
+        model.transformer.final_layernorm.weight.data[0] = weight
+        assert scheduler.healthy
+        (ids,) = ids_of(answers_of(scheduler, [([7, 8, 501, 504], Sampling(3, 3))]))
+        assert len(ids) == 3
+
+
+def test_one_row_that_is_not_finite_fails_alone(golden_model, monkeypatch):
+    model = golden_model("base", attention="sdpa")
+    job = ([7, 8, 501, 504], Sampling(6, 6, temperature=0))
+    with scheduling(model) as scheduler:
+        expected = answers_of(scheduler, [job])
+        scores = scheduler._scores
+
+        def broken(logits):
+            monkeypatch.setattr(scheduler, "_scores", scores)
+            found = scores(logits)
+            found[0, 3] = torch.nan
+            return found
+
+        async def run():
+            first, second = scheduler.submit(job[0], [job[1]] * 2)
+            with pytest.raises(Failed, match="NaN"):
+                async for _ in first:
+                    pass
+            return [token async for token in second]
+
+        monkeypatch.setattr(scheduler, "_scores", broken)
+        ids = [token.id for token in asyncio.run(run())]
+        assert [ids] == ids_of(expected)
+
+
+@pytest.mark.parametrize("error", [SystemExit(1), KeyboardInterrupt(), MemoryError()])
+def test_an_end_of_the_thread_is_told(error, golden_model, monkeypatch):
+    """To all that wait and to all that come; MemoryError ends no thread."""
+    job = ([7, 8, 501, 504], Sampling(4))
+    with scheduling(golden_model("base", attention="sdpa"), max_batch=1) as scheduler:
+
+        def fail(_):
+            raise error
+
+        monkeypatch.setattr(scheduler, "_prefill", fail)
+
+        async def run():
+            for answer in scheduler.submit(job[0], [job[1]] * 3):
+                with pytest.raises(Failed):
+                    async for _ in answer:
+                        pass
+            if not isinstance(error, MemoryError):
+                scheduler._thread.join()
+                with pytest.raises(Failed, match="restarted"):
+                    scheduler.submit(*job[:1], [job[1]])
+
+        asyncio.run(asyncio.wait_for(run(), 20))
+        assert scheduler.healthy == isinstance(error, MemoryError)
+
+
+def test_memory_that_is_short_on_a_cpu_is_no_fault(golden_model, monkeypatch):
+    """PyTorch raises a RuntimeError there."""
+    job = ([7, 8, 501, 504], Sampling(4))
+    with scheduling(golden_model("base", attention="sdpa")) as scheduler:
+
+        def fail(_):
+            torch.empty(1 << 55, dtype=torch.uint8)
+
+        monkeypatch.setattr(scheduler, "_prefill", fail)
+        for _ in range(4):
+            with pytest.raises(Failed, match="out of memory"):
+                answers_of(scheduler, [job])
+        assert scheduler.healthy
+
+
+def test_a_step_that_hangs(golden_model, monkeypatch):
+    """Clients are told at their time limit, and health tells."""
+    monkeypatch.setattr(scheduler_module, "GRACE", 0.0)
+    hang = threading.Event()
+    with scheduling(golden_model("base", attention="sdpa"), time_limit=0.2) as scheduler:
+        monkeypatch.setattr(scheduler, "_prefill", lambda group: hang.wait(20))
+
+        async def run():
+            for answer in scheduler.submit([7, 8, 501, 504], [Sampling(4)] * 2):
+                with pytest.raises(TimeLimit):
+                    async for _ in answer:
+                        pass
+
+        asyncio.run(asyncio.wait_for(run(), 10))
+        assert not scheduler.healthy
+        hang.set()
+
+
+def test_the_time_limit_counts_from_the_door(golden_model):
+    with scheduling(golden_model("base", attention="sdpa"), time_limit=60) as scheduler:
+
+        async def run():
+            (answer,) = scheduler.submit([7, 8, 501, 504], [Sampling(4)], since=time.monotonic() - 61)
+            with pytest.raises(TimeLimit):
+                async for _ in answer:
+                    pass
+
+        asyncio.run(run())
+
+
+def test_a_step_is_one_message(golden_model, monkeypatch):
+    """Of all rows, and of the end of some."""
+    with scheduling(golden_model("base", attention="sdpa")) as scheduler:
+
+        async def run():
+            loop, calls = asyncio.get_running_loop(), []
+            hand_over = loop.call_soon_threadsafe
+            monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *given: (calls.append(given), hand_over(*given)))
+            answers = scheduler.submit([7, 8, 501, 504], [Sampling(10, 10)] * 5)
+            for answer in answers:
+                assert len([token async for token in answer]) == 10
+            return len(calls)
+
+        assert asyncio.run(run()) <= 10
 
 
 def test_without_a_seed_answers_differ(golden_model):

@@ -37,44 +37,52 @@ class AnswerText:
         self._decoder = tokenizer.decode_stream()
         self._process = process
         self._stop = stop or []
-        self._raw = "".join([self._decoder.step(token_id) for token_id in begun])
-        self._shown = self.length = len(self._raw)
+        self._shown = self.length = len("".join([self._decoder.step(token_id) for token_id in begun]))
+        self._pending = ""  # what `process` may change yet
+        self._left = ""  # stands for the text before it, of which `process` sees one character
+        self._rest = ""  # certain and not shown: white space, and what a stop string may begin with
 
     def step(self, token_id: int) -> str:
         """Takes the next id and returns the text that is certain now. Once `stopped`, there is no more."""
-        self._raw += self._decoder.step(token_id)
-        return self._advance(last=False)
+        return self._advance(self._decoder.step(token_id), last=False)
 
     def finish(self) -> str:
         """Returns what was kept back, at the end of the answer."""
-        self._raw += self._decoder.flush()
-        return self._advance(last=True)
+        return self._advance(self._decoder.flush(), last=True)
 
-    def _advance(self, last: bool) -> str:
+    def _advance(self, new: str, last: bool) -> str:
+        """Constant work for each token: only text that is not shown yet is looked at."""
         if self.stopped:
             return ""
-        text = self._raw
-        if self._process is not None:
-            space = text[len(text.rstrip()) :]
-            text = self._process(text)
-            self.length = len(text)
-            text = text and text + space  # stripped by process_response, but a stop string may be in it
-            if not last:
-                text = settled(text)
-        else:
-            self.length = len(text)
-        found = [(text.find(stop, self._shown), len(stop)) for stop in self._stop]
+        text = new if self._process is None else self._processed(new, last)
+        self._rest += text
+        found = [(self._rest.find(stop), len(stop)) for stop in self._stop]
         # The one that is complete first, however the text is cut into tokens.
         stops = [(place + length, place) for place, length in found if place >= 0]
         self.stopped = bool(stops)
-        end = min(stops)[1] if stops else len(text)
+        end = min(stops)[1] if stops else len(self._rest)
         if not last and not stops:
-            end -= max((_overlap(text[self._shown :], stop) for stop in self._stop), default=0)
+            end -= max((_overlap(self._rest, stop) for stop in self._stop), default=0)
         if self._process is not None:
-            end = len(text[:end].rstrip())
-        piece = text[self._shown : end]
-        self._shown = max(self._shown, end)
+            self.length = self._shown + len((self._rest + self._pending).rstrip())
+            end = len(self._rest[:end].rstrip())
+        piece, self._rest = self._rest[:end], self._rest[end:]
+        self._shown += end
+        if self._process is None:
+            self.length = self._shown + len(self._rest)
         return piece
+
+    def _processed(self, new: str, last: bool) -> str:
+        """The processed text that becomes certain with the next characters."""
+        raw = self._left + self._pending + new
+        text = self._process(raw)
+        # The end of a response is stripped, but more may come, and a stop string may be in it.
+        text = text and text[len(self._left) :] + raw[len(raw.rstrip()) :]
+        certain = text if last else settled(text)
+        self._pending = text[len(certain) :]  # as it was: `process` has not changed it
+        if certain:
+            self._left = "x" if certain[-1].isspace() else certain[-1]  # a space would be stripped
+        return certain
 
 
 class TokenTexts:

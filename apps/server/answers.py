@@ -3,6 +3,7 @@
 import asyncio
 import collections
 import dataclasses
+import time
 from collections.abc import AsyncIterator
 
 import torch
@@ -88,6 +89,7 @@ class Answer:
         self._loop = asyncio.get_running_loop()
         self._events: collections.deque[Token | Exception | str] = collections.deque()
         self._waiter: asyncio.Future | None = None  # of `arrival`
+        self._timer: asyncio.TimerHandle | None = None
         # The scheduler's own:
         self._last = -1  # token to read next
         self._count = 0  # of tokens so far
@@ -98,6 +100,10 @@ class Answer:
     def cancel(self) -> None:
         """Give up the rest; harmless at any time and from any thread."""
         self._cancelled = True
+
+    def expire_at(self, moment: float, error: TimeLimit) -> None:
+        """End with `error`, if nothing else has ended the answer by then (of `time.monotonic()`)."""
+        self._timer = self._loop.call_later(moment - time.monotonic(), deliver, [(self, error)])
 
     def take(self) -> list[Token]:
         """The tokens that have come since the last call; raises what ended the answer, once there are none before it.
@@ -135,6 +141,8 @@ async def arrival(answers: list[Answer]) -> None:
 def deliver(events: list[tuple[Answer, Token | Exception | str]]) -> None:
     for answer, event in events:
         answer._events.append(event)
+        if answer._timer is not None and not isinstance(event, Token):
+            answer._timer.cancel()
         if answer._waiter is not None and not answer._waiter.done():
             answer._waiter.set_result(None)
 

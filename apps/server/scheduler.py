@@ -22,7 +22,6 @@ import time
 import torch
 from transformers import DynamicCache
 
-from ...generation_chatglm import FiniteScores
 from .answers import Answer, Busy, Failed, Sampling, TimeLimit, Token, deliver
 from .cache_rows import RowCache, rounded_up
 from .sampling import choose, report, with_logprobs
@@ -34,6 +33,9 @@ PREFILL_TOKENS = 2048  # prompts read together have this many tokens at most, pa
 PREFILL_WASTE = 1.5  # and this many times the tokens that they have without padding
 GPU_PREFILL_TOKENS = 512  # or this many on a GPU, where reading fewer takes no less time
 SMALL_MODEL = 1 << 28  # bytes of weights: on a CPU, threads would wait for each other longer than they compute
+GRACE = 5.0  # seconds beyond the time limit after which a thread that hangs is not waited for
+NOT_FINITE = "The model's scores are NaN or infinite here, so there is no answer; the weights may be damaged."
+BROKEN = -1  # in the place of a token: the row's scores are not finite
 SCORED_ROWS = 64  # tokens of a prompt scored at a time: the scores of each are a row of the whole vocabulary
 
 
@@ -76,13 +78,15 @@ class Scheduler:
             ) from error
         self._device = model.get_input_embeddings().weight.device
         self._free_tokens = 0 if self._device.type == "cpu" else GPU_PREFILL_TOKENS
-        self._finite = FiniteScores()
         self._rows: list[Answer] = []
+        self._reading: list[Answer] = []  # those with a prompt under way
         self._waiting: collections.deque[Answer] = collections.deque()
         self._outbox: dict[asyncio.AbstractEventLoop, list] = {}
         self._changed = threading.Condition()
         self._closing = False
+        self._ending = "The server is shutting down."  # what clients are told then
         self._failures = 0  # in a row
+        self._began: float | None = None  # when the step under way began
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
         # A thread that computes while the interpreter shuts down can abort the process.
@@ -102,33 +106,39 @@ class Scheduler:
 
     @property
     def healthy(self) -> bool:
-        """Whether steps work; a GPU that is lost fails every one."""
-        return self._thread.is_alive() and self._failures < 3
+        """Whether steps work and end in time; a GPU that is lost fails every one."""
+        began = self._began
+        hangs = began is not None and time.monotonic() - began > self.time_limit + GRACE
+        return self._thread.is_alive() and self._failures < 3 and not hangs
 
     def room(self, prompt: list[int]) -> int:
         """How many tokens an answer to this prompt may have; less than 1 if the prompt is too long."""
         return self.max_length - len(prompt)
 
-    def submit(self, prompt: list[int], samplings: list[Sampling]) -> list[Answer]:
+    def submit(self, prompt: list[int], samplings: list[Sampling], since: float | None = None) -> list[Answer]:
         """Queue an answer to the prompt for each of `samplings`, or none; call it in a running event loop.
+
+        The time limit counts from `since` (of `time.monotonic()`), by default from now.
 
         Raises:
             Busy: not all of them have room in the queue.
-            Failed: the scheduler was closed.
+            Failed: the scheduler was closed, or its thread has ended.
             ValueError: a prompt without room for an answer.
         """
         if self.room(prompt) < 1:
             raise ValueError(f"The prompt has {len(prompt)} tokens, with a limit of {self.max_length} with the answer.")
-        deadline = time.monotonic() + self.time_limit
-        answers = [Answer(prompt, sampling, deadline) for sampling in samplings]
+        deadline = (time.monotonic() if since is None else since) + self.time_limit
         with self._changed:
             if self._closing:
-                raise Failed("The server is shutting down.")
+                raise Failed(self._ending)
             places = self.max_queue + self.max_batch - len(self._rows)
-            if len(self._waiting) + len(answers) > places:
+            if len(self._waiting) + len(samplings) > places:
                 raise Busy
+            answers = [Answer(prompt, sampling, deadline) for sampling in samplings]
             self._waiting.extend(answers)
             self._changed.notify()
+        for answer in answers:  # the thread keeps the limit itself, unless a step hangs
+            answer.expire_at(deadline + GRACE, self._late())
         return answers
 
     def close(self) -> None:
@@ -142,6 +152,20 @@ class Scheduler:
     # In the thread
 
     def _run(self) -> None:
+        """Whatever ends the thread, all clients are told."""
+        try:
+            self._work()
+        except BaseException:
+            logger.exception("The scheduler has ended")
+            self._ending = "The model does not compute any more: the server has to be restarted."
+        with self._changed:
+            self._closing = True
+            self._fail([*self._rows, *self._reading, *self._waiting], Failed(self._ending))
+            self._rows = []
+            self._waiting.clear()
+        self._flush()
+
+    def _work(self) -> None:
         weights = sum(parameter.nbytes for parameter in self.model.parameters())
         if self._device.type == "cpu" and weights < SMALL_MODEL:
             torch.set_num_threads(1)
@@ -150,7 +174,8 @@ class Scheduler:
                 while not (self._waiting or self._rows or self._closing):
                     self._changed.wait()
             if self._closing:
-                break
+                return
+            self._began = time.monotonic()
             try:
                 self._drop()
                 self._admit()
@@ -164,9 +189,8 @@ class Scheduler:
                 self._rows = []
                 with contextlib.suppress(Exception):  # a lost GPU; the next steps will tell
                     self._cache.clear()
+            self._began = None
             self._flush()
-        self._fail([*self._rows, *self._waiting], Failed("The server is shutting down."))
-        self._flush()
 
     def _send(self, answer: Answer, event: Token | Exception | str) -> None:
         self._outbox.setdefault(answer._loop, []).append((answer, event))
@@ -180,7 +204,7 @@ class Scheduler:
 
     def _fail(self, answers: list[Answer], error: Exception) -> None:
         if not isinstance(error, (TimeLimit, Failed)):
-            short = isinstance(error, torch.OutOfMemoryError)
+            short = is_memory(error)
             error = Failed("The server ran out of memory." if short else "The server failed to compute an answer.")
         for answer in answers:
             self._send(answer, error)
@@ -193,7 +217,7 @@ class Scheduler:
             if answer._cancelled:
                 self._send(answer, "cancelled")
             elif now > answer._deadline:
-                self._fail([answer], TimeLimit(f"The answer was not ready within {self.time_limit:g} seconds."))
+                self._fail([answer], self._late())
             return answer._cancelled or now > answer._deadline
 
         for row in reversed(range(len(self._rows))):
@@ -202,6 +226,9 @@ class Scheduler:
         with self._changed:
             for answer in [answer for answer in self._waiting if drops(answer)]:
                 self._waiting.remove(answer)
+
+    def _late(self) -> TimeLimit:
+        return TimeLimit(f"The answer was not ready within {self.time_limit:g} seconds.")
 
     def _leave(self, row: int) -> None:
         self._cache.remove(row)
@@ -214,6 +241,7 @@ class Scheduler:
             group = prefill_group(self._waiting, self.max_batch - len(self._rows), self._free_tokens)
             for answer in group:
                 self._waiting.remove(answer)
+            self._reading = group
         if not group:
             return
         try:
@@ -221,9 +249,9 @@ class Scheduler:
                 self._prefill(group)
         except Exception as error:
             logger.exception("Reading a prompt failed")
-            self._failures += not isinstance(error, torch.OutOfMemoryError)  # a shorter one may do
-            group = [answer for answer in group if answer not in self._rows]
-            self._fail(group, error)
+            self._failures += not is_memory(error)  # a shorter one may do
+            self._fail([answer for answer in group if answer not in self._rows], error)
+        self._reading = []
 
     def _prefill(self, group: list[Answer]) -> None:
         longest = rounded_up(max(len(answer.prompt) for answer in group), self._cache.unit)
@@ -243,7 +271,11 @@ class Scheduler:
             if sampling.presence_penalty or sampling.frequency_penalty:
                 answer._seen = torch.zeros(logits.shape[-1], device=logits.device)
             if sampling.prompt_logprobs:
-                answer.prompt_tokens = self._score_prompt(answer, states[longest - len(answer.prompt) :])
+                try:
+                    answer.prompt_tokens = self._score_prompt(answer, states[longest - len(answer.prompt) :])
+                except Failed as error:
+                    self._send(answer, error)
+                    answer.cancel()
         ended = self._choose(group, logits)
         for index, answer in enumerate(group):
             if not ended[index]:
@@ -259,6 +291,8 @@ class Scheduler:
             ids = torch.tensor(prompt[first : first + SCORED_ROWS], device=hidden.device)
             # Each token is predicted by the one before it.
             scores = self._scores(self.model.score(hidden[None, first - 1 : first - 1 + len(ids)])[0])
+            if not scores.amax(dim=-1).isfinite().all():
+                raise Failed(NOT_FINITE)
             tokens += with_logprobs(scores, ids, [count] * len(ids))
         return tokens
 
@@ -278,9 +312,14 @@ class Scheduler:
         eos = self.model.config.eos_token_id
         tokens = choose(answers, scores, eos)
         reports = report(answers, scores, tokens)
+        tokens.masked_fill_(~scores.amax(dim=-1).isfinite(), BROKEN)  # a NaN is the largest of all
         ended = []
         for row, token in enumerate(tokens.tolist()):
             answer = answers[row]
+            if token == BROKEN:
+                self._send(answer, Failed(NOT_FINITE))
+                ended.append(True)
+                continue
             if answer.sampling.max_new_tokens == 0:
                 self._send(answer, "length")
                 ended.append(True)
@@ -303,10 +342,15 @@ class Scheduler:
         return ended
 
     def _scores(self, logits: torch.Tensor) -> torch.Tensor:
-        """Scores float32 [B, V] of logits: finite, and minus infinity for the spare rows of the embedding."""
-        scores = self._finite(None, logits.float())
+        """Scores float32 [B, V] of logits: minus infinity for the spare rows of the embedding."""
+        scores = logits.float()
         scores[:, len(self.tokenizer) :] = -torch.inf
         return scores
+
+
+def is_memory(error: Exception) -> bool:
+    """Whether memory was short. PyTorch has no class of its own for that on a CPU."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
 
 
 def prefill_group(waiting: collections.deque[Answer], rows: int, free: int = 0) -> list[Answer]:
