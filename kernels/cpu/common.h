@@ -29,7 +29,9 @@ static inline int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* `size` bytes, aligned to a cache line, or NULL; `release` frees them. */
 #ifdef _WIN32
-static inline void* allocate(int64_t size) { return _aligned_malloc((size_t)size + 1, CACHE_LINE); } /* of 0 bytes: NULL */
+static inline void* allocate(int64_t size) {
+    return _aligned_malloc((size_t)size + 1, CACHE_LINE);
+} /* of 0 bytes: NULL */
 static inline void release(void* memory) { _aligned_free(memory); }
 #else
 static inline void* allocate(int64_t size) { return aligned_alloc(CACHE_LINE, (size_t)round_up(size, CACHE_LINE)); }
