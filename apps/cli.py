@@ -17,6 +17,7 @@ PROGRAMS = {  # names of subcommands, and their modules
     "finetune": "finetune",
     "merge": "merge",
     "quantize": "quantize",
+    "doctor": "doctor",
 }
 
 
