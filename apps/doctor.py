@@ -155,8 +155,7 @@ def check_gpu() -> Iterator[Finding]:
         yield Finding("CUDA kernels", "slower", "turned off by CHATGLM_CUDA_KERNEL=0", "Unset CHATGLM_CUDA_KERNEL.")
         return
     try:
-        libraries = cuda_runtime.load_libraries()
-        version = ".".join(map(str, libraries.nvrtc.version))
+        version = ".".join(map(str, cuda_runtime.load_libraries().nvrtc.nvrtcVersion()))
     except Exception as error:  # of cpm_kernels, which has its own for each library
         text = str(error) or repr(error)
         yield Finding("CUDA kernels", "slower", text, remedy(text))
