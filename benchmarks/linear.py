@@ -66,81 +66,105 @@ def error(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.T
     return ((y.double() - exact).norm() / exact.norm()).item()
 
 
-def on_cpu(layers: int, rounds: int) -> dict:
-    """Everything on the CPU; a dictionary of ratios and rates."""
-    library = kernels_cpu.library()
-    if library is None:
-        sys.exit("No CPU kernels here: nothing to measure.")
-    threads = torch.get_num_threads()
-    torch.manual_seed(0)
-    weights = [
-        [(torch.randint(-128, 128, shape, dtype=torch.int8), (torch.rand(shape[0]) * 0.01).half()) for shape in SHAPES]
-        for _ in range(layers)
-    ]
-    floats = [[(w.bfloat16(), s) for w, s in layer] for layer in weights]
-    packed = [[(w, s.bfloat16()) for w, s in layer] for layer in weights]
-    numel = sum(w.numel() for layer in weights for w, _ in layer)
-    nibbles = [[(w[:, ::2].contiguous(), s) for w, s in layer] for layer in weights]
-    read, read_bytes = reader(threads)
+class Weights:
+    """Random weights of the linears of some blocks, in several formats: (weight [N, K], scale [N]) each."""
 
-    def over(layers: list, rows: int, dtype: torch.dtype, multiply: Callable) -> Callable[[], None]:
-        x = {columns: activations(rows, columns, dtype) for _, columns in SHAPES}
+    def __init__(self, layers: int):
+        self.int8 = [
+            [
+                (torch.randint(-128, 128, shape, dtype=torch.int8), (torch.rand(shape[0]) * 0.01).half())
+                for shape in SHAPES
+            ]
+            for _ in range(layers)
+        ]
+        self.int4 = [[(w[:, ::2].contiguous(), s) for w, s in layer] for layer in self.int8]
+        self.bf16 = [[(w.bfloat16(), s) for w, s in layer] for layer in self.int8]
+        self.bf16_scales = [[(w, s.bfloat16()) for w, s in layer] for layer in self.int8]
+        self.numel = sum(w.numel() for layer in self.int8 for w, _ in layer)
 
-        def run() -> None:
-            for layer in layers:
-                for (_, columns), (weight, scale) in zip(SHAPES, layer, strict=True):
-                    multiply(x[columns], weight, scale)
 
-        return run
+def over(layers: list, rows: int, dtype: torch.dtype, multiply: Callable) -> Callable[[], None]:
+    """A function that multiplies activations [rows, K] by the weights of all layers."""
+    x = {columns: activations(rows, columns, dtype) for _, columns in SHAPES}
 
-    def kernel(bits: int) -> Callable:
-        return lambda x, weight, scale: library.linear(x, weight, scale, None, bits)
+    def run() -> None:
+        for layer in layers:
+            for (_, columns), (weight, scale) in zip(SHAPES, layer, strict=True):
+                multiply(x[columns], weight, scale)
 
-    def expand(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return x @ (weight.float() * scale.float()[:, None]).T
+    return run
 
+
+def by_torch(x: torch.Tensor, weight: torch.Tensor, _) -> torch.Tensor:
+    return linear(x, weight)
+
+
+def expand(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return x @ (weight.float() * scale.float()[:, None]).T
+
+
+def by_kernel(library, bits: int) -> Callable:
+    return lambda x, weight, scale: library.linear(x, weight, scale, None, bits)
+
+
+def one_row(library, weights: Weights, rounds: int) -> dict:
+    """Rates of one row, and of few, over the rate at which memory is read."""
     half, single, brain = torch.float16, torch.float32, torch.bfloat16
-    one = {
+    threads, layers = torch.get_num_threads(), len(weights.int8)
+    int8, int4 = by_kernel(library, 8), by_kernel(library, 4)
+    read, read_bytes = reader(threads)
+    contestants = {
         "read": read,
-        "INT8, half": over(weights, 1, half, kernel(8)),
-        "INT8, fp32": over(weights, 1, single, kernel(8)),
-        "INT4, half": over(nibbles, 1, half, kernel(4)),
-        "torch _weight_int8pack_mm, bf16": over(packed, 1, brain, torch._weight_int8pack_mm),
-        "torch bf16": over(floats, 1, brain, lambda x, weight, _: linear(x, weight)),
-        **{f"INT8, half, {rows} rows": over(weights, rows, half, kernel(8)) for rows in (2, 8, 32)},
+        "INT8, half": over(weights.int8, 1, half, int8),
+        "INT8, fp32": over(weights.int8, 1, single, int8),
+        "INT4, half": over(weights.int4, 1, half, int4),
+        "torch _weight_int8pack_mm, bf16": over(weights.bf16_scales, 1, brain, torch._weight_int8pack_mm),
+        "torch bf16": over(weights.bf16, 1, brain, by_torch),
+        **{f"INT8, half, {rows} rows": over(weights.int8, rows, half, int8) for rows in (2, 8, 32)},
     }
-    seconds = medians(one, rounds)
+    seconds = medians(contestants, rounds)
     bandwidth = read_bytes / seconds.pop("read")
     result = {"instructions": library.instructions, "threads": threads, "read GB/s": bandwidth / 1e9}
     print(f"{library.instructions}, {threads} threads, reading memory: {bandwidth / 1e9:.1f} GB/s\n")
     print(f"{'linears, one row':36} {'ms a layer':>10} {'GB/s':>6} {'of read':>8}")
     for name, taken in seconds.items():
-        size = numel * (2 if name == "torch bf16" else 0.5 if "INT4" in name else 1)
+        size = weights.numel * (2 if name == "torch bf16" else 0.5 if "INT4" in name else 1)
         result[name] = {"seconds": taken / layers, "of read": size / taken / bandwidth}
         print(f"{name:36} {1e3 * taken / layers:10.2f} {size / taken / 1e9:6.1f} {size / taken / bandwidth:8.2f}")
     result["8 rows over 1"] = seconds["INT8, half, 8 rows"] / seconds["INT8, half"]
     print(f"8 rows take {result['8 rows over 1']:.2f} times as long as one\n")
+    return result
 
-    many = {
-        "torch bf16": over(floats[:1], 512, brain, lambda x, weight, _: linear(x, weight)),
-        "INT8, half": over(weights[:1], 512, half, kernel(8)),
-        "INT8, fp32": over(weights[:1], 512, single, kernel(8)),
-        "expand to fp32, then sgemm": over(weights[:1], 512, single, expand),
-        "torch _weight_int8pack_mm, bf16": over(packed[:1], 512, brain, torch._weight_int8pack_mm),
+
+def many_rows(library, weights: Weights, rounds: int) -> dict:
+    """Times of 512 rows, over those of torch's bf16 linears."""
+    half, single, brain = torch.float16, torch.float32, torch.bfloat16
+    int8 = by_kernel(library, 8)
+    contestants = {
+        "torch bf16": over(weights.bf16[:1], 512, brain, by_torch),
+        "INT8, half": over(weights.int8[:1], 512, half, int8),
+        "INT8, fp32": over(weights.int8[:1], 512, single, int8),
+        "expand to fp32, then sgemm": over(weights.int8[:1], 512, single, expand),
     }
-    if layers > 1:
-        many = dict(list(many.items())[:4])  # the last takes minutes where it has no fast path
-    seconds = medians(many, max(1, rounds // 2))
+    if len(weights.int8) == 1:  # takes minutes where it has no fast path
+        int8pack = over(weights.bf16_scales[:1], 512, brain, torch._weight_int8pack_mm)
+        contestants["torch _weight_int8pack_mm, bf16"] = int8pack
+    seconds = medians(contestants, max(1, rounds // 2))
+    result = {}
     print(f"{'linears, 512 rows':36} {'ms a layer':>10} {'28 layers, tok/s':>17} {'over bf16':>10}")
     for name, taken in seconds.items():
         ratio = seconds["torch bf16"] / taken
         result[f"512 rows: {name}"] = {"seconds": taken, "over torch bf16": ratio}
         print(f"{name:36} {1e3 * taken:10.1f} {512 / taken / 28:17.1f} {ratio:10.2f}")
+    return result
 
+
+def errors(library, weight: torch.Tensor, scale: torch.Tensor) -> dict:
+    """Errors against float64: in half over the error of rounding the activations to half, in fp32 as they are."""
+    half, single, result = torch.float16, torch.float32, {}
     print("\nerror against float64, over that of rounding the activations to half")
-    weight, scale = weights[0][1]
     for rows in (1, 8, 64):
-        x = activations(rows, 4096, single)
+        x = activations(rows, weight.shape[1], single)
         rounded = error(linear(x.half().double(), weight.double() * scale.double()[:, None]), x, weight, scale)
         found = {
             dtype: error(library.linear(x.to(dtype), weight, scale, None, 8), x, weight, scale)
@@ -149,6 +173,17 @@ def on_cpu(layers: int, rounds: int) -> dict:
         result[f"error, {rows} rows"] = {"half over rounding": found[half] / rounded, "fp32": found[single]}
         print(f"{rows:4} rows: half {found[half] / rounded:.2f}, fp32 {found[single]:.1e} (absolute)")
     return result
+
+
+def on_cpu(layers: int, rounds: int) -> dict:
+    """Everything on the CPU; a dictionary of ratios and rates."""
+    library = kernels_cpu.library()
+    if library is None:
+        sys.exit("No CPU kernels here: nothing to measure.")
+    torch.manual_seed(0)
+    weights = Weights(layers)
+    speeds = one_row(library, weights, rounds) | many_rows(library, weights, rounds)
+    return speeds | errors(library, *weights.int8[0][1])
 
 
 def main() -> None:
