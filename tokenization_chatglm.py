@@ -1,11 +1,9 @@
 """Tokenizer of ChatGLM-6B: a SentencePiece vocabulary, the marks of the prompt, the chat format.
 
-A sequence reads `context [gMASK] <sop> answer <eop>`. The vocabulary file `ice_text.model` is a
-serialised SentencePiece `ModelProto` (unigram, `nmt_nfkc`, dummy prefix, byte fallback; format:
-google/sentencepiece, `src/sentencepiece_model.proto`). Line breaks, tabs and runs of 2 to 80 spaces
-have pieces of their own, since SentencePiece itself would fold them into one space.
-
-Everything here is Python over SentencePiece; masks and positions are the model's business.
+A sequence reads `context [gMASK] <sop> answer <eop>`. The vocabulary file `ice_text.model` is a serialised
+SentencePiece `ModelProto` (unigram, `nmt_nfkc`, dummy prefix, byte fallback; format: google/sentencepiece,
+`src/sentencepiece_model.proto`). Line breaks, tabs and runs of 2 to 80 spaces have pieces of their own, since
+SentencePiece itself would fold them into one space.
 """
 
 import dataclasses
@@ -37,11 +35,12 @@ TRAINED_LENGTH = 2048
 
 # Pieces for white space, each with the text that it stands for.
 WHITE_SPACE = {"<n>": "\n", "<|tab|>": "\t", **{f"<|blank_{k}|>": " " * k for k in range(2, 81)}}
+WHITE_SPACE_PIECES = {text: piece for piece, text in WHITE_SPACE.items()}
 BYTES = {f"<0x{value:02X}>": value for value in range(256)}
 CONTROL = ("<s>", "</s>", "<pad>", "[MASK]", "[gMASK]", "<sop>", "<eop>")
 
-# Decoding drops the space before these, one replacement after the other. The release decodes so, by
-# the default of its time; `clean_up_tokenization_spaces=False` leaves program text as it is.
+# Decoding drops the space before these, one replacement after the other. The release decodes so, by the default of its
+# time; `clean_up_tokenization_spaces=False` leaves program text as it is.
 CLEAN_UP = (
     *((f" {mark}", mark) for mark in ".?!,"),
     (" ' ", "'"),
@@ -50,35 +49,30 @@ CLEAN_UP = (
 # Where a replacement may begin.
 _CLEAN_UP_START = re.compile(f" (?:[{re.escape(''.join(sorted({spaced[1] for spaced, _ in CLEAN_UP})))}]|\\Z)")
 
-# The normaliser of the vocabulary (nmt_nfkc) deletes this character. Put inside the name of a
-# special token, it hides the name from the search for special tokens and changes no other id.
+# The normaliser of the vocabulary (nmt_nfkc) deletes this character. Put inside the name of a special token, it hides
+# the name from the search for special tokens and changes no other id.
 DELETED = "\x01"
 
-# The prompt that the model was trained on. Alone, a query is its own prompt; otherwise rounds are
-# counted from 0. Messages become rounds of a question and an answer so:
+# The prompt that the model was trained on. Alone, a query is its own prompt; otherwise rounds are counted from 0.
+# Messages become rounds of a question and an answer so:
 #
-#   user           a question; several in a row are one, joined by line breaks
-#   assistant      an answer, joined likewise; one before all questions answers an empty question
-#   system         stands on lines of its own before the round of the unanswered question, or of the
-#                  next one, wherever it comes; nothing if it is blank
-#   developer      the same as system
+#   user                a question; several in a row are one, joined by line breaks
+#   assistant           an answer, joined likewise; one before all questions answers an empty question
+#   system, developer   lines before the round of the unanswered question, or of the next one; nothing if blank
 #
-# The last round needs a question. If it has an answer too, that stands behind [gMASK]<sop>.
-# In messages the names of special tokens are spoilt by U+0001, so that a prompt that is rendered
-# outside of this tokenizer can be encoded too. (`apply_chat_template` spoils them before: it has
-# all names, and continue_final_message looks for the very message.)
+# The last round needs a question. If it has an answer too, that stands behind [gMASK]<sop>. In messages the names of
+# special tokens are spoilt by U+0001, so that a prompt that is rendered outside of this tokenizer can be encoded too.
+# (`apply_chat_template` spoils them before: it has all names, and continue_final_message looks for the very message.)
 CHAT_TEMPLATE = r"""
 {#- The {% generation %} is all behind [gMASK]<sop>. return_assistant_tokens_mask finds
     these marks in the ids, so the template does without that tag, and jinja2 alone can read it. -#}
 {%- macro text(message) -%}
   {%- set content = message['content'] -%}
   {%- set joined -%}
-    {%- if content is string -%}
-      {{- content -}}
+    {%- if content is string -%}{{- content -}}
     {%- elif content is defined and content is iterable and content is not mapping -%}
       {%- for part in content -%}
-        {%- if part is mapping and part['type'] == 'text' and part['text'] is string -%}
-          {{- part['text'] -}}
+        {%- if part is mapping and part['type'] == 'text' and part['text'] is string -%}{{- part['text'] -}}
         {%- else -%}
           {{- raise_exception('Content may only have parts {"type": "text", "text": ...}: '
                               ~ 'this model reads text alone.') -}}
@@ -89,9 +83,8 @@ CHAT_TEMPLATE = r"""
                           ~ 'the one of a message with role "' ~ message['role'] ~ '" is not.') -}}
     {%- endif -%}
   {%- endset -%}
-  {{- joined | replace('[MASK]', '[\x01MASK]') | replace('<sop>', '<\x01sop>')
-             | replace('<eop>', '<\x01eop>') | replace('<pad>', '<\x01pad>')
-             | replace('<unk>', '<\x01unk>') -}}
+  {{- joined | replace('[MASK]', '[\x01MASK]') | replace('<sop>', '<\x01sop>') | replace('<eop>', '<\x01eop>')
+             | replace('<pad>', '<\x01pad>') | replace('<unk>', '<\x01unk>') -}}
 {%- endmacro -%}
 {%- if tools or documents -%}
   {{- raise_exception('This model was not trained on tools or documents: leave them out, or put '
@@ -101,10 +94,9 @@ CHAT_TEMPLATE = r"""
 {%- for message in messages -%}
   {%- set role = message['role'] -%}
   {%- if role not in ['system', 'developer', 'user', 'assistant'] -%}
-    {{- raise_exception('Message ' ~ loop.index0 ~ ' has role "' ~ role ~ '" where "'
-                        ~ ('user' if now.question is none or now.answer is not none else 'assistant')
-                        ~ '" was expected: roles are "system" (or "developer"), "user" and '
-                        ~ '"assistant".') -}}
+    {%- set expected = 'user' if now.question is none or now.answer is not none else 'assistant' -%}
+    {{- raise_exception('Message ' ~ loop.index0 ~ ' has role "' ~ role ~ '" where "' ~ expected
+                        ~ '" was expected: roles are "system" (or "developer"), "user" and "assistant".') -}}
   {%- endif -%}
   {%- set said = text(message) -%}
   {%- if role == 'assistant' -%}
@@ -112,9 +104,7 @@ CHAT_TEMPLATE = r"""
   {%- else -%}
     {%- if now.answer is not none -%}
       {%- set now.rounds = now.rounds + [[now.system, now.question or '', now.answer]] -%}
-      {%- set now.system = '' -%}
-      {%- set now.question = none -%}
-      {%- set now.answer = none -%}
+      {%- set now.system = '' -%}{%- set now.question = none -%}{%- set now.answer = none -%}
     {%- endif -%}
     {%- if role == 'user' -%}
       {%- set now.question = said if now.question is none else now.question ~ '\n' ~ said -%}
@@ -136,13 +126,10 @@ CHAT_TEMPLATE = r"""
   {{- now.system ~ '[Round ' ~ now.rounds | length ~ ']\n问：' ~ now.question ~ '\n答：' -}}
 {%- elif now.question == '' -%}
   {{- raise_exception('The query is empty: there is nothing to answer.') -}}
-{%- else -%}
-  {{- now.question -}}
+{%- else -%}{{- now.question -}}
 {%- endif -%}
-{%- if now.answer is not none -%}
-  {{- '[gMASK]<sop>' ~ now.answer ~ '<eop>' -}}
-{%- elif add_generation_prompt -%}
-  {{- '[gMASK]<sop>' -}}
+{%- if now.answer is not none -%}{{- '[gMASK]<sop>' ~ now.answer ~ '<eop>' -}}
+{%- elif add_generation_prompt -%}{{- '[gMASK]<sop>' -}}
 {%- endif -%}
 """
 
@@ -152,19 +139,17 @@ class ConversationError(ValueError, TemplateError):
 
 
 class DecodeStream:
-    """Text of an answer, token by token, in constant work a token.
+    """Text of one answer, token by token, in constant work a token.
 
-    The strings of all steps and of `flush`, joined, are `tokenizer.decode` of all ids. A character
-    whose bytes come as several tokens appears with its last byte; bytes that can form no character
-    become U+FFFD, one for each, as in SentencePiece. A space that the next token may make
-    superfluous (see `CLEAN_UP`) appears with that token. One stream decodes one sequence.
+    The strings of all steps and of `flush`, joined, are `tokenizer.decode` of all ids. A character whose bytes come as
+    several tokens appears with its last byte; bytes that can form no character become U+FFFD, one for each, as in
+    SentencePiece. A space that the next token may make superfluous (see `CLEAN_UP`) appears with that token.
 
     Args:
         tokenizer: whose ids they are.
-        skip_special_tokens: leave out `<unk>` and special tokens that you added, too. Control tokens
-            are never shown, unless with `control_names`.
+        skip_special_tokens: leave out `<unk>` and special tokens that you added, too.
         clean_up_tokenization_spaces: as in `tokenizer.decode`.
-        control_names: show control tokens by their names.
+        control_names: show control tokens by their names. They are left out otherwise.
     """
 
     def __init__(
@@ -184,10 +169,7 @@ class DecodeStream:
         self._held = [""] * len(CLEAN_UP) if clean_up_tokenization_spaces else []
 
     def step(self, token_id: int) -> str:
-        """Takes the next id and returns the text it completes, which may be "".
-
-        Raises ValueError for an id outside of the vocabulary.
-        """
+        """Takes the next id and returns the text it completes, perhaps "". ValueError: an id outside the vocabulary."""
         token_id = int(token_id)
         if token_id in self._skipped:
             return ""
@@ -227,8 +209,7 @@ class DecodeStream:
         if not any(self._held) and not _CLEAN_UP_START.search(text):
             return text
         # Each replacement keeps back the end of the text that may begin what it replaces.
-        for i, held in enumerate(self._held):
-            spaced, joined = CLEAN_UP[i]
+        for i, (held, (spaced, joined)) in enumerate(zip(self._held, CLEAN_UP, strict=False)):
             *done, rest = (held + text).split(spaced)
             keep = 0 if last else _overlap(rest, spaced)
             self._held[i] = rest[len(rest) - keep :]
@@ -249,35 +230,169 @@ class DecodeStream:
         return token.replace("▁", " ")
 
 
-class ChatGLMTokenizer(PreTrainedTokenizer):
+class _ChatTemplates:
+    """Conversations to prompts."""
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict] | list[list[dict]],
+        tools: list | None = None,
+        documents: list[dict] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        tokenize: bool = True,
+        *,
+        return_dict: bool = True,
+        return_assistant_tokens_mask: bool = False,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Makes the prompt of one conversation, or of several.
+
+        Arguments and results are those of `PreTrainedTokenizer.apply_chat_template`, but:
+
+        - What stands in the messages never becomes a special token, with any template (`sanitize_control_tokens` of
+          newer versions is always on), nor when the string of `tokenize=False` is encoded later.
+        - A message may be any object with `role` and `content`.
+        - `return_assistant_tokens_mask=True` gives `assistant_masks`, 1 for each token behind `[gMASK] <sop>`, `<eop>`
+          too: earlier answers are context, which this model reads both ways.
+
+        `CHAT_TEMPLATE` says which roles and orders there are. Ended by the user, a conversation gives the prompt, with
+        `add_generation_prompt` and `[gMASK] <sop>`; ended by the assistant, `prompt [gMASK] <sop> answer <eop>`, or
+        without `<eop>` with `continue_final_message`.
+
+        Raises:
+            ConversationError: a ValueError and jinja2's TemplateError: a mistake in a conversation.
+        """
+        if return_assistant_tokens_mask and not (tokenize and return_dict):
+            raise ValueError("return_assistant_tokens_mask=True requires return_dict=True and tokenize=True.")
+        kwargs.pop("sanitize_control_tokens", None)
+        names = self.all_special_tokens
+        try:
+            out = super().apply_chat_template(
+                _hide(_conversation(conversation), names),
+                tools=_hide(tools, names),
+                documents=_hide(documents, names),
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tokenize=tokenize,
+                return_dict=return_dict,
+                tokenizer_kwargs={**(tokenizer_kwargs or {}), "genuine_marks": True},
+                **kwargs,
+            )
+        except TemplateError as error:
+            if type(error) is not TemplateError:  # a mistake in the template, not in its input
+                raise
+            raise ConversationError(str(error)) from None
+        if not tokenize:
+            return self._show(out) if isinstance(out, str) else [self._show(text) for text in out]
+        if return_assistant_tokens_mask:
+            rows, attended = to_py_obj(out["input_ids"]), to_py_obj(out["attention_mask"])
+            if isinstance(rows[0], int):
+                out["assistant_masks"] = self._answer_mask(rows, attended)
+            else:
+                out["assistant_masks"] = [self._answer_mask(*row) for row in zip(rows, attended, strict=True)]
+            out.convert_to_tensors(kwargs.get("return_tensors"))
+        return out
+
+    def _show(self, text: str) -> str:
+        """Drops each U+0001 of a rendered conversation that keeps no name from being read."""
+        if DELETED not in text:
+            return text
+        names = {*self.all_special_tokens, *(f"{self.gmask_token}{space}{self.bos_token}" for space in ("", " "))}
+        names -= self._plain_names()
+        shown = re.sub(f"{DELETED}(?!{'|'.join(re.escape(name[1:]) for name in names)})", "", text)
+        return shown if self.tokenize(shown) == self.tokenize(text) else text
+
+    def _answer_mask(self, ids: list[int], attention_mask: list[int]) -> list[int]:
+        """1 for what stands behind `[gMASK] <sop>` and is no padding."""
+        marks = self._find_marks(ids)
+        start = len(ids) if marks is None else marks + 2
+        return [0] * start + attention_mask[start:]
+
+
+class _Decoding:
+    """Ids to text."""
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Joins tokens to text: control tokens vanish, `<unk>` is " ⁇ ", bytes form characters."""
+        stream = DecodeStream(self, clean_up_tokenization_spaces=False)
+        return "".join([stream._add(token) for token in tokens]) + stream.flush()
+
+    def decode(
+        self,
+        token_ids: Any,
+        skip_special_tokens: bool | None = None,
+        clean_up_tokenization_spaces: bool | None = None,
+        **kwargs: Any,
+    ) -> str | list[str]:
+        """Turns ids into text.
+
+        Args:
+            token_ids: one id, the ids of a sequence, or several sequences, as lists, arrays or tensors.
+            skip_special_tokens: None, the default, decodes as the release does, without control tokens; False shows
+                them by their names, as `<eop>`; True leaves out `<unk>` and special tokens that you added, too.
+            clean_up_tokenization_spaces: drop spaces before punctuation and English endings; None:
+                as `tokenizer.clean_up_tokenization_spaces` says.
+            kwargs: ignored, as in `PreTrainedTokenizer`.
+
+        Returns the text, or the texts of several sequences. Raises ValueError for an id outside of the vocabulary.
+        """
+        token_ids = to_py_obj(token_ids)
+        if isinstance(token_ids, int):
+            token_ids = [token_ids]
+        elif token_ids and isinstance(token_ids[0], (list, tuple)):
+            return [self.decode(ids, skip_special_tokens, clean_up_tokenization_spaces) for ids in token_ids]
+        names = skip_special_tokens is not None and not skip_special_tokens
+        stream = DecodeStream(self, clean_up_tokenization_spaces=False, control_names=names)
+        tokens = self.convert_ids_to_tokens(token_ids, bool(skip_special_tokens))
+        text = "".join(map(stream._add, tokens)) + stream.flush()
+        if clean_up_tokenization_spaces is None:
+            clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
+        return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
+
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool | None = None, *args: Any, **kwargs: Any):
+        """Returns the texts of several sequences; arguments as of `decode`."""
+        return super().batch_decode(sequences, skip_special_tokens, *args, **kwargs)
+
+    def clean_up_tokenization(self, text: str) -> str:
+        """Drops spaces before punctuation and English endings; `decode` does it by default."""
+        for spaced, joined in CLEAN_UP:
+            text = text.replace(spaced, joined)
+        return text
+
+    def decode_stream(
+        self, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
+    ) -> DecodeStream:
+        """Returns an object that decodes one sequence token by token, without control tokens: a `DecodeStream`."""
+        return DecodeStream(self, skip_special_tokens, clean_up_tokenization_spaces)
+
+
+class ChatGLMTokenizer(_ChatTemplates, _Decoding, PreTrainedTokenizer):
     """Turns text into ids of ChatGLM-6B and back.
 
-    Calling it returns `input_ids` and a 2-D `attention_mask` (1 = real), padded on the left unless
-    `padding_side` says otherwise. Special tokens go behind the text: `a [gMASK] <sop>`, and for a
-    pair `a [gMASK] <sop> b <eop>`.
+    Calling it returns `input_ids` and a 2-D `attention_mask` (1 = real), padded on the left unless `padding_side` says
+    otherwise. Special tokens go behind the text: `a [gMASK] <sop>`, and for a pair `a [gMASK] <sop> b <eop>`.
 
-    In plain text `[MASK]`, `<sop>`, `<eop>`, `<pad>`, `<unk>` and tokens that you added name those
-    tokens, and the text on either side is encoded on its own; `[gMASK]` and `</s>` are ordinary
-    text. With `split_special_tokens=True` no text can become a special token.
+    In plain text `[MASK]`, `<sop>`, `<eop>`, `<pad>`, `<unk>` and tokens that you added name those tokens, and the text
+    on either side is encoded on its own; `[gMASK]` and `</s>` are ordinary text. With `split_special_tokens=True` no
+    text can become a special token.
 
-    The exception is `[gMASK]<sop>`, with no or one space between: text that has it is a finished
-    prompt, to which an answer may be joined, and gets no marks behind it. So a string rendered by
-    `apply_chat_template` gives the ids that `tokenize=True` gives, whatever `add_special_tokens`
-    is; ended by the user and rendered without `add_generation_prompt` it has no marks, and is
-    encoded like all plain text. In messages given to `apply_chat_template` nothing can become a
-    special token, then or later: U+0001, which the vocabulary deletes, stands inside the names
-    that were typed. Leave it there.
+    The exception is `[gMASK]<sop>`, with no or one space between: text that has it is a finished prompt, to which an
+    answer may be joined, and gets no marks behind it. So a string rendered by `apply_chat_template` gives the ids that
+    `tokenize=True` gives, whatever `add_special_tokens` is. Without `add_generation_prompt` it has no marks, and is
+    encoded like all plain text. U+0001 inside the names in it keeps typed text from becoming marks: leave it there.
 
     Args:
         vocab_file: path of `ice_text.model`.
         do_lower_case: lower the text first.
         remove_space: strip the text first, and fold white space inside it into one space.
-        num_image_tokens: how many ids `<image_0>`, `<image_1>`, ... stand before the text ids,
-            which are shifted up by as many. 0 in the release; 20000, the default, is what an old
-            checkpoint without this setting means.
+        num_image_tokens: how many ids `<image_0>`, `<image_1>`, ... stand before the text ids, which are shifted up by
+            as many. 0 in the release; 20000, the default, is what an old checkpoint without this setting means.
         bos_token, eos_token, end_token, mask_token, gmask_token, pad_token, unk_token: names.
-        kwargs: of `PreTrainedTokenizer`. If not given, `model_max_length` is 2048 and
-            `clean_up_tokenization_spaces` True.
+        kwargs: of `PreTrainedTokenizer`; by default `model_max_length=2048, clean_up_tokenization_spaces=True`.
 
     Raises:
         FileNotFoundError: there is no vocabulary file.
@@ -310,6 +425,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         unk_token: str = "<unk>",
         **kwargs: Any,
     ):
+        tokens = {"bos_token": bos_token, "eos_token": eos_token, "end_token": end_token, "mask_token": mask_token}
+        tokens |= {"gmask_token": gmask_token, "pad_token": pad_token, "unk_token": unk_token}
         self.vocab_file = vocab_file
         self.do_lower_case = do_lower_case
         self.remove_space = remove_space
@@ -319,20 +436,13 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         self._control = frozenset(p for i, p in enumerate(pieces) if self.sp_model.is_control(i))
         self._tokens = [f"<image_{i}>" for i in range(num_image_tokens)] + pieces
         self._vocabulary = {token: index for index, token in enumerate(self._tokens)}
-        kwargs.setdefault("model_max_length", TRAINED_LENGTH)
-        kwargs.setdefault("clean_up_tokenization_spaces", True)
+        kwargs = {"model_max_length": TRAINED_LENGTH, "clean_up_tokenization_spaces": True, **kwargs}
         super().__init__(
             vocab_file=vocab_file,
             do_lower_case=do_lower_case,
             remove_space=remove_space,
             num_image_tokens=num_image_tokens,
-            bos_token=bos_token,
-            eos_token=eos_token,
-            end_token=end_token,
-            mask_token=mask_token,
-            gmask_token=gmask_token,
-            pad_token=pad_token,
-            unk_token=unk_token,
+            **tokens,
             **kwargs,
         )
         if self.chat_template is None:
@@ -340,10 +450,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args: Any, **kwargs: Any):
-        """As in `PreTrainedTokenizer`; a missing vocabulary file is named.
-
-        Raises FileNotFoundError without that file, and what the class raises for a broken one.
-        """
+        """As in `PreTrainedTokenizer`, but an error for a missing or broken vocabulary file names that file."""
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except OSError as error:
@@ -356,8 +463,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     @property
     def sp_tokenizer(self) -> SimpleNamespace:
-        """The vocabulary where the published code had it, which converters of weights read:
-        `sp_tokenizer.text_tokenizer.sp` is the SentencePieceProcessor."""
+        """Where the published code had the vocabulary: converters read `sp_tokenizer.text_tokenizer.sp`."""
         return SimpleNamespace(text_tokenizer=SimpleNamespace(sp=self.sp_model))
 
     @property
@@ -375,16 +481,15 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def _convert_id_to_token(self, index: int) -> str:
         if not 0 <= index < len(self._tokens):
             raise ValueError(
-                f"Token id {index} is outside of the vocabulary: expected 0 to {len(self) - 1}. "
-                "Take padding such as -100 out of labels before decoding; for larger ids, check "
-                f"that num_image_tokens ({self.num_image_tokens}) is the one of the model."
+                f"Token id {index} is outside of the vocabulary: expected 0 to {len(self) - 1}. Take padding such as "
+                "-100 out of labels before decoding; for larger ids, check that num_image_tokens "
+                f"({self.num_image_tokens}) is the one of the model."
             )
         return self._tokens[index]
 
     def save_vocabulary(self, save_directory: str | os.PathLike, filename_prefix: str | None = None) -> tuple[str]:
         """Writes `ice_text.model` into the folder and returns its path in a tuple."""
-        prefix = f"{filename_prefix}-" if filename_prefix else ""
-        path = os.path.join(save_directory, prefix + VOCABULARY_NAME)
+        path = os.path.join(save_directory, (f"{filename_prefix}-" if filename_prefix else "") + VOCABULARY_NAME)
         with open(path, "wb") as file:  # from memory: the file read from may be gone by now
             file.write(self.sp_model.serialized_model_proto())
         return (path,)
@@ -396,9 +501,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
         Args:
             text: plain text, or a prompt rendered from a chat template.
-            genuine_marks: the text is such a prompt, where the names of all special tokens,
-                `[gMASK]` and `</s>` too, mean the tokens. Raises ValueError if nothing else is in
-                it. Messages that went into it must have been through `_hide` before.
+            genuine_marks: the text is such a prompt, where the names of all special tokens, `[gMASK]` and `</s>` too,
+                mean the tokens. Raises ValueError if nothing else is in it. Messages that went into it must have been
+                through `_hide` before.
             kwargs: of `PreTrainedTokenizer.tokenize`, as `split_special_tokens`.
 
         Raises NotImplementedError for `return_offsets_mapping=True`.
@@ -434,27 +539,23 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             text = text.lower()
         # SentencePiece takes valid Unicode only: join surrogate pairs, replace lone halves.
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        text = re.sub(r"\n|\t| {2,80}", _white_space_piece, text)
+        text = re.sub(r"\n|\t| {2,80}", lambda run: WHITE_SPACE_PIECES[run.group()], text)
         return self.sp_model.encode(text, out_type=str)
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        """Returns ids `a [gMASK] <sop>`, or for a pair `a [gMASK] <sop> b <eop>`; marks that `a` has
-        are not doubled."""
+        """Returns ids `a [gMASK] <sop>`, or for a pair `a [gMASK] <sop> b <eop>`; `a` may have these marks."""
         ids = list(token_ids_0)
         if self._find_marks(ids) is None:
             ids += [self.gmask_token_id, self.bos_token_id]
         return ids if token_ids_1 is None else [*ids, *token_ids_1, self.eos_token_id]
 
     def get_special_tokens_mask(
-        self,
-        token_ids_0: list[int],
-        token_ids_1: list[int] | None = None,
-        already_has_special_tokens: bool = False,
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False
     ) -> list[int]:
-        """Returns 1 for each special token and 0 for each other, of what
-        `build_inputs_with_special_tokens` makes of the arguments, or of finished ids."""
+        """Returns 1 for each special token and 0 for each other, of what `build_inputs_with_special_tokens` makes of
+        the arguments, or of finished ids."""
         if already_has_special_tokens:
             return super().get_special_tokens_mask(token_ids_0, token_ids_1, True)
         if self._find_marks(token_ids_0) is None:
@@ -486,8 +587,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         **kwargs: Any,
     ) -> tuple[list[int], list[int] | None, list[int]]:
         """As in `PreTrainedTokenizer`, but the marks `[gMASK] <sop>` of a rendered conversation
-        stay: from the right, the answer behind them goes first and then the end of the prompt;
-        from the left, the start of the prompt first."""
+        stay: from the right, the answer behind them goes first and then the end of the prompt; from the left, the start
+        of the prompt first."""
         at = self._find_marks(ids)
         if pair_ids is not None or at is None:
             return super().truncate_sequences(ids, pair_ids, num_tokens_to_remove, *args, **kwargs)
@@ -501,179 +602,34 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         answer, _, more = super().truncate_sequences(answer, None, of_answer, *args, **kwargs)
         return prompt + marks + answer, None, lost + more
 
-    # Chat
-
-    def apply_chat_template(
-        self,
-        conversation: list[dict] | list[list[dict]],
-        tools: list | None = None,
-        documents: list[dict] | None = None,
-        chat_template: str | None = None,
-        add_generation_prompt: bool = False,
-        continue_final_message: bool | str = False,
-        tokenize: bool = True,
-        *,
-        return_dict: bool = True,
-        return_assistant_tokens_mask: bool = False,
-        tokenizer_kwargs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Makes the prompt of one conversation, or of several.
-
-        Arguments and results are those of `PreTrainedTokenizer.apply_chat_template`, with these
-        differences. What stands in the messages never becomes a special token, with any template
-        (`sanitize_control_tokens` of newer versions is always on), also where the string of
-        `tokenize=False` is encoded later. A message may be any object with `role` and `content`.
-        `return_assistant_tokens_mask=True` gives `assistant_masks`, 1 for each token behind
-        `[gMASK] <sop>`, `<eop>` too: earlier answers are context, which this model reads both ways.
-
-        With the template of this class, messages have the roles "system" (or "developer"), "user"
-        and "assistant"; content is a string or a list of parts `{"type": "text", ...}`. How other
-        orders than user and assistant in turn become rounds stands at `CHAT_TEMPLATE`. Ended by the
-        user, a conversation gives the prompt, and with `add_generation_prompt` the marks
-        `[gMASK] <sop>` behind it; ended by the assistant, `prompt [gMASK] <sop> answer <eop>`, or
-        without `<eop>` with `continue_final_message`.
-
-        Raises:
-            ConversationError: a ValueError and jinja2's TemplateError: a mistake in a conversation.
-        """
-        if return_assistant_tokens_mask and not (tokenize and return_dict):
-            raise ValueError("return_assistant_tokens_mask=True requires return_dict=True and tokenize=True.")
-        kwargs.pop("sanitize_control_tokens", None)
-        names = self.all_special_tokens
-        try:
-            out = super().apply_chat_template(
-                _hide(_conversation(conversation), names),
-                tools=_hide(tools, names),
-                documents=_hide(documents, names),
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tokenize=tokenize,
-                return_dict=return_dict,
-                tokenizer_kwargs={**(tokenizer_kwargs or {}), "genuine_marks": True},
-                **kwargs,
-            )
-        except TemplateError as error:
-            if type(error) is not TemplateError:  # a mistake in the template, not in its input
-                raise
-            raise ConversationError(str(error)) from None
-        if not tokenize:
-            return self._show(out) if isinstance(out, str) else [self._show(text) for text in out]
-        if return_assistant_tokens_mask:
-            rows = to_py_obj(out["input_ids"])
-            attended = to_py_obj(out["attention_mask"])
-            if isinstance(rows[0], int):
-                out["assistant_masks"] = self._answer_mask(rows, attended)
-            else:
-                out["assistant_masks"] = [self._answer_mask(*row) for row in zip(rows, attended, strict=True)]
-            out.convert_to_tensors(kwargs.get("return_tensors"))
-        return out
-
-    def _show(self, text: str) -> str:
-        """Drops each U+0001 of a rendered conversation that keeps no name from being read."""
-        if DELETED not in text:
-            return text
-        names = {*self.all_special_tokens, *(f"{self.gmask_token}{space}{self.bos_token}" for space in ("", " "))}
-        names -= self._plain_names()
-        shown = re.sub(f"{DELETED}(?!{'|'.join(re.escape(name[1:]) for name in names)})", "", text)
-        return shown if self.tokenize(shown) == self.tokenize(text) else text
-
-    def _answer_mask(self, ids: list[int], attention_mask: list[int]) -> list[int]:
-        """1 for what stands behind `[gMASK] <sop>` and is no padding."""
-        marks = self._find_marks(ids)
-        start = len(ids) if marks is None else marks + 2
-        return [0] * start + attention_mask[start:]
-
-    # Ids to text
-
-    def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Joins tokens to text: control tokens vanish, `<unk>` is " ⁇ ", bytes form characters."""
-        stream = DecodeStream(self, clean_up_tokenization_spaces=False)
-        return "".join([stream._add(token) for token in tokens]) + stream.flush()
-
-    def decode(
-        self,
-        token_ids: Any,
-        skip_special_tokens: bool | None = None,
-        clean_up_tokenization_spaces: bool | None = None,
-        **kwargs: Any,
-    ) -> str | list[str]:
-        """Turns ids into text.
-
-        Args:
-            token_ids: one id, the ids of a sequence, or several sequences, as lists, arrays or tensors.
-            skip_special_tokens: None, the default, decodes as the release does, without control
-                tokens; False shows them by their names, as `<eop>`; True leaves out `<unk>` and
-                special tokens that you added, too.
-            clean_up_tokenization_spaces: drop spaces before punctuation and English endings; None:
-                as `tokenizer.clean_up_tokenization_spaces` says.
-            kwargs: ignored, as in `PreTrainedTokenizer`.
-
-        Returns the text, or a list of texts for several sequences. Raises ValueError for an id
-        outside of the vocabulary.
-        """
-        token_ids = to_py_obj(token_ids)
-        if isinstance(token_ids, int):
-            token_ids = [token_ids]
-        elif token_ids and isinstance(token_ids[0], (list, tuple)):
-            return [self.decode(ids, skip_special_tokens, clean_up_tokenization_spaces) for ids in token_ids]
-        names = skip_special_tokens is not None and not skip_special_tokens
-        stream = DecodeStream(self, clean_up_tokenization_spaces=False, control_names=names)
-        tokens = self.convert_ids_to_tokens(token_ids, bool(skip_special_tokens))
-        text = "".join(map(stream._add, tokens)) + stream.flush()
-        if clean_up_tokenization_spaces is None:
-            clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
-        return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
-
-    def batch_decode(self, sequences: Any, skip_special_tokens: bool | None = None, *args: Any, **kwargs: Any):
-        """Returns the texts of several sequences; arguments as of `decode`."""
-        return super().batch_decode(sequences, skip_special_tokens, *args, **kwargs)
-
-    def clean_up_tokenization(self, text: str) -> str:
-        """Drops spaces before punctuation and English endings; `decode` does it by default."""
-        for spaced, joined in CLEAN_UP:
-            text = text.replace(spaced, joined)
-        return text
-
-    def decode_stream(
-        self, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
-    ) -> DecodeStream:
-        """Returns an object that decodes one sequence token by token; see `DecodeStream`.
-
-        Control tokens are not shown, whatever `skip_special_tokens` is."""
-        return DecodeStream(self, skip_special_tokens, clean_up_tokenization_spaces)
-
 
 def _load_vocabulary(path: str | os.PathLike | None, checkpoint: str | None) -> SentencePieceProcessor:
     """Reads the vocabulary file; says what is wrong with one that is none."""
     if path is None or not os.path.isfile(path):
         raise FileNotFoundError(
-            f"There is no vocabulary file {path or VOCABULARY_NAME}"
-            f"{f' in {checkpoint}' if checkpoint else ''}. It belongs to every ChatGLM-6B "
-            "checkpoint: download it (THUDM/chatglm-6b-int8 has it) to that place."
+            f"There is no vocabulary file {path or VOCABULARY_NAME}{f' in {checkpoint}' if checkpoint else ''}. It "
+            "belongs to every ChatGLM-6B checkpoint: download it (THUDM/chatglm-6b-int8 has it) to that place."
         )
     with open(path, "rb") as file:
         data = file.read()
     remedy = "Download it again; the file of the release has 2,706,249 bytes."
     if data.startswith(b"version https://git-lfs"):
         raise ValueError(
-            f"{path} is a Git LFS pointer of {len(data)} bytes, not the vocabulary. Run `git lfs "
-            "pull` in its folder, or download the file itself."
+            f"{path} is a Git LFS pointer of {len(data)} bytes, not the vocabulary. Run `git lfs pull` in its folder, "
+            "or download the file itself."
         )
     try:
         model = SentencePieceProcessor()
         model.LoadFromSerializedProto(data)
         pieces = {model.id_to_piece(i) for i in range(model.get_piece_size())}
     except RuntimeError as error:
-        raise ValueError(
-            f"{path} ({len(data)} bytes) is no SentencePiece model, or only a part of one. {remedy}"
-        ) from error
+        broken = f"{path} ({len(data)} bytes) is no SentencePiece model, or only a part of one. {remedy}"
+        raise ValueError(broken) from error
     missing = [p for p in ("<unk>", *CONTROL, *WHITE_SPACE, *BYTES) if p not in pieces]
     if missing:
         raise ValueError(
-            f"{path} ({len(data)} bytes) is no vocabulary of ChatGLM-6B, or only a part of one: of "
-            f"the special pieces expected, {len(missing)} are missing, {missing[0]} first. {remedy}"
+            f"{path} ({len(data)} bytes) is no vocabulary of ChatGLM-6B, or only a part of one: of the special pieces "
+            f"expected, {len(missing)} are missing, {missing[0]} first. {remedy}"
         )
     if model.encode(DELETED):
         raise ValueError(
@@ -681,11 +637,6 @@ def _load_vocabulary(path: str | os.PathLike | None, checkpoint: str | None) -> 
             f"tokenizer relies on to be deleted. {remedy}"
         )
     return model
-
-
-def _white_space_piece(match: re.Match) -> str:
-    run = match.group()
-    return "<n>" if run == "\n" else "<|tab|>" if run == "\t" else f"<|blank_{len(run)}|>"
 
 
 def _overlap(text: str, pattern: str) -> int:
