@@ -52,7 +52,8 @@ def find_library(name: str) -> str | None:
     folders = []
     nvidia = importlib.util.find_spec("nvidia")
     for folder in nvidia.submodule_search_locations or () if nvidia else ():
-        folders += glob.glob(os.path.join(folder, "*", "lib")) + glob.glob(os.path.join(folder, "*", "bin"))
+        for parts in (("lib",), ("bin",), ("bin", "x86_64")):  # the last is CUDA 13's on Windows
+            folders += glob.glob(os.path.join(folder, "*", *parts))
     folders.append(os.path.join(os.path.dirname(torch.__file__), "lib"))
     pattern = re.compile(rf"lib{name}(?:-[0-9a-f]+)?\.so\.(\d+)[\d.]*|{name}(?:64)?_(\d+)[\d_]*\.dll")
     preferred = int((torch.version.cuda or "0").split(".")[0])

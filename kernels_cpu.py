@@ -2,11 +2,11 @@
 
 Letters: M rows of an activation, K in_features, N out_features.
 
-The machine's own C compiler makes a library for the machine's own instructions (AMX, AVX512, AVX2, NEON, or plain C),
-some seconds once per machine. The library is kept in `$XDG_CACHE_HOME/chatglm_int8` (by default
-`~/.cache/chatglm_int8`). Where there is no compiler, `library()` is None and callers compute with PyTorch.
+A C compiler of the machine (see `kernel_cache`) makes a library for the machine's own instructions (AMX, AVX512, AVX2,
+NEON, or plain C), some seconds once per machine. The library is kept in `$XDG_CACHE_HOME/chatglm_int8` (by default
+`~/.cache/chatglm_int8`). Where no compiler works, `library()` is None and callers compute with PyTorch.
 
-Environment: `CC` names the compiler, `CHATGLM_CPU_KERNEL=0` turns the kernels off.
+Environment: `CC` names the first compiler to try, `CHATGLM_CPU_KERNEL=0` turns the kernels off.
 """
 
 import ctypes
@@ -14,17 +14,17 @@ import functools
 import hashlib
 import math
 import os
-import shlex
 import shutil
-import subprocess
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from transformers.utils import logging
 
-from .kernel_cache import keep
+from . import kernel_cache
+from .kernel_cache import CompileError, CompilerHangsError, compilers, keep, run_compiler
 from .kernel_sources import FILES
 
 logger = logging.get_logger(__name__)
@@ -33,24 +33,18 @@ SOURCES = {name: text for name, text in FILES.items() if name.startswith("kernel
 MAIN = "kernels/cpu/kernels.c"  # includes the others
 
 # -O3 unrolls and vectorises; nothing here needs errno from mathematics or traps.
-FLAGS = ("-O3", "-std=gnu11", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
+FLAGS = ("-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-march=native")
 OPENMP = "-fopenmp"
+MACHINE = ("-march=native", "-mcpu=native", None)  # clang on ARM and gcc on POWER and RISC-V lack the first
+# GCC takes vectors on the stack for aligned, which Windows aligns to 16 bytes (GCC's bug 54412).
+UNALIGNED_MOVES = "-Wa,-muse-unaligned-vector-move"  # binutils 2.38
 WITHOUT_AMX = ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16")
 HEAD_DIMS = range(16, 257, 16)  # that the kernels of attention can do
 MAX_HALF_ROWS = 32  # more rows are better multiplied by a matrix product over a float copy of the weights
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as the source numbers them
-_TIMEOUT = 120  # seconds for a compiler; it takes about five
 _NO_MEMORY = 1
 _lock = threading.Lock()
-
-
-class CompileError(RuntimeError):
-    """The C compiler failed; the message holds its command and its words."""
-
-
-class CompilerHangsError(CompileError):
-    """The C compiler was given up."""
 
 
 class Library:
@@ -99,7 +93,7 @@ class Library:
             weight: int8 [N, K], with 4 bits [N, K/2]; contiguous.
             scale, bias: [N], of these dtypes too; the bias may be None.
             bits: 8 or 4.
-            threads: torch's number by default.
+            threads: torch's number by default, within the CPU quota.
 
         Returns:
             [M, N] of x's dtype. A row with NaN or infinite numbers gives NaN or infinite ones.
@@ -143,7 +137,7 @@ class Library:
             rows,
             features,
             columns,
-            threads or torch.get_num_threads(),
+            threads or _thread_count(),
         )
         if failed == _NO_MEMORY:
             raise MemoryError(
@@ -185,7 +179,7 @@ class Library:
             rows,
             weight.shape[0],
             columns,
-            threads or torch.get_num_threads(),
+            threads or _thread_count(),
         )
         if failed == _NO_MEMORY:
             raise MemoryError(f"No memory to multiply an activation [{rows}, {columns}].")
@@ -257,7 +251,7 @@ class Library:
             queries,
             length,
             width,
-            threads or torch.get_num_threads(),
+            threads or _thread_count(),
         )
         if failed == _NO_MEMORY:
             raise MemoryError(f"No memory for the scores of {length} keys.")
@@ -305,7 +299,7 @@ class Library:
             heads,
             triple // 3,
             cosine.shape[-2],
-            threads or torch.get_num_threads(),
+            threads or _thread_count(),
         )
         return qkv
 
@@ -317,98 +311,187 @@ class Library:
         """
         if x.dtype not in _DTYPES or x.device.type != "cpu" or not x.is_contiguous():
             raise ValueError(f"Expected a contiguous float tensor on the CPU, got {x.dtype} on {x.device}.")
-        self._gelu(x.data_ptr(), _DTYPES[x.dtype], x.numel(), threads or torch.get_num_threads())
+        self._gelu(x.data_ptr(), _DTYPES[x.dtype], x.numel(), threads or _thread_count())
         return x
 
 
-def compiler() -> list[str]:
-    """The C compiler's command: `$CC`, or cc, gcc or clang.
-
-    Raises:
-        CompileError: there is none.
-    """
+def cpu_quota(root: Path = Path("/")) -> int | None:
+    """CPUs, rounded up, that the quota of this process's control group (cgroup v1 or v2) allows; None without one."""
+    found = []
     try:
-        named = shlex.split(os.environ.get("CC", ""))
-    except ValueError as error:
-        raise CompileError(f"CC={os.environ['CC']!r} is not a command: {error}") from None
-    for command in [named] if named else [["cc"], ["gcc"], ["clang"]]:
-        if shutil.which(command[0]):
-            return command
-    raise CompileError(
-        f"there is no C compiler ({' '.join(named) or 'cc, gcc, clang'}): install gcc, for instance, or name one in CC"
-    )
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "cpu", "cpu,cpuacct", "cpuacct,cpu"):
+            continue
+        for mount in (controllers, "", "unified"):
+            group = root / "sys/fs/cgroup" / mount
+            for part in (".", *Path(path.lstrip("/")).parts):  # a limit of an outer group holds, too
+                group = group / part
+                for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+                    try:
+                        quota, period = " ".join((group / file).read_text() for file in files).split()
+                    except (OSError, ValueError):
+                        continue
+                    if quota not in ("max", "-1"):
+                        found.append(math.ceil(int(quota) / int(period)))
+    return max(1, min(found)) if found else None
 
 
-def _run(command: list[str], text: str = "") -> str:
-    """Run a compiler, which may read a source text; what it printed."""
-    try:
-        # Whatever the locale's encoding is.
-        settings = {"encoding": "utf-8", "errors": "replace", "timeout": _TIMEOUT}
-        done = subprocess.run(command, input=text, capture_output=True, **settings)
-    except subprocess.TimeoutExpired as error:
-        raise CompilerHangsError(f"{shlex.join(command)}: {error}") from None
-    except OSError as error:
-        raise CompileError(f"{shlex.join(command)}: {error}") from None
-    if done.returncode:
-        raise CompileError(f"{shlex.join(command)} failed:\n{done.stderr.strip()}")
-    return done.stdout
+_quota = functools.cache(cpu_quota)
+
+
+def _thread_count() -> int:
+    return min(torch.get_num_threads(), _quota() or torch.get_num_threads())
+
+
+def _machine_macros(command: list[str]) -> str:
+    """The compiler's predefined macros, which say what -march=native means here."""
+    return run_compiler([*command, "-dM", "-E", "-x", "c", "-"])
 
 
 def _compile(command: list[str], path: Path) -> None:
-    """Compile the sources, from files in a temporary folder, to `path`."""
+    """Compile the sources, in a temporary folder, to `path`. (Compilers for Windows leave files beside a library.)"""
     with tempfile.TemporaryDirectory(prefix="chatglm_int8-") as folder:
         for name, text in SOURCES.items():
             file = Path(folder, name)
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8", newline="\n")
         try:
-            _run([*command, f"{folder}/{MAIN}", "-o", str(path), "-lm"])
+            run_compiler([*command, f"{folder}/{MAIN}", "-o", f"{folder}/library.so", "-lm"])
         except CompileError as error:  # the files are named as in the repository
             raise type(error)(str(error).replace(f"{folder}/", "")) from None
+        shutil.copyfile(f"{folder}/library.so", path)
 
 
-def build(flags: tuple[str, ...] = (*FLAGS, OPENMP)) -> Path:
+def build(flags: tuple[str, ...] = (*FLAGS, OPENMP), compiler: list[str] | None = None) -> Path:
     """Compile the sources with these flags, unless that was done before; the library's path.
+
+    Args:
+        compiler: a command, by default the first of `compilers()`.
 
     Raises:
         CompileError: no compiler, or one that fails.
     """
-    command = [*compiler(), *flags]
-    version = _run([*compiler(), "--version"])
-    macros = _run([*command, "-dM", "-E", "-x", "c", "-"])  # say what -march=native means here
-    parts = (*SOURCES, *SOURCES.values(), *command, version, macros)
+    compiler = compiler or compilers()[0]
+    command = [*compiler, *flags]
+    version = run_compiler([*compiler, "--version"])
+    parts = (*SOURCES, *SOURCES.values(), *command, version, _machine_macros(command))
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
     return keep(f"cpu-{key}.so", lambda path: _compile(command, path))
 
 
-def _open(flags: tuple[str, ...]) -> Library:
-    try:
-        return Library(build(flags))
-    except OSError:  # what is on disk is broken
-        build(flags).unlink(missing_ok=True)
-        return Library(build(flags))
+def flag_sets(compiler: list[str]) -> Iterator[tuple[str, ...]]:
+    """Flags to try in turn: for this machine's instructions, then for any machine; with OpenMP, then without.
+
+    Raises:
+        CompileError: the compiler does not work at all.
+    """
+    clang = "__clang__" in _machine_macros(compiler)
+    flags = [flag for flag in FLAGS if flag not in MACHINE]
+    if kernel_cache.WINDOWS:
+        flags.remove("-fPIC")
+        if not clang:
+            flags.append("-static")  # libgomp-1.dll is not found beside a compiler
+            if kernel_cache.assembles([*compiler, UNALIGNED_MOVES]):
+                flags.append(UNALIGNED_MOVES)
+    for machine in MACHINE:
+        chosen = (*flags, *([machine] if machine else []))
+        try:
+            _machine_macros([*compiler, *chosen])
+        except CompileError:
+            if machine:
+                continue
+            raise
+        yield (*chosen, *openmp_flags(clang))
+        yield chosen
+
+
+def openmp_flags(clang: bool) -> tuple[str, ...]:
+    """Flags for OpenMP. Clang takes the runtime that PyTorch has loaded: two that are clang's end the process."""
+    runtime = kernel_cache.openmp_runtime()
+    if not clang or runtime is None:
+        return (OPENMP,)
+    if "gomp" in runtime.name:
+        return ("-Xclang", OPENMP, "-DOPENMP_OVER_GOMP")
+    if kernel_cache.WINDOWS:
+        return ("-Xclang", OPENMP, str(runtime))
+    return ("-Xclang", OPENMP, *(["-Wl,-undefined,dynamic_lookup"] if kernel_cache.MACOS else []))
+
+
+def _open(flags: tuple[str, ...], compiler: list[str]) -> Library:
+    """The library, built unless it is on disk, loaded from there or, where a folder forbids that, from a copy."""
+    runtime = kernel_cache.openmp_runtime() if "-Xclang" in flags else None
+    if runtime:  # so that the library sees its functions
+        ctypes.CDLL(os.fspath(runtime), mode=ctypes.RTLD_GLOBAL)
+    path = build(flags, compiler)
+    for again in (True, False):
+        try:
+            return Library(path)
+        except OSError:
+            try:
+                return Library(kernel_cache.temporary_copy(path))
+            except OSError:
+                if not again:
+                    raise
+        path.unlink(missing_ok=True)  # what is on disk is broken
+        path = build(flags, compiler)
+
+
+def _try(compiler: list[str]) -> Library:
+    """The library by this compiler, with the first flags that work. Raises the first failure if none do."""
+    first, threaded = None, None
+    for flags in flag_sets(compiler):
+        try:
+            library = _open(flags, compiler)
+            if not library.allowed:
+                library = _open((*flags, *WITHOUT_AMX), compiler)
+        except CompilerHangsError:
+            raise
+        except (CompileError, OSError, AttributeError) as error:
+            first = first or error
+            threaded = error if OPENMP in flags else threaded
+            continue
+        if OPENMP not in flags:
+            logger.warning_once(f"Kernels run in one thread, as they don't compile with OpenMP: {threaded}")
+        return library
+    raise first
 
 
 @functools.cache
 def _load() -> Library | None:
     if os.environ.get("CHATGLM_CPU_KERNEL") == "0":
         return None
-    flags = (*FLAGS, OPENMP)
+    failures = []
     try:
-        try:
-            library = _open(flags)
-        except CompilerHangsError:
-            raise
-        except CompileError as error:
-            flags = FLAGS
-            library = _open(flags)
-            logger.warning_once(f"Kernels run in one thread, as they don't compile with OpenMP: {error}")
-        if not library.allowed:
-            library = _open((*flags, *WITHOUT_AMX))
-        return library
-    except (CompileError, OSError, AttributeError) as error:
-        logger.warning_once(f"INT8 runs in plain PyTorch, several times slower than with compiled kernels: {error}")
-        return None
+        for compiler in compilers():
+            try:
+                library = _try(compiler)
+            except (CompileError, OSError, AttributeError) as error:
+                failures.append(str(error))
+                continue
+            if failures:
+                logger.warning_once(f"{' '.join(compiler)} compiled the kernels, after this: {failures[0]}")
+            _warn_of_quota()
+            return library
+    except CompileError as error:
+        failures.append(str(error))
+    logger.warning_once(
+        "INT8 runs in plain PyTorch, 20 to 50 times slower for one row than with compiled kernels. "
+        f"To get a C compiler: {kernel_cache.install_hint()}. What was tried: " + "\n".join(failures)
+    )
+    return None
+
+
+def _warn_of_quota() -> None:
+    quota, threads = _quota(), torch.get_num_threads()
+    if quota and quota < threads:
+        logger.warning_once(
+            f"A CPU quota allows {quota} of PyTorch's {threads} threads at a time, and more make it slower: "
+            f"set OMP_NUM_THREADS={quota} or call torch.set_num_threads({quota})."
+        )
 
 
 def library() -> Library | None:

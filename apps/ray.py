@@ -52,7 +52,8 @@ def run(arguments: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which sets handlers of its own
         signal.signal(number, lambda *_: ended.set())
     print(f"Serving on http://{arguments.host}:{arguments.port}", flush=True)
-    ended.wait()
+    while not ended.wait(1):  # Windows handles Ctrl-C between waits only
+        pass
     serve.shutdown()
 
 

@@ -10,8 +10,8 @@ run. Without `--model` the weights are random and made in memory.
 
 import argparse
 import json
-import resource
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -34,6 +34,16 @@ class Clock(LogitsProcessor):
         scores[:, self.end] = -torch.inf
         self.times.append(time.perf_counter())
         return scores
+
+
+def peak_memory() -> float | None:
+    """Of this process, in GiB; None on Windows, which has no `resource`."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
 
 
 def on_cpu(model: ChatGLMForConditionalGeneration, tokens: int, rounds: int) -> dict:
@@ -82,8 +92,9 @@ def on_cpu(model: ChatGLMForConditionalGeneration, tokens: int, rounds: int) -> 
     ours, rival = seconds["ours"], seconds["rival"] * config.num_layers
     result["prefill 512"] = {"tokens/s": 512 / ours, "over torch bf16 linears": rival / ours}
     print(f"prefill of 512: {512 / ours:.1f} tokens/s, {rival / ours:.2f} times as fast as torch's bf16 linears alone")
-    result["peak GiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"peak memory, with 1 GiB for reading and 0.4 GiB for the rival: {result['peak GiB']:.2f} GiB")
+    result["peak GiB"] = peak_memory()
+    if result["peak GiB"] is not None:
+        print(f"peak memory, with 1 GiB for reading and 0.4 GiB for the rival: {result['peak GiB']:.2f} GiB")
     return result
 
 

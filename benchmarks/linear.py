@@ -25,7 +25,7 @@ import torch
 from torch.nn.functional import linear
 
 from chatglm_int8 import kernels_cpu
-from chatglm_int8.kernel_cache import cache_folder
+from chatglm_int8.kernel_cache import cache_folder, compilers, run_compiler
 
 SHAPES = [(12288, 4096), (4096, 4096), (16384, 4096), (4096, 16384)]  # N, K of a block's four linears
 READER = Path(__file__).with_name("read_memory.c")
@@ -46,7 +46,7 @@ def reader(threads: int, size: int = 1 << 30) -> tuple[Callable[[], int], int]:
     """A function that reads `size` bytes of memory, and the size."""
     flags = ("-O3", "-march=native", "-fPIC", "-shared", "-fopenmp")
     path = cache_folder() / "reader.so"
-    kernels_cpu._run([*kernels_cpu.compiler(), *flags, str(READER), "-o", str(path)])
+    run_compiler([*compilers()[0], *flags, str(READER), "-o", str(path)])
     library = ctypes.CDLL(str(path))
     library.prepare.argtypes = (ctypes.c_int64, ctypes.c_int)
     if library.prepare(size, threads):

@@ -745,6 +745,12 @@ def fresh(tmp_path, monkeypatch, compiler):
     forget()
 
 
+@pytest.fixture
+def alone(monkeypatch):
+    """No compiler but CC's."""
+    monkeypatch.setattr(kernel_cache, "COMPILERS", ())
+
+
 def forget():
     """What a process remembers of its library; a new process starts so."""
     kernels_cpu._load.cache_clear()
@@ -788,7 +794,7 @@ def test_other_source_flags_or_compiler_make_another_file(fresh, tmp_path, monke
 
 def test_cc_may_have_arguments(fresh, tmp_path, monkeypatch):
     monkeypatch.setenv("CC", f"{os.environ['CC']} -DNOTHING=1 '-DSPACED=a b'")
-    assert kernels_cpu.compiler()[1:] == ["-DNOTHING=1", "-DSPACED=a b"]
+    assert kernel_cache.compilers()[0][1:] == ["-DNOTHING=1", "-DSPACED=a b"]
     assert works(kernels_cpu.library())
     assert len(cached(tmp_path)) == 1
 
@@ -804,12 +810,12 @@ def test_cc_may_be_relative(fresh, tmp_path, monkeypatch):
 @pytest.mark.parametrize("given", ["", "   "])
 def test_an_empty_cc_names_no_compiler(fresh, monkeypatch, given):
     monkeypatch.setenv("CC", given)
-    assert kernels_cpu.compiler() in (["cc"], ["gcc"], ["clang"])
+    assert kernel_cache.compilers()[0] in (["cc"], ["gcc"], ["clang"])
 
 
 @pytest.mark.parametrize("case", ["no compiler", "CC is missing", "turned off"])
 @pytest.mark.parametrize("golden", ["int8", "int4"])
-def test_goldens_without_a_library(fresh, tmp_path, monkeypatch, cases, golden_model, case, golden):
+def test_goldens_without_a_library(fresh, alone, tmp_path, monkeypatch, cases, golden_model, case, golden):
     (tmp_path / "empty").mkdir()
     if case == "no compiler":
         monkeypatch.setenv("PATH", str(tmp_path / "empty"))
@@ -847,7 +853,7 @@ def test_goldens_with_a_library(fresh, cases, golden_model):
     assert kernels_cpu.library() is not None
 
 
-def test_a_compiler_that_fails_is_quoted(fresh, tmp_path, monkeypatch):
+def test_a_compiler_that_fails_is_quoted(fresh, alone, tmp_path, monkeypatch):
     script = write_script(tmp_path / "broken", "echo 'broken: out of cheese' >&2; exit 1")
     monkeypatch.setenv("CC", f"{script} --for-real")
     assert kernels_cpu.library() is None
@@ -862,7 +868,7 @@ def test_a_compiler_that_fails_is_quoted(fresh, tmp_path, monkeypatch):
     assert len(fresh) == 1
 
 
-def test_a_compiler_that_fails_at_the_source_leaves_nothing(fresh, tmp_path, compiler):
+def test_a_compiler_that_fails_at_the_source_leaves_nothing(fresh, alone, tmp_path, compiler):
     compiler('case "$*" in *-shared*-o*) echo "no such instruction" >&2; exit 1;; esac')
     assert kernels_cpu.library() is None
     (message,) = fresh
@@ -871,7 +877,7 @@ def test_a_compiler_that_fails_at_the_source_leaves_nothing(fresh, tmp_path, com
     assert cached(tmp_path) == []
 
 
-def test_a_compiler_error_names_the_file_of_the_repository(fresh, monkeypatch):
+def test_a_compiler_error_names_the_file_of_the_repository(fresh, alone, monkeypatch):
     text = kernels_cpu.SOURCES["kernels/cpu/linear.h"]
     monkeypatch.setitem(kernels_cpu.SOURCES, "kernels/cpu/linear.h", "int 5;\n" + text)
     assert kernels_cpu.library() is None
@@ -881,8 +887,8 @@ def test_a_compiler_error_names_the_file_of_the_repository(fresh, monkeypatch):
     assert f"{tempfile.gettempdir()}/chatglm_int8-" not in message
 
 
-def test_a_compiler_that_hangs_is_given_up(fresh, tmp_path, compiler, monkeypatch):
-    monkeypatch.setattr(kernels_cpu, "_TIMEOUT", 0.2)
+def test_a_compiler_that_hangs_is_given_up(fresh, alone, tmp_path, compiler, monkeypatch):
+    monkeypatch.setattr(kernel_cache, "_TIMEOUT", 0.2)
     calls = tmp_path / "calls"
     compiler(f"echo >> {calls}; exec sleep 20")
     assert kernels_cpu.library() is None
@@ -915,7 +921,7 @@ def test_a_locale_that_is_not_utf8(fresh, tmp_path, compiler):
     assert given == {name: text.encode() for name, text in kernels_cpu.SOURCES.items()}
 
 
-def test_a_cc_that_is_no_command(fresh, monkeypatch):
+def test_a_cc_that_is_no_command(fresh, alone, monkeypatch):
     monkeypatch.setenv("CC", "gcc '-DX=")
     assert kernels_cpu.library() is None
     (message,) = fresh
@@ -1004,16 +1010,15 @@ def test_a_broken_library_on_disk(fresh, tmp_path):
 
 def test_another_processor_makes_another_file(fresh, monkeypatch):
     """Of homes that machines share: -march=native says in macros what it means."""
-    run, first = kernels_cpu._run, kernels_cpu.build()
-    other = "#define ANOTHER 1\n"
-    monkeypatch.setattr(kernels_cpu, "_run", lambda command, text="": run(command, text) + other * ("-dM" in command))
+    macros, first = kernels_cpu._machine_macros, kernels_cpu.build()
+    monkeypatch.setattr(kernels_cpu, "_machine_macros", lambda command: macros(command) + "#define ANOTHER 1\n")
     assert kernels_cpu.build() != first
 
 
 def test_amx_that_the_system_refuses(fresh, monkeypatch):
     tried = []
 
-    def open_one(flags):
+    def open_one(flags, compiler):
         tried.append(flags)
         return types.SimpleNamespace(allowed=len(tried) > 1)
 

@@ -29,9 +29,9 @@ static inline int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* `size` bytes, aligned to a cache line, or NULL; `release` frees them. */
 #ifdef _WIN32
-static inline void* allocate(int64_t size) {
+static inline void* allocate(int64_t size) { /* it gives NULL for 0 bytes */
     return _aligned_malloc((size_t)size + 1, CACHE_LINE);
-} /* of 0 bytes: NULL */
+}
 static inline void release(void* memory) { _aligned_free(memory); }
 #else
 static inline void* allocate(int64_t size) { return aligned_alloc(CACHE_LINE, (size_t)round_up(size, CACHE_LINE)); }
@@ -99,6 +99,9 @@ static int on_amd(void) {
 #ifdef _OPENMP
 int omp_get_thread_num(void); /* not every compiler with OpenMP has omp.h */
 int omp_get_num_threads(void);
+#ifdef OPENMP_OVER_GOMP
+#include "openmp_gomp.h"
+#endif
 static int64_t thread_number(void) { return omp_get_thread_num(); }
 static int64_t thread_count(void) { return omp_get_num_threads(); }
 #else
