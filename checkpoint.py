@@ -231,8 +231,29 @@ def _check_tensor(where: str, stored: torch.Tensor, expected: torch.Tensor, bits
 _IDLE_ARGUMENTS = ("resume_download", "code_revision", "torchscript", "use_flash_attention_2")
 
 
+def _refuse_tensor_parallelism(tp_plan, tp_size: int | None, distributed_config) -> None:
+    """Raise a ValueError if tensor, expert or pipeline parallelism is asked for: every GPU would hold all weights."""
+    if isinstance(distributed_config, dict):
+        given = distributed_config
+    else:
+        given = {} if distributed_config is None else vars(distributed_config)
+    plan = tp_plan if tp_plan is not None else given.get("tp_plan")
+    sizes = [tp_size, *(given.get(name) for name in ("tp_size", "ep_size", "pp_size"))]
+    if plan is not None or given.get("enable_expert_parallel") or any((size or 1) > 1 for size in sizes):
+        raise ValueError(
+            "Tensor parallelism (tp_plan, tp_size, distributed_config) can't be used: this model has no plan to split "
+            "its weights, so each GPU would hold all of them. For a model too large for one GPU pass "
+            'device_map="auto". For more requests a second run replicas: `chatglm ray`, or a server for each GPU.'
+        )
+
+
 def translate_arguments(kwargs: dict) -> None:
-    """Bring arguments of transformers 4's `from_pretrained` into the form of transformers 5, in place."""
+    """Bring arguments of transformers 4's `from_pretrained` into the form of transformers 5, in place.
+
+    Raises:
+        ValueError: an argument that asks for bitsandbytes or for tensor parallelism.
+    """
+    _refuse_tensor_parallelism(*(kwargs.get(name) for name in ("tp_plan", "tp_size", "distributed_config")))
     for name in _IDLE_ARGUMENTS:
         kwargs.pop(name, None)
     token = kwargs.pop("use_auth_token", None)

@@ -303,7 +303,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         Raises:
             OSError: a weight file that is missing, cut short or a Git LFS pointer.
             ValueError: tensors that are missing, or whose shape or dtype disagree with the configuration; an argument
-                that asks for bitsandbytes.
+                that asks for bitsandbytes or for tensor parallelism.
         """
         folder = pretrained_model_name_or_path
         translate_arguments(kwargs)

@@ -1,5 +1,6 @@
 """Every way in which a user loads and saves a model, in fresh processes where it matters."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers.distributed
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -689,6 +691,30 @@ def test_arguments_that_ask_for_bitsandbytes_or_are_unknown(release):
             load(release, **{f"load_in_{bits}bit": True})
     with pytest.raises(TypeError, match="bogus"):
         load(release, bogus=1)
+
+
+@pytest.mark.parametrize("loader", [AutoModel, ChatGLMForConditionalGeneration, ChatGLMModel])
+@pytest.mark.parametrize("launched", [False, True])
+def test_tensor_parallelism_is_refused(release, monkeypatch, loader, launched):
+    """With torchrun's environment and without: before a process group is opened."""
+    if launched:
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_PORT", "29511")):
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    asked = [{"tp_plan": "auto"}, {"tp_plan": {"layers.*.mlp.dense_h_to_4h": "colwise"}}, {"tp_size": 2}]
+    distributed = transformers.distributed.DistributedConfig
+    fields = {field.name for field in dataclasses.fields(distributed)}
+    for settings in ({"tp_plan": "auto"}, {"tp_size": 2}, {"enable_expert_parallel": True}):
+        if fields >= settings.keys():
+            asked.append({"distributed_config": distributed(**settings)})
+    for given in asked:
+        with pytest.raises(ValueError, match=r"Tensor parallelism.*device_map=.*chatglm ray.*server for each GPU"):
+            loader.from_pretrained(release, **given)
+    assert not torch.distributed.is_initialized()
+
+
+def test_no_tensor_parallelism_is_taken(release):
+    assert load(release, tp_plan=None, tp_size=None, distributed_config=None).device.type == "cpu"
 
 
 def test_arguments_of_the_published_quantize(make_folder):
