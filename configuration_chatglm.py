@@ -88,6 +88,7 @@ class ChatGLMConfig(PreTrainedConfig):
         initializer_range: float = 0.02,
         **kwargs,
     ):
+        head_dim = kwargs.pop("head_dim", None)  # follows from the others
         super().__init__(**kwargs)
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
@@ -110,6 +111,11 @@ class ChatGLMConfig(PreTrainedConfig):
         self.tie_word_embeddings = tie_word_embeddings
         self.initializer_range = initializer_range
         self._check()
+        if head_dim not in (None, self.head_dim):
+            raise ValueError(
+                f"ChatGLMConfig: head_dim is {head_dim!r}, and hidden_size / num_attention_heads is {self.head_dim}: "
+                "leave head_dim out."
+            )
         # Published files name only some of the Auto classes; complete them, keeping a "repository--" prefix.
         auto_map = dict(getattr(self, "auto_map", None) or {})
         model_class = auto_map.get("AutoModel", "modeling_chatglm.ChatGLMForConditionalGeneration")
@@ -117,6 +123,16 @@ class ChatGLMConfig(PreTrainedConfig):
         for name in _MODEL_AUTO_CLASSES:
             auto_map.setdefault(name, model_class)
         self.auto_map = auto_map
+
+    @property
+    def head_dim(self) -> int:
+        """D, the width of a head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def position_rows(self) -> int:
+        """R, the rows of positions."""
+        return 2 if self.position_encoding_2d else 1
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
@@ -140,11 +156,9 @@ class ChatGLMConfig(PreTrainedConfig):
             refuse("quantization_bit", "0 (float weights), 4 or 8")
         if self.quantization_embeddings:
             refuse("quantization_embeddings", "false: embedding and LM head stay in floating point")
-        rotary_parts = 2 if self.position_encoding_2d else 1
-        if self.hidden_size % (self.num_attention_heads * 2 * rotary_parts):
-            refuse(
-                "hidden_size", f"a multiple of {2 * rotary_parts} · num_attention_heads = {self.num_attention_heads}"
-            )
+        halves = 2 * self.position_rows
+        if self.hidden_size % (self.num_attention_heads * halves):
+            refuse("hidden_size", f"a multiple of {halves} · num_attention_heads = {self.num_attention_heads}")
         if self.quantization_bit == 4 and (self.hidden_size % 2 or self.inner_hidden_size % 2):
             refuse("inner_hidden_size", "an even number, since INT4 packs two columns in a byte")
         if self.pre_seq_len is not None and not is_int(self.pre_seq_len, 1):

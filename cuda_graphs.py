@@ -201,8 +201,8 @@ class StepGraph:
 
     def __init__(self, model: nn.Module, batch: int):
         config, device = model.config, model.transformer.word_embeddings.weight.device
-        rows = 2 if config.position_encoding_2d else 1
-        self._head_dim = config.hidden_size // config.num_attention_heads
+        rows = config.position_rows
+        self._head_dim = config.head_dim
         self._prefix = config.pre_seq_len or 0
         self.ids = torch.zeros(batch, dtype=torch.int64, device=device)
         self.positions = torch.zeros(batch, rows, dtype=torch.int64, device=device)
@@ -289,7 +289,7 @@ class StepCache(Cache):
         config = model.config
         super().__init__(layers=[GrowingLayer() for _ in range(config.num_layers)])
         self._model = weakref.ref(model)
-        self._head_dim = config.hidden_size // config.num_attention_heads
+        self._head_dim = config.head_dim
         self._placed = -1  # the length of the cache at which the graph's positions are right
         self._slot = -1  # what the graph's slots are
         with _idle_lock:
@@ -401,8 +401,7 @@ def can_record(model: nn.Module) -> bool:
     config = model.config
     if weight.device.type != "cuda" or model.training or torch.compiler.is_compiling():
         return False
-    head_dim = config.hidden_size // config.num_attention_heads
-    if head_dim not in HEAD_DIMS or config.hidden_size % 8 or config.hidden_size > 16384:
+    if config.head_dim not in HEAD_DIMS or config.hidden_size % 8 or config.hidden_size > 16384:
         return False
     if any(parameter.device != weight.device for parameter in model.parameters()):
         return False

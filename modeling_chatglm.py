@@ -128,7 +128,7 @@ class ChatGLMAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.num_heads = config.num_attention_heads
-        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.head_dim = config.head_dim
         self.scaling = self.head_dim**-0.5
         self.query_key_value = _linear(config, config.hidden_size, 3 * config.hidden_size)
         self.dense = _linear(config, config.hidden_size, config.hidden_size)
@@ -386,7 +386,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.word_embeddings.stays_half = bool(config.quantization_bit)
         self.layers = nn.ModuleList(GLMBlock(config, layer_idx) for layer_idx in range(config.num_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
-        self._head_dim = config.hidden_size // config.num_attention_heads
         if config.pre_seq_len is not None:
             self.prefix_encoder = PrefixEncoder(config)
             self.dropout = nn.Dropout(0.1)
@@ -404,7 +403,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         config = self.config
         tokens = torch.arange(config.pre_seq_len, device=device).expand(batch_size, -1)
         prefix = self.prefix_encoder(tokens).to(dtype)
-        prefix = prefix.view(batch_size, -1, config.num_layers, 2, config.num_attention_heads, self._head_dim)
+        prefix = prefix.view(batch_size, -1, config.num_layers, 2, config.num_attention_heads, config.head_dim)
         return self.dropout(prefix).permute(2, 3, 0, 4, 1, 5)
 
     def forward(
@@ -462,7 +461,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             prefixes = self.get_prompt(len(inputs_embeds), inputs_embeds.device, inputs_embeds.dtype)
         block_kwargs = {
             "attention_mask": layout.mask,
-            "position_embeddings": rotary_embedding(layout.position_ids, self._head_dim, inputs_embeds.dtype),
+            "position_embeddings": rotary_embedding(layout.position_ids, config.head_dim, inputs_embeds.dtype),
             CACHE: past_key_values,
             "cache_position": layout.cache_position,
             "output_attentions": output_attentions,
@@ -579,7 +578,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, ChatGLM
             return CausalLMOutputWithPast(logits=past_key_values.step(input_ids), **{CACHE: past_key_values})
         # What the loss takes is not for the blocks.
         for_loss = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if name in kwargs}
-        is_own_loss = labels is not None and self.loss_function is not ForCausalLMLoss
+        is_own_loss = labels is not None and self._has_own_loss
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if not is_traced() and not is_own_loss and is_whole(input_ids, inputs_embeds, past_key_values):
             if labels is not None:
@@ -607,14 +606,18 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, ChatGLM
             output = self._with_loss(hidden_states, kept, labels, fields, for_loss, kwargs)
         return output if return_dict else output.to_tuple()
 
+    @property
+    def _has_own_loss(self) -> bool:
+        """Whether a user has put another loss in the place of transformers' own."""
+        return self.loss_function is not ForCausalLMLoss
+
     def _with_loss(
         self, hidden_states: torch.Tensor, kept, labels: torch.Tensor, fields: dict, for_loss: dict, others: dict
     ) -> CausalLMOutputWithPast:
         """The output with loss, and with logits of the `kept` columns."""
         vocab_size = self.config.vocab_size
-        is_own = self.loss_function is not ForCausalLMLoss
         # A user's own loss; and neither a compiled graph nor DataParallel can hand out what is not computed yet.
-        if is_own or torch.compiler.is_compiling() or hasattr(self, "_is_replica"):
+        if self._has_own_loss or torch.compiler.is_compiling() or hasattr(self, "_is_replica"):
             logits = self.score(hidden_states)
             loss = self.loss_function(logits, labels, vocab_size=vocab_size, **for_loss, **others)
             return CausalLMOutputWithPast(loss=loss, logits=logits[:, kept], **fields)

@@ -132,7 +132,7 @@ class CompiledSteps:
             block.attention.layer_idx = 0  # a number that differs would be compiled again
         self.model, self.token, self.place = model, ids[:, -1:].clone(), torch.full_like(ids[0, :1], ids.shape[1])
         ids = nn.functional.pad(ids, (0, room))
-        heads, head_dim = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+        heads, head_dim = config.num_attention_heads, config.head_dim
         self.tables = modeling_chatglm.rotary_embedding(model.get_position_ids(ids), head_dim, model.dtype)
         hidden = model.get_masks(ids)
         self.masks = torch.zeros(hidden.shape, **like).masked_fill(hidden, torch.finfo(model.dtype).min)

@@ -226,3 +226,13 @@ def test_accepts_every_shape_that_the_goldens_have():
     ):
         config = ChatGLMConfig(**{**SMALL, **fields})
         assert {name: getattr(config, name) for name in fields} == fields
+
+
+def test_shapes_that_follow_are_not_stored():
+    config = ChatGLMConfig(head_dim=128)
+    assert (config.head_dim, config.position_rows) == (128, 2)
+    assert ChatGLMConfig(position_encoding_2d=False).position_rows == 1
+    assert not {"head_dim", "position_rows"} & config.to_dict().keys()
+    assert ChatGLMConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+    with pytest.raises(ValueError, match="head_dim is 64, and hidden_size / num_attention_heads is 128: leave"):
+        ChatGLMConfig(head_dim=64)
