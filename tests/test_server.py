@@ -1,6 +1,7 @@
 """The server: OpenAI's API, what asks for nothing and for too much, and what clients can do wrong."""
 
 import argparse
+import contextlib
 import functools
 import inspect
 import json
@@ -26,28 +27,30 @@ for needed in ("fastapi", "uvicorn", "prometheus_client", "httpx", "openai", "sc
 import httpx  # noqa: E402
 import openai  # noqa: E402
 import schemathesis  # noqa: E402
-import uvicorn  # noqa: E402
+from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
+from uvicorn.protocols.http import h11_impl  # noqa: E402
 
 from chatglm_int8.apps import cli  # noqa: E402
 from chatglm_int8.apps.loading import load  # noqa: E402
-from chatglm_int8.apps.server import forms, gate, settings  # noqa: E402
+from chatglm_int8.apps.server import connections, forms, gate, log, settings  # noqa: E402
 from chatglm_int8.apps.server.app import create_app  # noqa: E402
-from chatglm_int8.apps.server.http_server import http_config  # noqa: E402
+from chatglm_int8.apps.server.http_server import HttpServer, http_config  # noqa: E402
 from chatglm_int8.apps.server.prompts import Prompts  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAT = "/v1/chat/completions"
 QUERIES = ["你好", "Hello", "What can you do?", "中国的首都是哪里？", "Tell me a joke", "你是谁", "Thank you", "谢谢"]
 LONG = {"min_tokens": 30, "max_tokens": 30, "temperature": 0}
+HOURS = {"min_tokens": 1900, "max_tokens": 1900}
 
 
 class Running:
     """A server in a thread of this process."""
 
-    def __init__(self, **given):
+    def __init__(self, drain: float = 60.0, **given):
         self.app = create_app(settings.Settings(**{"device": "cpu", "dtype": "float32", **given}))
         address = argparse.Namespace(host="127.0.0.1", port=0, keep_alive=75)
-        self.server = uvicorn.Server(http_config(self.app, address))
+        self.server = HttpServer(http_config(self.app, address), drain, lambda: self.scheduler.close())
         self.thread = threading.Thread(target=self.server.run)
 
     def __enter__(self):
@@ -552,11 +555,12 @@ def test_head_and_slashes(server):
 
 
 def test_http_server_does_not_depend_on_what_is_installed():
-    """uvicorn would take httptools, uvloop and websockets if they were there."""
+    """uvicorn would take httptools and websockets if they were there. uvloop changes no reply."""
     parser = argparse.ArgumentParser()
     settings.add_address_arguments(parser)
     config = http_config(None, parser.parse_args([]))
-    assert (config.http, config.loop, config.ws) == ("h11", "asyncio", "none")
+    assert (config.http, config.ws) == (connections.Connection, "none")
+    assert issubclass(config.http, h11_impl.H11Protocol)
     assert config.timeout_keep_alive == 75
     assert http_config(None, parser.parse_args(["--keep-alive", "9"])).timeout_keep_alive == 9
 
@@ -788,6 +792,210 @@ def test_a_failure_inside_is_500_without_details(monkeypatch):
         assert running.http.get("/health").status_code == 503
 
 
+def test_an_empty_key_of_the_environment_is_refused(capsys, monkeypatch):
+    monkeypatch.setenv("CHATGLM_API_KEY", "")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["serve"])
+    assert ended.value.code == 2
+    assert "the key is empty" in capsys.readouterr().err
+
+
+def test_request_ids(small_server, caplog):
+    """Those that come are kept, unless they could spoil a log."""
+    with caplog.at_level("INFO", "chatglm.access"):
+        kept = small_server.http.get("/health", headers={"X-Request-Id": "abc-1"})
+        made = [
+            small_server.http.get("/nothing", headers={"X-Request-Id": bad}) for bad in ("a b", "x" * 200, "é".encode())
+        ]
+        plain = small_server.http.get("/health")
+    assert kept.headers["x-request-id"] == "abc-1"
+    assert all(len(reply.headers["x-request-id"]) == 32 for reply in (*made, plain))
+    formatter = log.JsonFormatter()
+    lines = [json.loads(formatter.format(record)) for record in caplog.records if record.name == "chatglm.access"]
+    assert [line["request_id"] for line in lines] == [r.headers["x-request-id"] for r in (kept, *made, plain)]
+    assert [line["status"] for line in lines] == [200, 404, 404, 404, 200]
+
+
+def test_a_log_has_one_line_for_each_event(small_server, caplog):
+    with caplog.at_level("INFO", "chatglm.access"):
+        small_server.http.get("/a%0d%0aINFO: forged")
+    records = [record for record in caplog.records if record.name == "chatglm.access"]
+    assert len(records) == 1
+    assert "\n" not in records[0].getMessage() + log.JsonFormatter().format(records[0])
+
+
+def test_tokenize(small_server, reference):
+    _, tokenizer = reference
+    text = "Hello [gMASK] <sop> 你好"
+    got = small_server.http.post("/tokenize", json={"prompt": text}).json()
+    assert got["tokens"] == tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert (got["count"], got["max_model_len"]) == (len(got["tokens"]), 40)
+    assert small_server.http.post("/detokenize", json={"tokens": got["tokens"]}).json() == {
+        "prompt": tokenizer.decode(got["tokens"])
+    }
+    chat = small_server.http.post("/tokenize", json={"messages": user("Hello")}).json()["tokens"]
+    assert chat == tokenizer.apply_chat_template(user("Hello"), add_generation_prompt=True, return_dict=False)
+    for path, body in (
+        ("/tokenize", {}),
+        ("/tokenize", {"prompt": "a", "messages": user("b")}),
+        ("/detokenize", {"tokens": [10**9]}),
+        ("/detokenize", {"tokens": [-1]}),
+    ):
+        response = small_server.http.post(path, json=body)
+        assert response.status_code == 400
+        body_of(response)
+
+
+def test_paths_that_are_not_there_name_those_that_are(small_server):
+    for path in ("/v1/responses", "/v1/embeddings"):
+        response = small_server.http.post(path, json={"input": "Hello"})
+        assert response.status_code == 404
+        assert "/v1/chat/completions" in body_of(response)["message"]
+
+
+def test_ready_and_live(small_server, monkeypatch):
+    for path in ("/health/live", "/health/ready"):
+        assert small_server.http.get(path).json() == {"status": "ok"}
+    monkeypatch.setattr(type(small_server.scheduler), "places", 0)
+    assert small_server.http.get("/health/live").status_code == 200
+    response = small_server.http.get("/health/ready")
+    assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
+    assert body_of(response)["code"] == "not_ready"
+
+
+def test_encoding_has_a_queue_and_a_time_limit(small_server, monkeypatch):
+    """And nothing is encoded for those who have hung up."""
+    started, go, encoded = threading.Event(), threading.Event(), []
+
+    def slow(*_):
+        encoded.append(1)
+        started.set()
+        assert go.wait(30)
+        raise ValueError("slow")
+
+    monkeypatch.setattr(Prompts, "of_chat", slow)
+    host, port = small_server.url.removeprefix("http://").split(":")
+    content = json.dumps({"messages": user("Hello")}).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n".encode()
+    with ThreadPoolExecutor(8) as pool:
+        first = pool.submit(small_server.chat)
+        assert started.wait(30)
+        waiting = small_server.app.state.service._one_encoder.statistics
+        for count in (1, 2):
+            with socket.create_connection((host, int(port))) as connection:
+                connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(content) + content)
+                while waiting().tasks_waiting < count:
+                    time.sleep(0.01)
+        others = [pool.submit(small_server.chat) for _ in range(5)]
+        while sum(other.done() for other in others) < 3:
+            time.sleep(0.01)
+        go.set()
+        assert first.result().status_code == 400
+        statuses = sorted(other.result().status_code for other in others)
+    assert statuses == [400, 400, 429, 429, 429]
+    assert len(encoded) == 3
+
+
+def test_connections_that_send_nothing_are_closed(small_server, monkeypatch):
+    """Whether they have sent a part of a request or none; an answer under way is left alone."""
+    host, port = small_server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as idle, socket.create_connection((host, int(port))) as slow:
+        slow.sendall(b"POST / HTTP/1.1\r\nHost: loc")
+        time.sleep(0.2)
+        small_server.http.get("/health")
+        monkeypatch.setattr(connections, "HEAD_SECONDS", 0)
+        for connection in (idle, slow):
+            connection.settimeout(10)
+            with contextlib.suppress(ConnectionResetError):
+                assert connection.recv(10) == b""
+    assert small_server.http.get("/health").status_code == 200
+
+
+def test_of_too_many_connections_the_oldest_idle_one_is_closed(small_server, monkeypatch):
+    host, port = small_server.url.removeprefix("http://").split(":")
+    monkeypatch.setattr(connections.Connection, "most", 20)
+    with contextlib.ExitStack() as opened:
+        idle = [opened.enter_context(socket.create_connection((host, int(port)))) for _ in range(60)]
+        assert httpx.get(small_server.url + "/health").status_code == 200
+        assert len(small_server.server.server_state.connections) <= 21
+        idle[0].settimeout(10)
+        with contextlib.suppress(ConnectionResetError):
+            assert idle[0].recv(10) == b""
+
+
+def test_many_headers_are_refused(small_server):
+    host, port = small_server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
+            for index in range(100):
+                connection.sendall(b"X-%d: %b\r\n" % (index, b"x" * 10_000))
+        with contextlib.suppress(ConnectionError):
+            assert connection.recv(100).split(b"\r\n")[0] in (b"HTTP/1.1 400 Bad Request", b"HTTP/1.1 400 ", b"")
+    assert small_server.http.get("/health").status_code == 200
+
+
+def test_a_client_that_reads_nothing_is_cut_off(monkeypatch):
+    """Its answers end, and it does not keep the server from ending."""
+    monkeypatch.setattr(connections, "UNREAD_SECONDS", 0.2)
+    paused, made = threading.Event(), connections.Connection.connection_made
+    pause = connections.Connection.pause_writing
+
+    def with_little_room(connection, transport):
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        made(connection, transport)
+
+    monkeypatch.setattr(connections.Connection, "connection_made", with_little_room)
+    monkeypatch.setattr(connections.Connection, "pause_writing", lambda self: (paused.set(), pause(self)))
+    with Running(max_length=2000, max_batch=1) as running:
+        host, port = running.url.removeprefix("http://").split(":")
+        body = {"prompt": "Hello", "n": 1, "stream": True, "logprobs": 5, "max_tokens": 1900, "ignore_eos": True}
+        content = json.dumps(body).encode()
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect((host, int(port)))
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(content) + content)
+            assert paused.wait(60)
+            running.wait_until_empty(30)
+
+
+def test_answers_are_broken_off_at_the_end_of_the_drain():
+    """Clients are told."""
+    with Running(drain=0.2) as running:
+        with running.http.stream(
+            "POST", CHAT, json={"messages": user("Hello"), "stream": True, **LONG, **HOURS}
+        ) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            running.server.should_exit = True
+            rest = [line for line in lines if line]
+        assert "shutting down" in rest[-1]
+
+
+def test_metrics_in_their_form(small_server):
+    """Read by the parser of Prometheus: histograms of what operators look at, and refusals by cause."""
+    small_server.chat("Hello", max_tokens=5)
+    small_server.chat("Hello", temperature=9)
+    families = {
+        family.name: family for family in text_string_to_metric_families(small_server.http.get("/metrics").text)
+    }
+    for name in (
+        *("first_text_seconds", "answer_seconds", "queue_seconds", "gap_seconds"),
+        *("batch_answers", "answer_tokens", "request_prompt_tokens"),
+    ):
+        samples = {sample.name: sample.value for sample in families[f"chatglm_{name}"].samples}
+        assert samples[f"chatglm_{name}_count"] > 0, name
+    causes = {sample.labels["cause"]: sample.value for sample in families["chatglm_refusals"].samples}
+    assert causes["invalid_request_error"] > 0
+
+
+def test_open_metrics():
+    with Running(api_key="secret", open_metrics=True, max_length=40) as running:
+        assert running.http.get("/metrics").status_code == 200
+        assert running.http.get("/v1/models").status_code == 401
+
+
 def test_metrics(small_server):
     def shown() -> dict[str, float]:
         text = small_server.http.get("/metrics").text
@@ -907,7 +1115,7 @@ def test_schemathesis(small_server, examples):
 
         given(case=operation.ok().as_strategy())(check)()
         count += 1
-    assert count == 7
+    assert count == 11
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
@@ -1005,6 +1213,9 @@ def test_arguments_of_the_command(capsys, monkeypatch, tmp_path):
         ["--dtype", "int8"],
         ["--cors-origin", "chat.example.org"],
         ["--cors-origin", "https://chat.example.org/page"],
+        ["--api-key", ""],
+        ["--api-key", " "],
+        ["--drain", "0"],
     ):
         with pytest.raises(SystemExit) as ended:
             cli.main(["serve", *wrong])

@@ -84,6 +84,8 @@ class Answer:
         self.sampling = sampling
         self.finish_reason: str | None = None
         self.prompt_tokens: list[Token] = []
+        self.submitted = time.monotonic()
+        self.began: float | None = None  # when its prompt was read
         self._deadline = deadline
         self._cancelled = False
         self._loop = asyncio.get_running_loop()

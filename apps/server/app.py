@@ -17,7 +17,7 @@ from ..trusted_hosts import TrustedHosts
 from .answer_text import AnswerText
 from .answers import Busy, Failed, Sampling, TimeLimit
 from .errors import ApiError, ErrorReply, as_api_error, json_response
-from .forms import ChatForm, CompletionForm, PublicForm
+from .forms import ChatForm, CompletionForm, DetokenizeForm, PublicForm, TokenizeForm
 from .gate import Gate
 from .metrics import Metrics
 from .pieces import pieces, unless_gone
@@ -43,6 +43,7 @@ def create_app(settings: Settings, scheduler: Scheduler | None = None) -> FastAP
         app.state.service = Service(settings, scheduler, metrics)
         metrics.running.set_function(lambda: scheduler.running)
         metrics.waiting.set_function(lambda: scheduler.waiting)
+        scheduler.on_step = metrics.step
         yield
         await asyncio.to_thread(scheduler.close)
 
@@ -55,14 +56,22 @@ def create_app(settings: Settings, scheduler: Scheduler | None = None) -> FastAP
         redirect_slashes=False,
         responses={"default": {"model": ErrorReply, "description": "An error"}},
     )
-    app.add_middleware(Gate, settings=settings, requests=metrics.requests)
-    app.add_middleware(TrustedHosts, host=settings.host, allowed=settings.allowed_host, origins=settings.cors_origin)
+    app.add_middleware(Gate, settings=settings, metrics=metrics)
+    app.add_middleware(
+        TrustedHosts,
+        host=settings.host,
+        allowed=settings.allowed_host,
+        origins=settings.cors_origin,
+        refused=lambda cause: metrics.refusals.labels(f"untrusted_{cause}").inc(),
+    )
     if settings.cors_origin:  # outside of the gate: a preflight has no key
         everything: dict[str, list[str]] = {"allow_methods": ["*"], "allow_headers": ["*"]}
         app.add_middleware(CORSMiddleware, allow_origins=list(settings.cors_origin), **everything)
 
     async def on_error(request: Request, error: Exception) -> Response:
-        return as_api_error(error, request).response()
+        told = as_api_error(error, request)
+        metrics.refuse(told)
+        return told.response()
 
     for kind in (ApiError, HTTPException, RequestValidationError, Busy, TimeLimit, Failed):
         app.add_exception_handler(kind, on_error)
@@ -79,7 +88,7 @@ def add_openai_routes(app: FastAPI, settings: Settings) -> None:
     @app.post("/v1/chat/completions")
     async def chat_completions(form: ChatForm, request: Request):
         service: Service = app.state.service
-        prompt = await service.encode("messages", lambda: service.prompts.of_chat(form))
+        prompt = await service.encode(request, "messages", lambda: service.prompts.of_chat(form))
         return await service.complete(request, form, [prompt])
 
     @app.post("/v1/completions")
@@ -89,8 +98,23 @@ def add_openai_routes(app: FastAPI, settings: Settings) -> None:
         given = [form.prompt] if alone else form.prompt
         if not all(given) or not given:
             raise ApiError(400, "There is no prompt, or an empty one.", "prompt")
-        prompts = await service.encode("prompt", lambda: [service.prompts.of_completion(form, one) for one in given])
+        prompts = await service.encode(
+            request, "prompt", lambda: [service.prompts.of_completion(form, one) for one in given]
+        )
         return await service.complete(request, form, prompts)
+
+    @app.post("/tokenize")
+    async def tokenize(form: TokenizeForm, request: Request):
+        """The ids of a text, or of the prompt that a conversation makes."""
+        service: Service = app.state.service
+        ids = await service.encode(request, "prompt", lambda: service.prompts.ids_of(form))
+        return {"tokens": ids, "count": len(ids), "max_model_len": service.scheduler.max_length}
+
+    @app.post("/detokenize")
+    async def detokenize(form: DetokenizeForm, request: Request):
+        """The text of ids, without the names of control tokens."""
+        service: Service = app.state.service
+        return {"prompt": await service.encode(request, "tokens", lambda: service.prompts.text_of(form.tokens))}
 
     def model_card() -> dict:
         return {"id": settings.name, "object": "model", "created": 0, "owned_by": "chatglm-int8"}
@@ -117,12 +141,14 @@ def add_public_route(app: FastAPI) -> None:
         limit = min(form.max_length, scheduler.max_length)
         history = [tuple(pair) for pair in form.history]
         model, tokenizer = scheduler.model, scheduler.tokenizer
-        inputs = await service.encode("prompt", lambda: model.build_inputs(tokenizer, form.prompt, history, limit))
+        inputs = await service.encode(
+            request, "prompt", lambda: model.build_inputs(tokenizer, form.prompt, history, limit)
+        )
         prompt = inputs["input_ids"][0].tolist()
         sampling = Sampling(limit - len(prompt), temperature=form.temperature, top_p=form.top_p)
-        answers = scheduler.submit(prompt, [sampling])
+        answers = scheduler.submit(prompt, [sampling], request.state.arrived)
         texts = [AnswerText(tokenizer, model.process_response)]
-        watched = service.metrics.watch(pieces(answers, texts), len(prompt))
+        watched = service.metrics.watch(pieces(answers, texts), answers, len(prompt))
 
         async def collect() -> str:
             async with contextlib.aclosing(watched):
@@ -138,9 +164,19 @@ def add_monitoring_routes(app: FastAPI, metrics: Metrics) -> None:
     """Whether the model computes, and numbers for Prometheus."""
 
     @app.get("/health")
+    @app.get("/health/live")
     async def health():
+        """503 once the model does not compute any more, and only a restart helps."""
         if not app.state.service.scheduler.healthy:
             raise ApiError(503, "The model does not compute any more: restart the server.")
+        return {"status": "ok"}
+
+    @app.get("/health/ready")
+    async def ready():
+        """503 while another request would be refused: the queue is full, or the server is ending."""
+        scheduler = app.state.service.scheduler
+        if not scheduler.healthy or scheduler.closing or scheduler.places < 1:
+            raise ApiError(503, "No request is taken now.", code="not_ready", headers={"Retry-After": "1"})
         return {"status": "ok"}
 
     @app.get("/metrics", response_class=PlainTextResponse)

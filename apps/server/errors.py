@@ -13,6 +13,8 @@ from .answers import Busy, Failed, TimeLimit
 ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 NO_JSON = "The body is not JSON in UTF-8, or has numbers or nesting beyond reason."
 
+PATHS = "/v1/chat/completions, /v1/completions, /v1/models, /tokenize, /detokenize, /health, /metrics, and POST /"
+
 
 class ErrorBody(BaseModel):
     message: str
@@ -96,6 +98,7 @@ def as_api_error(error: Exception, request: Request | None = None) -> ApiError:
         if error.status_code in (404, 405) and request is not None:
             where = f"{request.method} {request.url.path[:200]}"
             what = "There is no such path" if error.status_code == 404 else "The method does not fit the path"
-            return ApiError(error.status_code, f"{what}: {where}.", headers=error.headers)
+            there = "" if error.status_code == 405 else f" There is {PATHS}."
+            return ApiError(error.status_code, f"{what}: {where}.{there}", headers=error.headers)
         return ApiError(error.status_code, NO_JSON if error.status_code == 400 else str(error.detail))
     return ApiError(500, "The server failed to answer this request.")

@@ -184,6 +184,20 @@ class CompletionForm(SamplingForm):
         return self.echo and self.logprobs is not None
 
 
+class TokenizeForm(Form):
+    ignored = frozenset({"model", "return_token_strs"})
+
+    prompt: str | None = Field(None, description="A text; its ids have no [gMASK] <sop> behind them, unless asked for.")
+    messages: list[Message] | None = Field(None, min_length=1, description="A conversation, instead of a text.")
+    add_special_tokens: bool = False
+
+
+class DetokenizeForm(Form):
+    ignored = frozenset({"model"})
+
+    tokens: list[int]
+
+
 class PublicForm(Form):
     prompt: str
     history: list[Annotated[list[str], Field(min_length=2, max_length=2)]] = []

@@ -1,16 +1,19 @@
 """Answers in parts, as they are sent to clients."""
 
 import asyncio
+import contextlib
 import dataclasses
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from fastapi import Request
-from fastapi.responses import StreamingResponse
+from fastapi.responses import Response
 
 from .answer_text import AnswerText, TokenTexts
 from .answers import Answer, Token, arrival, cancel
 from .errors import ApiError
+
+SEND = "chatglm.send"  # in a scope: what the HTTP server gave to send with
 
 
 @dataclasses.dataclass
@@ -99,16 +102,34 @@ async def unless_gone(request: Request, work: Awaitable, answers: list[Answer]) 
         cancel(answers)
 
 
-class EventStream(StreamingResponse):
-    """A stream of events; it cancels its answers however it ends, even before it has begun."""
+class EventStream(Response):
+    """A stream of events; it cancels its answers however it ends, even before it has begun.
+
+    Events go straight to the HTTP server, past the layers of the application (`SEND` in the scope, from the gate).
+    """
 
     def __init__(self, events: AsyncIterator[bytes], answers: list[Answer]):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(events, headers=headers, media_type="text/event-stream")
+        super().__init__(headers=headers, media_type="text/event-stream")
+        del self.headers["content-length"]
+        self._events = events
         self._answers = answers
 
     async def __call__(self, scope, receive, send) -> None:
+        listening = asyncio.ensure_future(self._listen(receive))
         try:
-            await super().__call__(scope, receive, send)
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            send = scope.get(SEND, send)
+            async with contextlib.aclosing(self._events):
+                async for data in self._events:
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
         finally:
+            listening.cancel()
             cancel(self._answers)
+
+    async def _listen(self, receive) -> None:
+        """Once the client has hung up, its answers end."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        cancel(self._answers)

@@ -8,7 +8,7 @@ import re
 
 from ...tokenization_chatglm import DecodeStream
 from .answers import Answer
-from .forms import ChatForm, CompletionForm
+from .forms import ChatForm, CompletionForm, TokenizeForm
 from .pieces import Piece
 
 logger = logging.getLogger("chatglm")
@@ -62,6 +62,25 @@ class Prompts:
             self._shortened = True
         return Prompt(ids)
 
+    def ids_of(self, form: TokenizeForm) -> list[int]:
+        """The ids of a text, in which no name is a special token, or of a conversation's whole prompt."""
+        if (form.prompt is None) == (form.messages is None):
+            raise ValueError("Give either prompt, a text, or messages, a conversation.")
+        if form.messages is not None:
+            messages = [message.model_dump() for message in form.messages]
+            return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        options = {"add_special_tokens": form.add_special_tokens, "split_special_tokens": True}
+        return self._tokenizer(form.prompt, **options)["input_ids"]
+
+    def text_of(self, ids: list[int]) -> str:
+        self._check(ids)
+        return self._tokenizer.decode(ids)
+
+    def _check(self, ids: list[int]) -> None:
+        known = len(self._tokenizer)
+        if wrong := [token_id for token_id in ids if not 0 <= token_id < known]:
+            raise ValueError(f"{wrong[0]} is no token id of this model: expected 0 to {known - 1}.")
+
     def of_completion(self, form: CompletionForm, given: str | list[int]) -> Prompt:
         """A text or its ids, with `[gMASK] <sop>` behind them. A prompt that has `<sop>` is taken as it is."""
         bos = self._tokenizer.bos_token_id
@@ -72,9 +91,7 @@ class Prompts:
             own = self._tokenizer(given, **options)["input_ids"]
         else:
             own = given
-        known = len(self._tokenizer)
-        if wrong := [token_id for token_id in own if not 0 <= token_id < known]:
-            raise ValueError(f"{wrong[0]} is no token id of this model: expected 0 to {known - 1}.")
+        self._check(own)
         start = own.index(bos) + 1 if bos in own else len(own)
         if form.scores_prompt and start == len(own):
             raise ValueError(

@@ -18,6 +18,7 @@ import contextlib
 import logging
 import threading
 import time
+from collections.abc import Callable
 
 import torch
 from transformers import DynamicCache
@@ -87,6 +88,7 @@ class Scheduler:
         self._ending = "The server is shutting down."  # what clients are told then
         self._failures = 0  # in a row
         self._began: float | None = None  # when the step under way began
+        self.on_step: Callable[[int, float], None] = lambda rows, seconds: None  # called after each, in the thread
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
         # A thread that computes while the interpreter shuts down can abort the process.
@@ -103,6 +105,16 @@ class Scheduler:
     def waiting(self) -> int:
         """Answers in the queue."""
         return len(self._waiting)
+
+    @property
+    def places(self) -> int:
+        """How many more answers may be submitted."""
+        return self.max_queue + self.max_batch - len(self._rows) - len(self._waiting)
+
+    @property
+    def closing(self) -> bool:
+        """Whether nothing is taken any more."""
+        return self._closing
 
     @property
     def healthy(self) -> bool:
@@ -131,8 +143,7 @@ class Scheduler:
         with self._changed:
             if self._closing:
                 raise Failed(self._ending)
-            places = self.max_queue + self.max_batch - len(self._rows)
-            if len(self._waiting) + len(samplings) > places:
+            if len(samplings) > self.places:
                 raise Busy
             answers = [Answer(prompt, sampling, deadline) for sampling in samplings]
             self._waiting.extend(answers)
@@ -180,8 +191,10 @@ class Scheduler:
                 self._drop()
                 self._admit()
                 if self._rows:
+                    rows = len(self._rows)
                     self._step()
                     self._failures = 0
+                    self.on_step(rows, time.monotonic() - self._began)
             except Exception as error:
                 logger.exception("A decoding step failed")
                 self._failures += 1
@@ -244,6 +257,8 @@ class Scheduler:
             self._reading = group
         if not group:
             return
+        for answer in group:
+            answer.began = time.monotonic()
         try:
             with torch.no_grad():
                 self._prefill(group)

@@ -1,5 +1,6 @@
 """A model behind the API: from forms to replies."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from .answer_text import AnswerText
-from .answers import Answer, Sampling, cancel
+from .answers import Answer, Busy, Sampling, TimeLimit, cancel
 from .errors import ApiError
 from .forms import ChatForm, SamplingForm
 from .metrics import Metrics
@@ -29,12 +30,24 @@ class Service:
         self.prompts = Prompts(scheduler.tokenizer, scheduler.max_length)
         self._one_encoder = anyio.CapacityLimiter(1)
 
-    async def encode(self, param: str, make: Callable[[], Any]) -> Any:
-        """Runs an encoding of `param`, which may be long, beside the event loop; its ValueErrors are the client's."""
-        try:
-            return await anyio.to_thread.run_sync(make, limiter=self._one_encoder)
-        except ValueError as error:
-            raise ApiError(400, str(error), param) from None
+    async def encode(self, request: Request, param: str, make: Callable[[], Any]) -> Any:
+        """Runs an encoding of `param`, which may be long, beside the event loop; its ValueErrors are the client's.
+
+        The queue for it is as long as that for answers, the time limit of the request counts from here, and a client
+        that has hung up is not waited for.
+        """
+        request.state.arrived = time.monotonic()
+        if self._one_encoder.statistics().tasks_waiting >= self.settings.max_batch + self.settings.max_queue:
+            raise Busy
+        async with self._one_encoder:
+            if time.monotonic() - request.state.arrived > self.scheduler.time_limit:
+                raise TimeLimit(f"The request waited for more than {self.scheduler.time_limit:g} seconds.")
+            if await request.is_disconnected():
+                raise ApiError(499, "The client hung up.")
+            try:
+                return await anyio.to_thread.run_sync(make)
+            except ValueError as error:
+                raise ApiError(400, str(error), param) from None
 
     def samplings(self, form: SamplingForm, prompt: list[int]) -> list[Sampling]:
         """The settings of each choice; checked, as far as one argument depends on others."""
@@ -93,7 +106,7 @@ class Service:
         wanted = [(prompt.ids, self.samplings(form, prompt.ids)) for prompt in prompts]
         try:
             for ids, samplings in wanted:
-                answers += self.scheduler.submit(ids, samplings)
+                answers += self.scheduler.submit(ids, samplings, request.state.arrived)
         except Exception:
             cancel(answers)
             raise
@@ -103,6 +116,6 @@ class Service:
         texts = [AnswerText(tokenizer, process, form.stop, prompt.begun) for prompt in of_answers]
         echoed = None if is_chat or not form.echo else [prompt.echoed for prompt in of_answers]
         read = sum(len(prompt.ids) for prompt in prompts)
-        parts = self.metrics.watch(pieces(answers, texts, echoed, form.reported is not None), read)
+        parts = self.metrics.watch(pieces(answers, texts, echoed, form.reported is not None), answers, read)
         reply = Reply(tokenizer, form, self.settings.name, read, parts)
         return EventStream(reply.events(), answers) if form.stream else await reply.whole(request, answers)

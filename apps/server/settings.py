@@ -30,6 +30,7 @@ class Settings:
     cors_origin: Sequence[str] = ()
     host: str = "127.0.0.1"
     allowed_host: Sequence[str] = ()
+    open_metrics: bool = False
 
 
 def add_settings_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +44,8 @@ def add_settings_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--time-limit", type=positive(float), default=default.time_limit, help="seconds of a request")
     parser.add_argument(
         "--api-key",
-        default=os.environ.get("CHATGLM_API_KEY") or None,
+        type=key,
+        default=os.environ.get("CHATGLM_API_KEY"),
         help="ask clients for this key (default: the environment's CHATGLM_API_KEY, which other users can't list)",
     )
 
@@ -57,6 +59,7 @@ def add_settings_arguments(parser: argparse.ArgumentParser) -> None:
         help='let pages of these origins use the API, such as https://chat.example.org, or "*" (default: none)',
     )
     add_allowed_host_argument(parser)
+    parser.add_argument("--open-metrics", action="store_true", help="GET /metrics needs no key")
 
 
 def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,6 +79,21 @@ def add_address_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="close connections that are idle for longer",
     )
+
+
+def key(text: str) -> str:
+    """A key, of an argument's text or the environment's."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the key is empty: give one, or leave out --api-key and CHATGLM_API_KEY")
+    return text
+
+
+def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+    """What one server of our own has beside `add_address_arguments`: how it ends, and what it writes."""
+    parser.add_argument(
+        "--drain", type=positive(float), default=60.0, metavar="SECONDS", help="for running answers after SIGTERM"
+    )
+    parser.add_argument("--log-json", action="store_true", help="write the log as JSON, a line for each request too")
 
 
 def origin(text: str) -> str:
