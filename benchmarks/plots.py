@@ -63,7 +63,7 @@ def cpu_linears(axes: Axes, given: dict) -> None:
     axes.set_yticks([place + 0.19 for place in range(len(machines))], machines)
     axes.axvline(1, linestyle="--", color=OTHERS, linewidth=1)
     axes.set(title="INT8 linears on CPUs, one row", xlabel="weights read, over reading memory", xlim=(0, 1.4))
-    axes.legend(frameon=False, labelcolor="linecolor", loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    axes.legend(frameon=False, labelcolor="linecolor", loc="upper center", bbox_to_anchor=(0.3, -0.2), ncols=2)
 
 
 def lora_memory(axes: Axes, given: dict) -> None:
