@@ -37,6 +37,7 @@ LEAST_DISK = 10**8  # bytes; the kernels of a machine take less
 
 # What the modules of the kernels say, and what to do about it.
 REMEDIES = {
+    r"CPU quota": "Set OMP_NUM_THREADS to the quota.",
     r"no C compiler": "Install gcc or clang, or name a compiler in CC.",
     r"OpenMP": "Install the compiler's OpenMP library (Debian: libgomp1; macOS: brew install libomp).",
     rf"{os.strerror(errno.EDQUOT)}|{os.strerror(errno.ENOSPC)}": "Free disk space, or name another folder in "

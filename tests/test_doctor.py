@@ -45,7 +45,7 @@ def test_no_compiler(monkeypatch):
 
 
 def test_no_openmp(monkeypatch):
-    def only_without(flags):
+    def only_without(flags, *_):
         if kernels_cpu.OPENMP in flags:
             raise kernels_cpu.CompileError("cc -fopenmp failed: omp.h: No such file or directory")
         return types.SimpleNamespace(allowed=True, instructions="AVX2")
@@ -54,6 +54,16 @@ def test_no_openmp(monkeypatch):
     finding = cpu_finding()
     assert "one thread" in finding.text
     assert "libgomp" in finding.remedy
+
+
+def test_a_cpu_quota(monkeypatch):
+    library = types.SimpleNamespace(allowed=True, instructions="AVX2")
+    monkeypatch.setattr(kernels_cpu, "_open", lambda *_: library)
+    monkeypatch.setattr(kernels_cpu, "_quota", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    finding = cpu_finding()
+    assert "A CPU quota allows 2" in finding.text
+    assert "OMP_NUM_THREADS" in finding.remedy
 
 
 @pytest.mark.parametrize("number", [errno.EDQUOT, errno.ENOSPC])
